@@ -1,0 +1,8 @@
+"""ia3rt runs many IA³ adapters on one PyTorch model."""
+
+from pathlib import Path
+
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():
+    # A checkout (or an editable install of one): kernels/ and bench/ stand beside this package, not inside it.
+    __path__.append(str(_here.parent))

@@ -1,0 +1,37 @@
+"""Packaging of ia3rt. kernels/ and bench/ stand at the top of the repository and install as ia3rt.kernels, ia3rt.bench."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# Triton publishes Linux wheels only; without it everything but the Triton backend works.
+TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
+
+setup(
+    name="ia3rt",
+    version="0.1.0",
+    description="A Triton-accelerated runtime for many IA³ adapters on one Hugging Face model",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    # kernels/ has no __init__.py (on sys.path it would hide the Hugging Face package `kernels`), so no
+    # find_packages: each package is named, and its folder is where the repository keeps it.
+    packages=["ia3rt", "ia3rt.kernels", "ia3rt.bench"],
+    package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench"},
+    install_requires=["torch>=2.10", TRITON, "numpy", "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
+    extras_require={
+        "demo": ["transformers>=5", "gguf", "peft>=0.21"],
+        "test": [
+            "build",
+            "gguf",
+            "hypothesis",
+            "mypy",
+            "peft>=0.21",
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+            "transformers>=5",
+        ],
+    },
+    entry_points={"console_scripts": ["ia3rt=ia3rt.cli:app"]},
+)
