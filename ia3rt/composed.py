@@ -1,0 +1,67 @@
+"""The torch backend's view of what the rows wear: each mix multiplied or summed out once, when it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ia3rt.bank import Bank, ResolvedMix
+
+
+class ComposedMixes:
+    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are.
+
+    Attributes:
+        scales: by site, [width] where all rows wear one mix, else [rows, 1, width].
+    """
+
+    def __init__(self) -> None:
+        """Starts empty: `write` fills it."""
+        self.scales: tuple[Tensor, ...] = ()
+        self._buffer = torch.empty(0, 0)
+        self._table: Tensor | None = None
+
+    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: Tensor | None) -> None:
+        """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.
+
+        Args:
+            bank: the adapters.
+            mixes: the distinct mixes in use.
+            rows: int64 [rows], the mix of each row; None keeps one row a mix.
+        """
+        count = len(mixes) if rows is None else len(rows)
+        if bank.table is not self._table or count != len(self._buffer):
+            self._table = bank.table
+            self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
+            shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
+            self.scales = shaped.split(bank.widths, dim=-1)
+        composed = self._buffer
+        if rows is not None:
+            composed = self._buffer.new_empty(len(mixes), bank.total_width)
+        with torch.no_grad():
+            for out, mix in zip(composed, mixes, strict=True):
+                compose_into(out, bank.table, mix)
+            if rows is not None:
+                torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+
+
+def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
+    """Writes a mix's composed row.
+
+    Args:
+        out: [total_width] float32, overwritten.
+        table: [capacity, total_width], the bank.
+        mix: what to compose, in the order of its rows, in float32.
+    """
+    if mix.weights is not None:
+        out.zero_()
+        for row, weight in zip(mix.rows, mix.weights, strict=True):
+            out.add_(table[row], alpha=weight)
+    elif mix.rows:
+        out.copy_(table[mix.rows[0]])
+        for row in mix.rows[1:]:
+            out.mul_(table[row])
+    else:
+        out.fill_(1.0)

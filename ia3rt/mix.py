@@ -1,0 +1,108 @@
+"""What a row of the batch wears: a combination of adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+CombinationType: TypeAlias = Literal["product", "linear", "delta"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A combination of adapters, each vector l_j with a weight w_j, evaluated site by site.
+
+    - `product`, s = Π l_j: what having all the adapters active at once means in PEFT. It takes no weights.
+    - `linear`, s = Σ w_j l_j: PEFT's `add_weighted_adapter`, another thing than having them active at once. A site
+      that an adapter lacks counts as ones.
+    - `delta`, s = 1 + Σ w_j (l_j - 1): task arithmetic (Ilharco et al. 2023) around the unadapted model.
+
+    Attributes:
+        adapters: the adapters' names; none is the base model.
+        weights: one finite number an adapter for `linear` and `delta`; None or all ones for `product`.
+        combination_type: how they combine.
+
+    Raises:
+        ValueError: an unknown combination type, missing or superfluous weights, weights of another length than
+            adapters, a weight that is not finite, or a weighted mix of no adapters.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    combination_type: CombinationType = "product"
+
+    def __post_init__(self) -> None:
+        """Normalises sequences to tuples and checks what the class promises."""
+        if isinstance(self.adapters, str):
+            raise ValueError(f"adapters must be a sequence of names, got the string {self.adapters!r}")
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        if self.combination_type not in get_args(CombinationType):
+            known = ", ".join(repr(kind) for kind in get_args(CombinationType))
+            raise ValueError(f"unknown combination_type {self.combination_type!r}: use one of {known}")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.adapters)} adapters {list(self.adapters)}: give each one"
+            )
+        for name, weight in zip(self.adapters, self.weights or (), strict=False):
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+        if self.combination_type == "product":
+            if self.weights is not None and any(weight != 1.0 for weight in self.weights):
+                raise ValueError(
+                    "a product takes no weights: scaling one factor scales them all, whichever it is, since the order "
+                    'of factors does not matter. Use "linear" for a weighted sum or "delta" to weaken an adapter'
+                )
+            object.__setattr__(self, "weights", None)
+        elif self.weights is None:
+            raise ValueError(f"a {self.combination_type} mix needs weights, one for each of {list(self.adapters)}")
+        elif not self.adapters:
+            raise ValueError(f"a {self.combination_type} mix needs at least one adapter")
+
+    @classmethod
+    def of(cls, spec: MixLike) -> Mix:
+        """The mix that a user's shorthand means.
+
+        Args:
+            spec: a name, None for the base model, a list of names for their product, {name: weight} for their
+                weighted sum, or a Mix.
+
+        Raises:
+            ValueError: an empty list or mapping, or what Mix itself refuses.
+            TypeError: anything else.
+        """
+        if isinstance(spec, Mix):
+            return spec
+        if spec is None:
+            return BASE
+        if isinstance(spec, str):
+            return cls((spec,))
+        if isinstance(spec, Mapping):
+            return cls(tuple(spec), tuple(spec.values()), "linear")
+        if isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
+            if not spec:
+                raise ValueError("an empty list of adapters: use None for the base model")
+            return cls(tuple(spec))
+        raise TypeError(
+            f"{spec!r} is no mix: give an adapter's name, None, a list of names, a mapping of name to weight, or a Mix"
+        )
+
+    def __str__(self) -> str:
+        """The mix as a formula: `a * b`, `0.7 a + 0.3 b`, `1 + 0.5 (a - 1)`, `base`."""
+        if self.weights is None:
+            return " * ".join(self.adapters) or "base"
+        if self.combination_type == "linear":
+            return " + ".join(f"{weight:g} {name}" for name, weight in zip(self.adapters, self.weights, strict=True))
+        return "1 + " + " + ".join(
+            f"{weight:g} ({name} - 1)" for name, weight in zip(self.adapters, self.weights, strict=True)
+        )
+
+
+MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, float] | None"
+BASE = Mix(())

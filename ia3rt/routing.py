@@ -1,0 +1,157 @@
+"""Which mix each row or token of the batch wears, and whether the batch at hand agrees with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.bank import Adapter, Bank, ResolvedMix
+from ia3rt.composed import ComposedMixes
+from ia3rt.mix import BASE
+from ia3rt.tables import MixTables
+
+Backend: TypeAlias = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """What a batch wears.
+
+    Attributes:
+        mixes: the distinct mixes in use.
+        index: int64 on the CPU, [rows] or [rows, tokens]: the mix of each row or token; None where all rows of any
+            batch wear `mixes[0]`.
+    """
+
+    mixes: tuple[ResolvedMix, ...]
+    index: Tensor | None = None
+
+    @classmethod
+    def by_row(cls, mixes: Sequence[ResolvedMix]) -> Route:
+        """One mix a row; rows that wear the same one share it."""
+        slots: dict[tuple[object, ...], int] = {}
+        distinct: list[ResolvedMix] = []
+        index = []
+        for mix in mixes:
+            slot = slots.setdefault((mix.rows, mix.weights), len(distinct))
+            if slot == len(distinct):
+                distinct.append(mix)
+            index.append(slot)
+        return cls(tuple(distinct), torch.tensor(index))
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has a mix of its own."""
+        return self.index is not None and self.index.dim() == 2
+
+
+class Routing:
+    """What the patched modules read during a forward: the one piece of state they share.
+
+    Attributes:
+        backend: `triton` where the kernels evaluate the mixes, `torch` where they are composed once, when set.
+        route: what the batch wears.
+        composed: the mixes as the torch backend applies them. Modules that no kernel fits use them on any backend.
+        tables: the mixes as the kernels read them.
+        tokens: int64 [rows * tokens], for the forward at hand: the mix of each token, None unless routed by token.
+        expand: how many times `generate` repeats each row (beams, returned sequences); None outside of it.
+    """
+
+    def __init__(self, bank: Bank, backend: Backend) -> None:
+        """Starts with the base model on every row."""
+        self.bank = bank
+        self.backend: Backend = backend
+        self.composed = ComposedMixes()
+        self.tables = MixTables()
+        self.tokens: Tensor | None = None
+        self.expand: int | None = None
+        self.set(Route((bank.resolve(BASE),)))
+
+    def set(self, route: Route) -> None:
+        """Makes `route` what the next forward wears."""
+        by_row = route.index if route.index is not None and not route.by_token else None
+        self.composed.write(self.bank, route.mixes, by_row)
+        if self.backend == "triton":
+            self.tables.write(self.bank, route.mixes, by_row)
+        self.route = route
+        self.tokens = None
+
+    def refresh(self) -> None:
+        """Writes the route anew, after the bank's table was replaced."""
+        self.set(self.route)
+
+    def restore(self, route: Route) -> None:
+        """Sets an earlier route again; rows whose adapters are gone since wear the base model, with a warning."""
+        worn = {adapter for mix in route.mixes for adapter in mix.adapters}
+        gone = {adapter for adapter in worn if self.bank.adapters.get(adapter.name) is not adapter}
+        for adapter in gone:
+            warnings.warn(
+                f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
+                stacklevel=3,
+            )
+        self.set(self._without(route, gone))
+
+    def drop(self, adapter: Adapter) -> None:
+        """Puts the rows that wear `adapter` back to the base model, with a warning; others stay as they are."""
+        if not any(adapter in mix.adapters for mix in self.route.mixes):
+            return
+        warnings.warn(
+            f"adapter {adapter.name!r} was active and is deleted: the rows that wore it wear the base model now",
+            stacklevel=3,
+        )
+        self.set(self._without(self.route, {adapter}))
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pre-hook: checks the route's rows against the batch's, lays a route by token over its tokens.
+
+        Raises:
+            ValueError: they are not.
+        """
+        index = self.route.index
+        if index is None:
+            return
+        batch = _batch(args, kwargs)
+        if batch is None:
+            return
+        expand = self.expand or 1
+        if batch.shape[0] not in (len(index), len(index) * expand):
+            repeated = f" × {expand} sequences each" if expand > 1 else ""
+            raise ValueError(
+                f"the route has {len(index)} rows{repeated}, but the batch has {batch.shape[0]}: "
+                "route() takes one mix for each row of the batch, set_adapter() one for all"
+            )
+        if index.dim() == 2:
+            self._lay_tokens(index, batch, _cached(kwargs))
+
+    def _lay_tokens(self, index: Tensor, batch: Tensor, past: int) -> None:
+        length = batch.shape[1]
+        if past == 0 and length != index.shape[1] and (self.expand is None or length < index.shape[1]):
+            raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {length}")
+        # What a row generates wears the mix of its last token.
+        columns = torch.arange(past, past + length).clamp_(max=index.shape[1] - 1)
+        rows = index[:, columns].repeat_interleave(batch.shape[0] // len(index), dim=0)
+        self.tokens = rows.reshape(-1).to(self.bank.table.device)
+        if self.backend == "triton":
+            self.tables.write(self.bank, self.route.mixes, self.tokens)
+
+    def _without(self, route: Route, gone: set[Adapter]) -> Route:
+        base = self.bank.resolve(BASE)
+        return Route(tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes), route.index)
+
+
+def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The forward's main input, [batch, ...]."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    candidates = [*(kwargs.get(name) for name in names), *args, *kwargs.values()]
+    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
+
+
+def _cached(kwargs: Mapping[str, Any]) -> int:
+    """How many tokens of each row the forward's key-value cache holds."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -1,0 +1,68 @@
+"""The Triton backend's view of what the rows wear: tables that the kernels read, at addresses that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ia3rt.bank import Bank, ResolvedMix
+
+PRODUCT, LINEAR = 0, 1
+_MIX_SIZE = 8  # up to this, the kernels can scale the input of a few rows within the matmul
+
+
+class MixTables:
+    """What the kernels read beside the bank.
+
+    Attributes:
+        bank: by site, its column slice of the bank, [capacity, width].
+        mixes: int32 [slots, 2 + 2 K], a mix a row: mode (0 product, 1 linear), count, K bank rows, K float32 weights
+            as raw bits. K is the longest mix there is room for.
+        route: int32 [R], the slot each row of the batch wears; R = 1 where all wear one.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty: `write` fills it."""
+        self.bank: tuple[Tensor, ...] = ()
+        self.mixes = torch.zeros(0, 2, dtype=torch.int32)
+        self.route = torch.zeros(0, dtype=torch.int32)
+        self._table: Tensor | None = None
+
+    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], index: Tensor | None) -> None:
+        """Writes the mixes and the route, in place where they fit into what was there before.
+
+        Args:
+            bank: the adapters.
+            mixes: the distinct mixes in use.
+            index: int [R], which of them each row wears; None where `mixes` is one a row, or one for all.
+        """
+        device = bank.table.device
+        if bank.table is not self._table:
+            self._table = bank.table
+            self.bank = bank.table.split(bank.widths, dim=1)
+        size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
+        if self.mixes.device != device or len(self.mixes) < len(mixes) or self.mixes.shape[1] < 2 + 2 * size:
+            slots = max(2 * len(self.mixes), len(mixes))
+            self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
+        packed = pack_mixes(mixes, (self.mixes.shape[1] - 2) // 2)
+        self.mixes[: len(mixes)].copy_(packed)
+        if index is None:
+            index = torch.arange(len(mixes), dtype=torch.int32)
+        if self.route.device != device or self.route.shape != index.shape:
+            self.route = torch.empty(index.shape, dtype=torch.int32, device=device)
+        self.route.copy_(index)
+
+
+def pack_mixes(mixes: Sequence[ResolvedMix], size: int) -> Tensor:
+    """Packs mixes of at most `size` adapters into rows of `MixTables.mixes`, int32 [len(mixes), 2 + 2 size]."""
+    packed = torch.zeros(len(mixes), 2 + 2 * size, dtype=torch.int32)
+    weights = packed[:, 2 + size :].view(torch.float32)
+    for slot, mix in enumerate(mixes):
+        count = len(mix.rows)
+        packed[slot, 0] = PRODUCT if mix.weights is None else LINEAR
+        packed[slot, 1] = count
+        packed[slot, 2 : 2 + count] = torch.tensor(mix.rows, dtype=torch.int32)
+        weights[slot, :count] = torch.tensor(mix.weights or [1.0] * count)
+    return packed
