@@ -51,7 +51,7 @@ class Bank:
         device: where the table lives.
         dtype: float32, or bfloat16 / float16 to halve the memory.
         capacity: rows to begin with; the table doubles when they are used up.
-    """  # noqa: D205
+    """
 
     def __init__(self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -18,7 +18,6 @@ class ComposedMixes:
     """
 
     def __init__(self) -> None:
-        """Starts empty: `write` fills it."""
         self.scales: tuple[Tensor, ...] = ()
         self._buffer = torch.empty(0, 0)
         self._table: Tensor | None = None

@@ -59,7 +59,7 @@ def _scales(bank: Bank, mix: ResolvedMix) -> Iterator[tuple[str, Tensor | None, 
     row = torch.empty(bank.total_width, device=bank.table.device)
     compose_into(row, bank.table, mix)
     acts = {site.key for adapter in mix.adapters for site in adapter.sites}
-    by_key = dict(zip(bank.sites, row.split(bank.widths), strict=True))
+    by_key = dict(zip(bank.sites, torch.split(row, bank.widths), strict=True))
     for path in dict.fromkeys(path for path, _ in bank.sites):
         s_in, s_out = (by_key[path, side] if (path, side) in acts else None for side in ("in", "out"))
         if s_in is not None or s_out is not None:

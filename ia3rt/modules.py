@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,9 @@ def original_class(cls: type) -> type:
 
 
 @functools.cache
-def patched_class(cls: type) -> type:
-    """The drop-in class for layers of type `cls`."""
+def patched_class(cls: Hashable) -> type:
+    """The drop-in class for layers of type `cls`, a subclass of nn.Module."""
+    assert isinstance(cls, type)
     return type(f"IA3{cls.__name__}", (IA3Layer, cls), {"__module__": __name__, "__doc__": f"{cls.__name__} with IA³."})
 
 

@@ -63,16 +63,15 @@ class Routing:
     """
 
     def __init__(self, bank: Bank, backend: Backend) -> None:
-        """Starts with the base model on every row."""
         self.bank = bank
         self.backend: Backend = backend
         self.composed = ComposedMixes()
         self.tables = MixTables()
         self.tokens: Tensor | None = None
         self.expand: int | None = None
-        self.set(Route((bank.resolve(BASE),)))
+        self.wear(Route((bank.resolve(BASE),)))
 
-    def set(self, route: Route) -> None:
+    def wear(self, route: Route) -> None:
         """Makes `route` what the next forward wears."""
         by_row = route.index if route.index is not None and not route.by_token else None
         self.composed.write(self.bank, route.mixes, by_row)
@@ -83,7 +82,7 @@ class Routing:
 
     def refresh(self) -> None:
         """Writes the route anew, after the bank's table was replaced."""
-        self.set(self.route)
+        self.wear(self.route)
 
     def restore(self, route: Route) -> None:
         """Sets an earlier route again; rows whose adapters are gone since wear the base model, with a warning."""
@@ -94,7 +93,7 @@ class Routing:
                 f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
                 stacklevel=3,
             )
-        self.set(self._without(route, gone))
+        self.wear(self._without(route, gone))
 
     def drop(self, adapter: Adapter) -> None:
         """Puts the rows that wear `adapter` back to the base model, with a warning; others stay as they are."""
@@ -104,7 +103,7 @@ class Routing:
             f"adapter {adapter.name!r} was active and is deleted: the rows that wore it wear the base model now",
             stacklevel=3,
         )
-        self.set(self._without(self.route, {adapter}))
+        self.wear(self._without(self.route, {adapter}))
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook: checks the route's rows against the batch's, lays a route by token over its tokens.

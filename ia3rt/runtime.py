@@ -34,7 +34,7 @@ class Runtime:
     """
 
     def __init__(self, model: nn.Module, bank: Bank, backend: Backend, excluded: ModuleNames, extends: bool) -> None:
-        """Patches `model` at the bank's sites; `extends` lets adapters add sites, except at `excluded` modules."""
+        # `extends`: whether adapters may add sites, except at `excluded` modules.
         self.model = model
         self._bank = bank
         self._excluded = excluded
@@ -153,7 +153,7 @@ class Runtime:
         row = torch.empty(self._bank.total_width, device=self._bank.table.device)
         compose_into(row, self._bank.table, mix)
         acts = frozenset().union(*(adapter.sites for adapter in mix.adapters))
-        vectors = zip(self.sites, row.split(self._bank.widths), strict=True)
+        vectors = zip(self.sites, torch.split(row, self._bank.widths), strict=True)
         self._add(adapter_name, {site: vector for site, vector in vectors if site in acts}, {})
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -195,7 +195,7 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("switch adapters")
-        self._routing.set(Route((self._bank.resolve(Mix.of(adapter_name)),)))
+        self._routing.wear(Route((self._bank.resolve(Mix.of(adapter_name)),)))
 
     def route(self, mixes: Sequence[MixLike], index: Tensor | None = None) -> AbstractContextManager[None]:
         """Makes each row, or each token, wear a mix of its own.
@@ -225,7 +225,7 @@ class Runtime:
             for adapter in mix.adapters:
                 _check_no_experts(adapter.name, adapter.sites)
         before = self._routing.route
-        self._routing.set(_indexed(Route.by_row(resolved), len(resolved), index))
+        self._routing.wear(_indexed(Route.by_row(resolved), len(resolved), index))
         return self._restoring(before)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
@@ -252,7 +252,7 @@ class Runtime:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
         mix = route.mixes[0] if adapter_names is None else self._bank.resolve(Mix.of(adapter_names))
         self._merged = merge(self.model, self._bank, mix), route
-        self._routing.set(Route((self._bank.resolve(BASE),)))
+        self._routing.wear(Route((self._bank.resolve(BASE),)))
 
     def unmerge_adapter(self) -> None:
         """Puts the weights back bit for bit, and what the rows wore before the merge.
@@ -264,7 +264,7 @@ class Runtime:
             raise RuntimeError("the model is not merged: there is nothing to unmerge")
         (weights, route), self._merged = self._merged, None
         weights.unmerge()
-        self._routing.set(route)
+        self._routing.wear(route)
 
     def unpatch(self) -> nn.Module:
         """Makes the model what it was before `patch`, bit for bit, and returns it. The runtime is of no use then.
@@ -356,7 +356,7 @@ class Runtime:
     def _disabled(self) -> Iterator[None]:
         self._check_open("disable adapters")
         before = self._routing.route
-        self._routing.set(Route((self._bank.resolve(BASE),)))
+        self._routing.wear(Route((self._bank.resolve(BASE),)))
         with self._restoring(before):
             yield
 

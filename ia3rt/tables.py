@@ -24,7 +24,6 @@ class MixTables:
     """
 
     def __init__(self) -> None:
-        """Starts empty: `write` fills it."""
         self.bank: tuple[Tensor, ...] = ()
         self.mixes = torch.zeros(0, 2, dtype=torch.int32)
         self.route = torch.zeros(0, dtype=torch.int32)
