@@ -116,8 +116,9 @@ class Bank:
                 )
         pieces = []
         for site in self.all_sites(vectors):
-            vector = vectors.get(site)
-            pieces.append(torch.ones(site.width) if vector is None else vector.detach().reshape(-1).float().cpu())
+            pieces.append(
+                vectors[site].detach().reshape(-1).float().cpu() if site in vectors else torch.ones(site.width)
+            )
         row = torch.cat(pieces)
         if not row.isfinite().all():
             bad = next(site for site, vector in vectors.items() if not vector.isfinite().all())
@@ -132,6 +133,8 @@ class Bank:
         """The bank's sites and then those of `vectors` that it lacks."""
         return [*self.sites.values(), *(site for site in vectors if site.key not in self.sites)]
 
+    @torch.inference_mode(False)  # a tensor made inside inference mode could never be written outside of it
+    @torch.no_grad()
     def add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any] | None = None) -> Adapter:
         """Makes an adapter resident: one copy into a free row. Either all of it happens or nothing.
 
@@ -158,7 +161,7 @@ class Bank:
 
     def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
         """A resident adapter's vectors, [width] each: views of its row."""
-        columns = self.table[adapter.row].split(self.widths)
+        columns = torch.split(self.table[adapter.row], self.widths)
         return {
             site: column for site, column in zip(self.sites.values(), columns, strict=True) if site in adapter.sites
         }

@@ -35,15 +35,14 @@ class ComposedMixes:
             self._table = bank.table
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
-            self.scales = shaped.split(bank.widths, dim=-1)
+            self.scales = torch.split(shaped, bank.widths, dim=-1)
         composed = self._buffer
         if rows is not None:
             composed = self._buffer.new_empty(len(mixes), bank.total_width)
-        with torch.no_grad():
-            for out, mix in zip(composed, mixes, strict=True):
-                compose_into(out, bank.table, mix)
-            if rows is not None:
-                torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+        for out, mix in zip(composed, mixes, strict=True):
+            compose_into(out, bank.table, mix)
+        if rows is not None:
+            torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
 
 
 def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
@@ -57,7 +56,7 @@ def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
     if mix.weights is not None:
         out.zero_()
         for row, weight in zip(mix.rows, mix.weights, strict=True):
-            out.add_(table[row], alpha=weight)
+            out.add_(table[row].float() * weight)  # rounded before it is added, as in PEFT
     elif mix.rows:
         out.copy_(table[mix.rows[0]])
         for row in mix.rows[1:]:

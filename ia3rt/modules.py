@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +72,15 @@ def original_class(cls: type) -> type:
     return cls.__bases__[1] if issubclass(cls, IA3Layer) else cls
 
 
-@functools.cache
-def patched_class(cls: Hashable) -> type:
-    """The drop-in class for layers of type `cls`, a subclass of nn.Module."""
-    assert isinstance(cls, type)
-    return type(f"IA3{cls.__name__}", (IA3Layer, cls), {"__module__": __name__, "__doc__": f"{cls.__name__} with IA³."})
+_patched: dict[type, type] = {}
+
+
+def patched_class(cls: type) -> type:
+    """The drop-in class for layers of type `cls`, one and the same for all of them."""
+    if cls not in _patched:
+        doc = f"{cls.__name__} with IA³."
+        _patched[cls] = type(f"IA3{cls.__name__}", (IA3Layer, cls), {"__module__": __name__, "__doc__": doc})
+    return _patched[cls]
 
 
 def wrap(layer: nn.Module, routing: Routing, follow: Callable[[torch.device], None]) -> None:

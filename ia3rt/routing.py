@@ -56,29 +56,35 @@ class Routing:
     Attributes:
         backend: `triton` where the kernels evaluate the mixes, `torch` where they are composed once, when set.
         route: what the batch wears.
-        composed: the mixes as the torch backend applies them. Modules that no kernel fits use them on any backend.
+        composes: whether any module needs `composed`: on the torch backend all do, else those that no kernel fits.
+        composed: the mixes as the torch backend applies them.
         tables: the mixes as the kernels read them.
-        tokens: int64 [rows * tokens], for the forward at hand: the mix of each token, None unless routed by token.
+        tokens: int64 [rows * tokens], for the forward at hand: the mix of each token; None unless routed by token.
         expand: how many times `generate` repeats each row (beams, returned sequences); None outside of it.
     """
 
     def __init__(self, bank: Bank, backend: Backend) -> None:
         self.bank = bank
         self.backend: Backend = backend
+        self.composes = backend == "torch"
+        self.route = Route((bank.resolve(BASE),))
         self.composed = ComposedMixes()
         self.tables = MixTables()
         self.tokens: Tensor | None = None
         self.expand: int | None = None
-        self.wear(Route((bank.resolve(BASE),)))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def wear(self, route: Route) -> None:
         """Makes `route` what the next forward wears."""
         by_row = route.index if route.index is not None and not route.by_token else None
-        self.composed.write(self.bank, route.mixes, by_row)
+        if self.composes:
+            self.composed.write(self.bank, route.mixes, by_row)
         if self.backend == "triton":
-            self.tables.write(self.bank, route.mixes, by_row)
+            self.tables.write(self.bank, route.mixes)
+            self.tables.write_route(torch.zeros(1) if by_row is None else by_row)
         self.route = route
-        self.tokens = None
+        self.after_forward()
 
     def refresh(self) -> None:
         """Writes the route anew, after the bank's table was replaced."""
@@ -91,7 +97,7 @@ class Routing:
         for adapter in gone:
             warnings.warn(
                 f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.wear(self._without(route, gone))
 
@@ -127,6 +133,11 @@ class Routing:
         if index.dim() == 2:
             self._lay_tokens(index, batch, _cached(kwargs))
 
+    def after_forward(self, *_: object) -> None:
+        """A forward hook: a route by token fits the forward that it was laid over, and no other."""
+        self.tokens = torch.empty(0, dtype=torch.int64) if self.route.by_token else None
+
+    @torch.inference_mode(False)
     def _lay_tokens(self, index: Tensor, batch: Tensor, past: int) -> None:
         length = batch.shape[1]
         if past == 0 and length != index.shape[1] and (self.expand is None or length < index.shape[1]):
@@ -136,7 +147,7 @@ class Routing:
         rows = index[:, columns].repeat_interleave(batch.shape[0] // len(index), dim=0)
         self.tokens = rows.reshape(-1).to(self.bank.table.device)
         if self.backend == "triton":
-            self.tables.write(self.bank, self.route.mixes, self.tokens)
+            self.tables.write_route(self.tokens)
 
     def _without(self, route: Route, gone: set[Adapter]) -> Route:
         base = self.bank.resolve(BASE)

@@ -17,7 +17,7 @@ from ia3rt.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.composed import compose_into
 from ia3rt.merge import MergedWeights, merge
 from ia3rt.mix import BASE, CombinationType, Mix, MixLike
-from ia3rt.modules import IA3Layer, place, unwrap, wrap
+from ia3rt.modules import IA3Layer, dense_weight, place, unwrap, wrap
 from ia3rt.routing import Backend, Route, Routing
 from ia3rt.sites import ModuleNames, Site, SiteKey, name_matches, site_of
 
@@ -42,10 +42,12 @@ class Runtime:
         self._routing = Routing(bank, backend)
         self._merged: tuple[MergedWeights, Route] | None = None
         self._place_sites()
+        self._routing.refresh()
         generation.install(model, self._routing)
-        self._hook: RemovableHandle | None = model.register_forward_pre_hook(
-            self._routing.before_forward, with_kwargs=True
-        )
+        self._hooks: list[RemovableHandle] | None = [
+            model.register_forward_pre_hook(self._routing.before_forward, with_kwargs=True),
+            model.register_forward_hook(self._routing.after_forward),
+        ]
 
     @property
     def adapters(self) -> list[str]:
@@ -264,7 +266,7 @@ class Runtime:
             raise RuntimeError("the model is not merged: there is nothing to unmerge")
         (weights, route), self._merged = self._merged, None
         weights.unmerge()
-        self._routing.wear(route)
+        self._routing.restore(route)
 
     def unpatch(self) -> nn.Module:
         """Makes the model what it was before `patch`, bit for bit, and returns it. The runtime is of no use then.
@@ -272,7 +274,7 @@ class Runtime:
         Raises:
             RuntimeError: it was unpatched already.
         """
-        if self._hook is None:
+        if self._hooks is None:
             raise RuntimeError("the model is not patched any more: call ia3rt.patch(model) again")
         if self._merged is not None:
             self.unmerge_adapter()
@@ -280,8 +282,9 @@ class Runtime:
             if isinstance(layer, IA3Layer):
                 unwrap(layer)
         generation.uninstall(self.model)
-        self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = None
         return self.model
 
     def __repr__(self) -> str:
@@ -293,7 +296,7 @@ class Runtime:
         )
 
     def _check_open(self, what: str) -> None:
-        if self._hook is None:
+        if self._hooks is None:
             raise RuntimeError(f"cannot {what}: the model is not patched any more; call ia3rt.patch(model) again")
         if self._merged is not None:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
@@ -311,6 +314,7 @@ class Runtime:
             layer = modules[site.path]
             if not isinstance(layer, IA3Layer):
                 wrap(layer, self._routing, self._follow)
+                self._routing.composes |= dense_weight(layer)[0] is None
             place(layer, site.side, position)
 
     def _follow(self, device: torch.device) -> None:
@@ -350,7 +354,10 @@ class Runtime:
         try:
             yield
         finally:
-            self._routing.restore(before)
+            if self._merged is not None:  # within the `with`: what comes back, comes back at the unmerge
+                self._merged = self._merged[0], before
+            elif self._hooks is not None:
+                self._routing.restore(before)
 
     @contextmanager
     def _disabled(self) -> Iterator[None]:

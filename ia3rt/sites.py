@@ -66,8 +66,8 @@ def module_widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        in_features, out_features = module.weight.shape  # transformers' Conv1D keeps W transposed
-        return int(in_features), int(out_features)
+        in_features, out_features = module.get_parameter("weight").shape  # transformers' Conv1D keeps W transposed
+        return in_features, out_features
     return None
 
 
@@ -145,12 +145,14 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
             f"module {path!r} is a {type(modules[path]).__name__}, which wears no vector: only nn.Linear and "
             "transformers' Conv1D do"
         )
+    if "forward" in vars(modules[path]) and "_old_forward" not in vars(modules[path]):
+        raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, widths[0 if side == "in" else 1])
 
 
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleNames) -> list[str]:
     if names == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = _asked(model, "get_output_embeddings")
         return [path for path, module in modules.items() if module_widths(module) and module is not head]
     return [path for path in modules if path and name_matches(path, names)]
 
@@ -188,7 +190,13 @@ def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> Ite
 
 def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     """The part of the model to search: the text decoder, so that a vision or audio tower stays as it is."""
-    if not hasattr(model, "get_decoder") or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return ""
-    decoder = model.get_decoder()
+    decoder = _asked(model, "get_decoder")
     return next((path for path, module in modules.items() if module is decoder), "")
+
+
+def _asked(model: nn.Module, method: str) -> object:
+    """What a transformers model answers, None for any other."""
+    ask = getattr(model, method, None)
+    return ask() if callable(ask) else None

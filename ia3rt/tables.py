@@ -29,26 +29,21 @@ class MixTables:
         self.route = torch.zeros(0, dtype=torch.int32)
         self._table: Tensor | None = None
 
-    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], index: Tensor | None) -> None:
-        """Writes the mixes and the route, in place where they fit into what was there before.
-
-        Args:
-            bank: the adapters.
-            mixes: the distinct mixes in use.
-            index: int [R], which of them each row wears; None where `mixes` is one a row, or one for all.
-        """
+    def write(self, bank: Bank, mixes: Sequence[ResolvedMix]) -> None:
+        """Writes the distinct mixes in use, in place where they fit into what was there before."""
         device = bank.table.device
         if bank.table is not self._table:
             self._table = bank.table
-            self.bank = bank.table.split(bank.widths, dim=1)
+            self.bank = torch.split(bank.table, bank.widths, dim=1)
         size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
         if self.mixes.device != device or len(self.mixes) < len(mixes) or self.mixes.shape[1] < 2 + 2 * size:
             slots = max(2 * len(self.mixes), len(mixes))
             self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
-        packed = pack_mixes(mixes, (self.mixes.shape[1] - 2) // 2)
-        self.mixes[: len(mixes)].copy_(packed)
-        if index is None:
-            index = torch.arange(len(mixes), dtype=torch.int32)
+        self.mixes[: len(mixes)].copy_(pack_mixes(mixes, (self.mixes.shape[1] - 2) // 2))
+
+    def write_route(self, index: Tensor) -> None:
+        """Writes which of the mixes each row wears, integers [R]; in place where as many were there before."""
+        device = self.mixes.device
         if self.route.device != device or self.route.shape != index.shape:
             self.route = torch.empty(index.shape, dtype=torch.int32, device=device)
         self.route.copy_(index)

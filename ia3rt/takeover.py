@@ -31,7 +31,7 @@ class TakenOver:
     def unwrap(self) -> None:
         """Puts the base model's own modules where PEFT's stand."""
         for path, wrapper in self.wrappers.items():
-            _put(self.model, path, wrapper.get_base_layer())
+            _put(self.model, path, wrapper.get_base_layer())  # type: ignore[operator]
 
     def rewrap(self) -> None:
         """Takes `unwrap` back."""
