@@ -1,0 +1,105 @@
+"""The command `ia3rt`: declares its subcommands and options. The work is done elsewhere, imported when asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+app = typer.Typer(help="Many IA³ adapters on one PyTorch model.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            version = importlib.metadata.version("ia3rt")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(a checkout that is not installed)"
+        typer.echo(f"ia3rt {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Many IA³ adapters on one PyTorch model."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Your own model: a folder, or an id on the Hugging Face Hub.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="An IA³ adapter of --model: a folder or a Hub id. Repeatable."),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt for --model. Repeatable.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cpu or cuda. [default: cuda if there is one]")
+    ] = None,
+) -> None:
+    """Show on a small model what ia3rt does: a batch of mixed adapters, their accuracy, and what switching costs.
+
+    Takes a minute or two on a CPU. Exits with 1 if the model is not bit for bit itself again at the end.
+    """
+    from ia3rt.demo import run_demo
+    from ia3rt.demo_inputs import bundled_inputs, own_inputs
+
+    console = Console()
+    with _errors_in_a_line():
+        if model is not None:
+            inputs = own_inputs(console, model, adapter or [], prompt or [], device)
+        elif adapter or prompt:
+            raise typer.BadParameter("--adapter and --prompt go with --model, which says what they are for")
+        else:
+            inputs = bundled_inputs(console, device)
+        exact = run_demo(console, inputs)
+    raise typer.Exit(0 if exact else 1)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(metavar="PATH_OR_HUB_ID", help="A PEFT IA³ checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="The Hub repository's branch, tag or commit.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="The folder inside that holds the adapter.")] = None,
+) -> None:
+    """Describe an IA³ adapter: its vectors, how far they are from 1, and which models they fit.
+
+    Loads no model. Exits with 1 if a number is NaN or infinite.
+    """
+    from ia3rt.checkpoint import read_checkpoint
+    from ia3rt.inspect import describe, render
+
+    with _errors_in_a_line():
+        description = describe(read_checkpoint(adapter, revision=revision, subfolder=subfolder))
+    Console().print(render(description, adapter))
+    if not description.is_finite:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
+    """Prints what a user can mend as one red line, and exits with 1."""
+    from ia3rt.demo_inputs import MissingPackageError, UsageError
+
+    try:
+        yield
+    except UsageError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from error
+    except (ValueError, FileNotFoundError, MissingPackageError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True).print(Text(f"Error: {line}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

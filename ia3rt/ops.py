@@ -10,9 +10,9 @@ not checked to be in range: they live on the device, and reading them would stal
 
 import importlib
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -25,20 +25,28 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @cache
-def _kernel(name: str) -> ModuleType | None:
-    """Import ia3rt.kernels.<name> at its first use; None where Triton is not installed."""
+def _kernels_work() -> bool:
+    """Whether Triton is installed: a failure of another kind is no reason to be silently slow."""
     try:
-        return importlib.import_module(f"ia3rt.kernels.{name}")
+        importlib.import_module("ia3rt.kernels.linear")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return None
+        return False
+    return True
 
 
 def backend(x: Tensor) -> Literal["triton", "torch"]:
     """Return what computes an operation on x."""
     on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton" if on_device and x.dtype in TRITON_DTYPES and _kernel("scale") is not None else "torch"
+    return "triton" if on_device and x.dtype in TRITON_DTYPES and _kernels_work() else "torch"
+
+
+def _implementation(name: str, x: Tensor) -> Callable[..., Tensor]:
+    """Return kernels/<name>.py's launcher `name`, or what stands in for it in reference.py."""
+    module = importlib.import_module(f"ia3rt.kernels.{name}") if backend(x) == "triton" else reference
+    run: Callable[..., Tensor] = getattr(module, name)
+    return run
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -67,7 +75,8 @@ def _check_site(name: str, l: Tensor | None, width: int) -> None:  # noqa: E741
 
 
 def _check_routing(mixes: Tensor, route: Tensor) -> None:
-    if mixes.dtype != torch.int32 or mixes.ndim != 2 or mixes.shape[1] < 2 or mixes.shape[1] % 2 or not mixes.is_contiguous():
+    is_table = mixes.ndim == 2 and mixes.shape[1] >= 2 and mixes.shape[1] % 2 == 0
+    if mixes.dtype != torch.int32 or not is_table or not mixes.is_contiguous():
         raise ValueError(
             f"mixes must be a contiguous int32 tensor [slots, 2 + 2K], not {mixes.dtype} {list(mixes.shape)}"
         )
@@ -119,8 +128,7 @@ def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa
     if x.numel() == 0:
         return _new(x, x.shape[-1])
     with _device_of(x):
-        run = _kernel("scale").scale if backend(x) == "triton" else reference.scale
-        y: Tensor = run(rows, l, mixes, route)
+        y = _implementation("scale", x)(rows, l, mixes, route)
     return y.view(x.shape)
 
 
@@ -195,8 +203,7 @@ def linear(
     if x.numel() == 0:
         return _new(x, weight.shape[0])
     with _device_of(x):
-        run = _kernel("linear").linear if backend(x) == "triton" else reference.linear
-        y: Tensor = run(rows, weight, bias, l_in, l_out, mixes, route)
+        y = _implementation("linear", x)(rows, weight, bias, l_in, l_out, mixes, route)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

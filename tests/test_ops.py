@@ -1,0 +1,205 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from bar import assert_meets_bar
+from torch import Tensor
+from workloads import LINEAR, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
+
+from ia3rt import ops, reference
+
+CAPACITY, K, N = 7, 6, 5
+MIXES = mix_table([Mix(PRODUCT, ()), Mix(PRODUCT, (1, 2, 3)), Mix(LINEAR, (4, 1), (0.5, -2.0)), Mix(PRODUCT, (5,))])
+ROUTES = {"uniform": [1], "a mix a sequence": [1, 2], "a mix a token": [3, 0, 1, 2, 2, 1]}
+
+
+def inputs(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = True,
+    bias: bool = True,
+    sites: str = "in out",
+) -> list[Tensor | None]:
+    """Return x [2, 3, K], weight, bias, l_in and l_out."""
+    generator = torch.Generator().manual_seed(1)
+    bank_dtype = torch.promote_types(dtype, torch.float32)
+    drawn = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, K), (N, K), (N,))]
+    tensors: list[Tensor | None] = [tensor.to(device, dtype).requires_grad_(grad) for tensor in drawn]
+    for site, width in (("in", K), ("out", N)):
+        vectors = random_bank(CAPACITY, width, generator, bank_dtype).to(device).detach()
+        tensors.append(vectors.requires_grad_(grad) if site in sites else None)
+    if not bias:
+        tensors[2] = None
+    return tensors
+
+
+def route_of(name: str, device: torch.device) -> Tensor:
+    return torch.tensor(ROUTES[name], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("sites", ["", "in", "out", "in out"])
+def test_opcheck_linear(sites, name, device) -> None:
+    tensors = inputs(device, bias=name != "uniform", sites=sites)
+    torch.library.opcheck(ops.linear, (*tensors, MIXES.to(device), route_of(name, device)))
+
+
+@pytest.mark.usefixtures("torch_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_linear_in_torch(dtype) -> None:
+    tensors = inputs(torch.device("cpu"), dtype)
+    torch.library.opcheck(ops.linear, (*tensors, MIXES, route_of("a mix a sequence", torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_opcheck_scale_and_bank_gradient(name, device) -> None:
+    x, _, _, bank, _ = inputs(device)
+    routing = MIXES.to(device), route_of(name, device)
+    torch.library.opcheck(ops.scale, (x, bank, *routing))
+    torch.library.opcheck(ops.bank_gradient, (x.detach(), x.detach(), bank.detach(), *routing))
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_gradcheck(name) -> None:
+    cpu = torch.device("cpu")
+    tensors = inputs(cpu, torch.float64)
+    with torch.no_grad():
+        tensors[3][1, 0] = tensors[4][1, :2] = tensors[4][2, 1] = 0  # one zero factor, and two
+    routing = MIXES, route_of(name, cpu)
+    assert torch.autograd.gradcheck(lambda *t: ops.linear(*t, *routing), tensors, fast_mode=False)
+    assert torch.autograd.gradcheck(lambda x, bank: ops.scale(x, bank, *routing), (tensors[0], tensors[3]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_the_kernels(dtype, name, transposed, device) -> None:
+    """Each gradient, with the kernels inside, errs at most twice as much as torch's own autograd does."""
+
+    def gradients(run, dtype: torch.dtype) -> list[Tensor]:
+        tensors = inputs(device, torch.float32)  # the same values for each dtype, rounded
+        x, weight, bias = (t.detach().to(torch.bfloat16).to(dtype).requires_grad_() for t in tensors[:3])
+        l_in, l_out = (t.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for t in tensors[3:])
+        matrix = weight.t().contiguous().t() if transposed else weight
+        y = run(x, matrix, bias, l_in, l_out, MIXES.to(device), route_of(name, device))
+        dy = torch.linspace(-1, 2, y.numel(), device=device).to(torch.bfloat16).to(dtype).view(y.shape)
+        return list(torch.autograd.grad(y, (x, weight, bias, l_in, l_out), dy))
+
+    truths = gradients(reference.linear, torch.float64)
+    for ours, theirs, truth in zip(
+        gradients(ops.linear, dtype), gradients(reference.linear, dtype), truths, strict=True
+    ):
+        assert_meets_bar(ours, theirs, truth)
+
+
+def test_only_needed_gradients_are_computed(device) -> None:
+    tensors = inputs(device, grad=False)
+    tensors[4].requires_grad_()
+    ops.linear(*tensors, MIXES.to(device), route_of("uniform", device)).sum().backward()
+    assert tensors[4].grad is not None
+    assert all(tensor.grad is None for tensor in tensors[:4])
+
+
+def test_a_gradient_reaches_the_bank_through_its_slices(device) -> None:
+    x, weight, bias, l_in, l_out = inputs(device)
+    bank = torch.cat([l_in, l_out], 1).detach().requires_grad_()
+    routing = MIXES.to(device), route_of("a mix a token", device)
+    ops.linear(x, weight, bias, bank[:, :K], bank[:, K:], *routing).sum().backward()
+    apart = torch.autograd.grad(ops.linear(x, weight, bias, l_in, l_out, *routing).sum(), (l_in, l_out))
+    torch.testing.assert_close(bank.grad, torch.cat(apart, 1), rtol=0, atol=0)
+
+
+def test_bank_gradients_are_the_same_bits_each_time(device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dy, x = (torch.randn(64, 33, generator=generator).to(device) for _ in range(2))
+    bank = random_bank(5, 33, generator).to(device)
+    routing = random_mixes(6, 5, 4, generator).to(device), popularity("zipf", 64, 6, generator).to(device)
+    first = ops.bank_gradient(dy, x, bank, *routing)
+    assert all(torch.equal(ops.bank_gradient(dy, x, bank, *routing), first) for _ in range(5))
+
+
+def test_shapes_and_strides_of_x(device) -> None:
+    _, weight, bias, l_in, l_out = inputs(device, grad=False)
+    fixed = (weight, bias, l_in, l_out, MIXES.to(device), route_of("uniform", device))
+    x = torch.randn(K, 4, 2, device=device).permute(2, 1, 0)  # columns apart
+    y = ops.linear(x, *fixed)
+    assert y.shape == (2, 4, N) and y.is_contiguous()
+    torch.testing.assert_close(y, ops.linear(x.contiguous(), *fixed), rtol=0, atol=0)
+    torch.testing.assert_close(ops.linear(x[0, 0], *fixed), y[0, 0])
+    assert ops.linear(x[:0], *fixed).shape == (0, 4, N)
+    assert ops.scale(x[:0], l_in, *fixed[-2:]).shape == (0, 4, K)
+
+
+def test_torch_compile_leaves_the_op_whole(device) -> None:
+    tensors = inputs(device, grad=False)
+    routing = MIXES.to(device), route_of("a mix a sequence", device)
+    compiled = torch.compile(lambda *args: ops.linear(*args) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors, *routing), ops.linear(*tensors, *routing) + 1, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 3, K + 1)}, r"x \[2, 3, 7\] does not fit weight \[5, 6\]"),
+        ({"weight": torch.ones(N, K, dtype=torch.float64)}, "must have one dtype"),
+        ({"bias": torch.ones(N + 1)}, r"bias must have shape \[5\]"),
+        ({"l_in": torch.ones(CAPACITY, N)}, r"l_in must be a bank slice of shape \[capacity, 6\], not \[7, 5\]"),
+        ({"l_out": torch.ones(N)}, r"l_out must be a bank slice of shape \[capacity, 5\], not \[5\]"),
+        ({"l_out": torch.ones(N, CAPACITY).t()}, "l_out must have contiguous columns"),
+        ({"mixes": MIXES.long()}, "mixes must be a contiguous int32 tensor"),
+        ({"mixes": MIXES[:, :5]}, "mixes must be a contiguous int32 tensor"),
+        (
+            {"route": torch.zeros(4, dtype=torch.int32)},
+            "the 6 rows of x cannot be divided among the 4 entries of route",
+        ),
+        (
+            {"route": torch.zeros(0, dtype=torch.int32)},
+            "the 6 rows of x cannot be divided among the 0 entries of route",
+        ),
+        ({"route": torch.zeros(1)}, "route must be a contiguous int32 tensor"),
+    ],
+)
+def test_wrong_arguments(change, message, device) -> None:
+    names = ("x", "weight", "bias", "l_in", "l_out", "mixes", "route")
+    arguments = dict(zip(names, (*inputs(device, grad=False), MIXES, route_of("uniform", device)), strict=True))
+    arguments = {name: value.to(device) for name, value in (arguments | change).items()}
+    arguments |= {name: value for name, value in change.items() if name == "l_out"}  # .to() would make it contiguous
+    with pytest.raises(ValueError, match=message):
+        ops.linear(*arguments.values())
+
+
+@pytest.mark.usefixtures("torch_backend")
+def test_dispatch_on_the_cpu() -> None:
+    assert ops.backend(torch.ones(1)) == "torch"
+
+
+def test_dispatch_where_the_kernels_run(device) -> None:
+    assert ops.backend(torch.ones(1, device=device)) == "triton"
+    assert ops.backend(torch.ones(1, device=device, dtype=torch.float64)) == "torch"
+
+
+def test_works_where_triton_is_not_installed() -> None:
+    program = """
+import os, sys
+sys.modules["triton"] = None  # importing it raises ModuleNotFoundError
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from ia3rt import ops
+x, weight, route = torch.ones(2, 3), torch.ones(4, 3), torch.zeros(1, dtype=torch.int32)
+y = ops.linear(x, weight, None, None, torch.full((1, 4), 2.0), torch.tensor([[0, 1, 0, 0]], dtype=torch.int32), route)
+assert ops.backend(x) == "torch" and (y == 6).all()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compose_is_exact_in_float64() -> None:
+    bank = random_bank(6, 4, torch.Generator().manual_seed(0))
+    mixes = mix_table(
+        [Mix(PRODUCT, ()), Mix(PRODUCT, (1, 2)), Mix(LINEAR, (3, 4, 0), (0.25, -1.5, 2.0)), Mix(LINEAR, ())]
+    )
+    b = bank.double()
+    expected = torch.stack([torch.ones(4).double(), b[1] * b[2], 0.25 * b[3] - 1.5 * b[4] + 2, torch.zeros(4).double()])
+    torch.testing.assert_close(reference.compose(bank, mixes, torch.float64), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(reference.compose(bank, mixes), expected.float())

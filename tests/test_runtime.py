@@ -1,0 +1,415 @@
+"""Loading, switching and deleting; and that each error leaves the outputs as they were."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from tiny import FAMILIES, logits, peft_model, save_each, tiny_model, token_ids
+from torch import nn
+
+import ia3rt
+from ia3rt import Mix
+
+IDS = token_ids()
+DOWN = "model.layers.0.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def runtime(model, tmp_path):
+    """A tiny Llama with the adapters b, c and d; b is active."""
+    runtime = ia3rt.patch(model)
+    for folder in save_each(peft_model(tiny_model(), "llama"), tmp_path):
+        runtime.load_adapter(folder)
+    runtime.set_adapter("b")
+    return runtime
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_patched_model_computes_the_same_until_an_adapter_is_set_and_after_unpatch(family):
+    model = tiny_model(family)
+    before = logits(model, IDS)
+    keys, types = list(model.state_dict()), [type(module) for module in model.modules()]
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    runtime = ia3rt.patch(model)
+    assert torch.equal(logits(model, IDS), before)
+    assert list(model.state_dict()) == keys, "save_pretrained writes the base model"
+    site = runtime.sites[0]
+    runtime.add_adapter("b", {site.key: torch.rand(site.width)})
+    runtime.set_adapter("b")
+    assert not torch.equal(logits(model, IDS), before)
+    assert runtime.unpatch() is model
+    assert torch.equal(logits(model, IDS), before)
+    assert [type(module) for module in model.modules()] == types
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    ia3rt.patch(model)
+
+
+def test_what_is_loaded_and_what_is_active(runtime):
+    assert runtime.adapters == ["b", "c", "d"]
+    assert runtime.active_adapters == ["b"]
+    runtime.set_adapter({"c": 0.2, "b": 0.1})
+    assert runtime.active_adapters == ["c", "b"]
+    runtime.set_adapter(None)
+    assert runtime.active_adapters == []
+    with runtime.route(["d", None, ["b", "d"]]):
+        assert runtime.active_adapters == ["d", "b"]
+    assert runtime.active_adapters == []
+    assert "3 sites" not in repr(runtime) and "adapters=['b', 'c', 'd'], worn: base" in repr(runtime)
+
+
+def test_loading_does_not_change_what_is_worn(runtime, model, tmp_path):
+    before = logits(model, IDS)
+    assert runtime.load_adapter(tmp_path / "c", "again") == "again"
+    assert runtime.active_adapters == ["b"]
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_the_default_name_is_the_folders(runtime, tmp_path):
+    runtime.delete_adapter("c")
+    assert runtime.load_adapter(tmp_path / "c") == "c"
+
+
+def test_weights_change_in_place_between_two_forwards(runtime, model):
+    runtime.set_adapter({"b": 0.5, "c": 0.5})
+    addresses = [scale.data_ptr() for scale in runtime._routing.composed.scales]
+    first = logits(model, IDS)
+    runtime.set_adapter({"b": 0.9, "c": -0.1})
+    assert [scale.data_ptr() for scale in runtime._routing.composed.scales] == addresses
+    assert not torch.equal(logits(model, IDS), first)
+    runtime.set_adapter({"b": 0.5, "c": 0.5})
+    assert torch.equal(logits(model, IDS), first)
+
+
+def test_disable_adapter_is_the_base_for_a_while(runtime, model):
+    worn = logits(model, IDS)
+    with runtime.disable_adapter():
+        assert torch.equal(logits(model, IDS), logits(tiny_model(), IDS))
+    assert torch.equal(logits(model, IDS), worn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bank_grows_without_changing_an_output(model, tmp_path, dtype):
+    folders = save_each(peft_model(tiny_model(), "llama"), tmp_path)
+    runtime = ia3rt.patch(model, capacity=1, dtype=dtype)
+    runtime.load_adapter(folders[0])
+    runtime.set_adapter("b")
+    before = logits(model, IDS)
+    for copy_number in range(9):
+        runtime.load_adapter(folders[1], f"c{copy_number}")
+        assert torch.equal(logits(model, IDS), before)
+    runtime.set_adapter("c8")
+    roomy = tiny_model()
+    other = ia3rt.patch(roomy, dtype=dtype, capacity=100)
+    other.load_adapter(folders[1])
+    other.set_adapter("c")
+    assert torch.equal(logits(model, IDS), logits(roomy, IDS))
+
+
+def test_a_half_bank_holds_the_rounded_vectors(model):
+    vector = torch.rand(96)
+    runtime = ia3rt.patch(model, dtype=torch.bfloat16)
+    runtime.add_adapter("b", {DOWN: vector})
+    runtime.set_adapter("b")
+    exact = tiny_model()
+    rounded = ia3rt.patch(exact)
+    rounded.add_adapter("b", {DOWN: vector.bfloat16()})
+    rounded.set_adapter("b")
+    assert torch.equal(logits(model, IDS), logits(exact, IDS))
+
+
+def test_an_adapter_may_bring_sites_that_the_structure_does_not_have(runtime, model):
+    before = logits(model, IDS)
+    vectors = {(UP, "out"): torch.rand(96), (DOWN, "in"): torch.rand(96), (DOWN, "out"): torch.rand(64)}
+    runtime.add_adapter("wide", vectors)
+    assert torch.equal(logits(model, IDS), before)
+    runtime.set_adapter("wide")
+    truth = tiny_model().double()
+    layer = truth.model.layers[0].mlp
+    for linear, s_in, s_out in ((layer.up_proj, 1, vectors[UP, "out"]), (layer.down_proj, *list(vectors.values())[1:])):
+        linear.weight.data *= s_in * torch.as_tensor(s_out).unsqueeze(1)
+        linear.bias.data *= s_out
+    torch.testing.assert_close(logits(model, IDS).double(), logits(truth, IDS), rtol=1e-4, atol=1e-5)
+    runtime.set_adapter("b")
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_deleting_an_active_adapter_warns_and_falls_back_to_the_base(runtime, model):
+    base = logits(tiny_model(), IDS)
+    runtime.set_adapter(["b", "c"])
+    with pytest.warns(UserWarning, match="'b' was active and is deleted: the rows that wore it wear the base model"):
+        runtime.delete_adapter("b")
+    assert torch.equal(logits(model, IDS), base)
+    assert runtime.active_adapters == []
+    runtime.add_adapter("b", {DOWN: torch.rand(96)})
+    assert torch.equal(logits(model, IDS), base), "the new owner of the row is not worn by anyone yet"
+
+
+def test_deleting_an_adapter_leaves_the_rows_that_wear_others(runtime, model):
+    with runtime.route(["b", "c", ["c", "d"]]):
+        before = logits(model, IDS)
+        with pytest.warns(UserWarning, match="'d' was active"):
+            runtime.delete_adapter("d")
+        after = logits(model, IDS)
+    torch.testing.assert_close(after[:2], before[:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after[2:], logits(tiny_model(), IDS)[2:], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_context_brings_back_was_deleted_meanwhile(runtime, model, tmp_path):
+    context = runtime.route(["c", "c", "c"])
+    runtime.delete_adapter("b")
+    runtime.load_adapter(tmp_path / "d", "b")
+    with pytest.warns(UserWarning, match="'b' was deleted meanwhile"), context:
+        pass
+    assert torch.equal(logits(model, IDS), logits(tiny_model(), IDS)), "never silently to another adapter"
+
+
+def test_deleting_an_idle_adapter_is_silent(runtime, model):
+    before = logits(model, IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime.delete_adapter("c")
+    assert runtime.adapters == ["b", "d"]
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_a_combination_lives_on_without_its_parts(runtime, model):
+    runtime.set_adapter(["b", "c"])
+    product = logits(model, IDS)
+    runtime.add_weighted_adapter(["b", "c"], None, "both")
+    runtime.set_adapter("both")
+    runtime.delete_adapter("b")
+    runtime.delete_adapter("c")
+    assert torch.equal(logits(model, IDS), product)
+
+
+def _nan(width):
+    vector = torch.ones(width)
+    vector[3] = float("nan")
+    return vector
+
+
+ERRORS = {
+    "unknown adapter": (lambda rt: rt.set_adapter("x"), ValueError, r"unknown adapter 'x'.*loaded: 'b', 'c', 'd'"),
+    "unknown in a product": (lambda rt: rt.set_adapter(["b", "x"]), ValueError, "unknown adapter 'x'"),
+    "unknown in a route": (lambda rt: rt.route(["b", "x", None]), ValueError, "unknown adapter 'x'"),
+    "unknown to delete": (lambda rt: rt.delete_adapter("x"), ValueError, "unknown adapter 'x'"),
+    "unknown to save": (lambda rt: rt.save_adapter("x", "nowhere"), ValueError, "unknown adapter 'x'"),
+    "unknown to combine": (lambda rt: rt.add_weighted_adapter(["x"], None, "y"), ValueError, "unknown adapter 'x'"),
+    "unknown to merge": (lambda rt: rt.merge_adapter("x"), ValueError, "unknown adapter 'x'"),
+    "name taken": (lambda rt: rt.add_adapter("c", {DOWN: torch.ones(96)}), ValueError, "'c' is already loaded"),
+    "name taken, combined": (
+        lambda rt: rt.add_weighted_adapter(["b", "c"], None, "d"),
+        ValueError,
+        "'d' is already loaded",
+    ),
+    "no name": (lambda rt: rt.add_adapter("", {DOWN: torch.ones(96)}), ValueError, "must be a string that is not empty"),
+    "wrong width": (
+        lambda rt: rt.add_adapter("x", {DOWN: torch.ones(95)}),
+        ValueError,
+        rf"'x' has a vector of shape \(95,\) at {DOWN} \(input, width 96\): expected 96 numbers",
+    ),
+    "right number, wrong shape": (
+        lambda rt: rt.add_adapter("x", {DOWN: torch.ones(48, 2)}),
+        ValueError,
+        r"shape \(48, 2\)",
+    ),
+    "a site the model lacks": (
+        lambda rt: rt.add_adapter("x", {("model.layers.9.mlp.down_proj", "in"): torch.ones(96)}),
+        ValueError,
+        "'x' does not fit: the model has no module 'model.layers.9.mlp.down_proj'",
+    ),
+    "a module that wears none": (
+        lambda rt: rt.add_adapter("x", {("model.norm", "in"): torch.ones(64)}),
+        ValueError,
+        "'model.norm' is a LlamaRMSNorm, which wears no vector",
+    ),
+    "a side there is not": (
+        lambda rt: rt.add_adapter("x", {(DOWN, "middle"): torch.ones(96)}),
+        ValueError,
+        "sides are 'in' and 'out'",
+    ),
+    "a side left open": (lambda rt: rt.add_adapter("x", {UP: torch.ones(96)}), ValueError, "say at which side"),
+    "a site twice": (
+        lambda rt: rt.add_adapter("x", {DOWN: torch.ones(96), (DOWN, "in"): torch.ones(96)}),
+        ValueError,
+        "two vectors for one site",
+    ),
+    "nan": (lambda rt: rt.add_adapter("x", {DOWN: _nan(96)}), ValueError, f"'x' has a NaN or inf at {DOWN}"),
+    "inf": (lambda rt: rt.add_adapter("x", {DOWN: torch.full((96,), torch.inf)}), ValueError, "has a NaN or inf"),
+    "good and bad": (
+        lambda rt: rt.add_adapter("x", {DOWN: torch.rand(96), "model.layers.1.mlp.down_proj": _nan(96)}),
+        ValueError,
+        r"NaN or inf at model.layers.1.mlp.down_proj \(input",
+    ),
+    "no vectors": (lambda rt: rt.add_adapter("x", {}), ValueError, "'x' has no vectors"),
+    "empty list": (lambda rt: rt.set_adapter([]), ValueError, "an empty list of adapters"),
+    "empty list, combined": (lambda rt: rt.add_weighted_adapter([], None, "x"), ValueError, "no adapters to combine"),
+    "empty route": (lambda rt: rt.route([]), ValueError, "route needs at least one row"),
+    "a route that is one mix": (lambda rt: rt.route("b"), ValueError, "route takes a list"),
+    "weights of another length": (
+        lambda rt: rt.add_weighted_adapter(["b", "c"], [0.5], "x", "linear"),
+        ValueError,
+        "1 weights for 2 adapters",
+    ),
+    "weighted product": (
+        lambda rt: rt.add_weighted_adapter(["b", "c"], [0.5, 0.5], "x"),
+        ValueError,
+        "a product takes no weights",
+    ),
+    "linear without weights": (
+        lambda rt: rt.add_weighted_adapter(["b", "c"], None, "x", "linear"),
+        ValueError,
+        "needs weights",
+    ),
+    "weight not finite": (lambda rt: rt.set_adapter({"b": float("nan")}), ValueError, "weights must be finite"),
+    "index out of range": (lambda rt: rt.route(["b"], torch.tensor([0, 1, 0])), ValueError, r"must lie in 0 … 0"),
+    "index of floats": (lambda rt: rt.route(["b"], torch.zeros(3)), ValueError, "must be an integer tensor"),
+    "index of many dims": (
+        lambda rt: rt.route(["b"], torch.zeros(1, 1, 1, dtype=torch.long)),
+        ValueError,
+        "must be an integer tensor",
+    ),
+    "patched twice": (lambda rt: ia3rt.patch(rt.model), ValueError, "patched already"),
+    "unmerged unmerged": (lambda rt: rt.unmerge_adapter(), RuntimeError, "not merged"),
+    "no folder": (lambda rt: rt.load_adapter("/no/such/folder", "x"), FileNotFoundError, "neither a folder"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_an_error_is_clear_and_changes_nothing(runtime, model, wrong, error, message):
+    before, adapters, sites = logits(model, IDS), runtime.adapters, runtime.sites
+    table = runtime._bank.table.clone()
+    with pytest.raises(error, match=message):
+        wrong(runtime)
+    assert torch.equal(logits(model, IDS), before)
+    assert (runtime.adapters, runtime.active_adapters, runtime.sites) == (adapters, ["b"], sites)
+    assert torch.equal(runtime._bank.table, table)
+
+
+def test_a_value_that_overflows_a_half_bank_is_an_error(model):
+    runtime = ia3rt.patch(model, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"too large for the bank's torch.float16"):
+        runtime.add_adapter("x", {DOWN: torch.full((96,), 1e6)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(backend="cuda"), "unknown backend 'cuda'"),
+        (dict(dtype=torch.float64), "bank's dtype must be"),
+        (dict(capacity=0), "capacity must be at least 1"),
+        (dict(target_modules=["nothing"]), "no IA³ site found"),
+    ],
+)
+def test_a_bad_patch_leaves_the_model_as_it_was(model, arguments, message):
+    types, attributes = [type(module) for module in model.modules()], [set(vars(m)) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        ia3rt.patch(model, **arguments)
+    assert [type(module) for module in model.modules()] == types
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    ia3rt.patch(model)
+
+
+def test_the_triton_backend_is_refused_where_it_cannot_run(model, torch_backend):
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        ia3rt.patch(model, backend="triton")
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        empty = nn.ModuleDict({"up_proj": nn.Linear(4, 8), "down_proj": nn.Linear(8, 4)})
+    with pytest.raises(ValueError, match="meta device"):
+        ia3rt.patch(empty)
+
+
+def test_explicit_targets_bound_what_adapters_may_touch(model):
+    runtime = ia3rt.patch(model, target_modules=["v_proj"])
+    with pytest.raises(ValueError, match=r"acts at model.layers.0.mlp.down_proj \(input, width 96\), which target_mod"):
+        runtime.add_adapter("x", {(DOWN, "in"): torch.ones(96)})
+
+
+def test_excluded_modules_stay_excluded(model):
+    runtime = ia3rt.patch(model, exclude_modules=["down_proj"])
+    with pytest.raises(ValueError, match="told to exclude"):
+        runtime.add_adapter("x", {(DOWN, "in"): torch.ones(96)})
+
+
+def test_an_unpatched_runtime_says_so(runtime):
+    runtime.unpatch()
+    for use in (lambda: runtime.set_adapter("b"), lambda: runtime.unpatch(), lambda: runtime.route(["b"])):
+        with pytest.raises(RuntimeError, match="not patched any more"):
+            use()
+
+
+def test_a_deep_copy_of_the_model_has_a_runtime_of_its_own(runtime, model):
+    before = logits(model, IDS)
+    other = copy.deepcopy(runtime)
+    other.set_adapter(["c", "d"])
+    assert other.model is not model
+    assert torch.equal(logits(model, IDS), before)
+    assert not torch.equal(logits(other.model, IDS), before)
+    with other.route(["b", "c", None]):
+        other.model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, num_beams=2)
+    assert torch.equal(logits(model, IDS), before)
+
+
+def test_adapters_switched_under_inference_mode_can_be_switched_outside(model):
+    with torch.inference_mode():
+        runtime = ia3rt.patch(model, capacity=1)
+        for name in "bcd":
+            runtime.add_adapter(name, {DOWN: torch.rand(96)})
+        runtime.route(["b", None, "c"])
+        inside = model(IDS).logits.clone()
+    runtime.set_adapter("d")
+    runtime.route(["b", None, "c"])
+    torch.testing.assert_close(logits(model, IDS), inside)
+
+
+def test_gradients_flow_through_a_patched_model(runtime, model):
+    runtime.set_adapter(["b", "c"])
+    product = {key: b * c for (key, b), c in zip(_vectors(runtime, "b"), dict(_vectors(runtime, "c")).values(), strict=True)}
+    truth = tiny_model()
+    with torch.no_grad():
+        for (path, side), scale in product.items():
+            layer = truth.get_submodule(path)
+            layer.weight.mul_(scale if side == "in" else scale.unsqueeze(1))
+            if side == "out":
+                layer.bias.mul_(scale)
+    gradients = []
+    for any_model in (model, truth):
+        embeddings = any_model.get_input_embeddings()(IDS).detach().requires_grad_()
+        any_model(inputs_embeds=embeddings, labels=IDS).loss.backward()
+        gradients.append(embeddings.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def _vectors(runtime, name):
+    return [(site.key, vector.clone()) for site, vector in runtime._bank.vectors(runtime._bank.adapters[name]).items()]
+
+
+def test_nothing_keeps_an_unpatched_model_alive():
+    model = tiny_model()
+    gone = weakref.ref(model)
+    ia3rt.patch(model).unpatch()
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_delta_mix_is_a_route_element_too(runtime, model):
+    with runtime.route([Mix(("b",), (0.5,), "delta")] * 3):
+        half = logits(model, IDS)
+    runtime.add_weighted_adapter(["b"], [0.5], "half", "delta")
+    runtime.set_adapter("half")
+    torch.testing.assert_close(logits(model, IDS), half, rtol=1e-5, atol=1e-6)
