@@ -23,6 +23,7 @@ setup(
     extras_require={
         "demo": ["transformers>=5", "gguf", "peft>=0.21"],
         "test": [
+            "accelerate",
             "build",
             "gguf",
             "hypothesis",

@@ -77,7 +77,7 @@ def linear(
 ) -> Tensor:
     """Return s_out ∘ (W (s_in ∘ x) + b) for x [..., K_in] and weight [N, K_in].
 
-    Rounds where PEFT rounds: s_in ∘ x, W · + b, and the result. The Triton kernel leaves out the rounding in the middle.
+    Rounds where PEFT rounds: s_in ∘ x, W · + b, and the result. The kernel leaves out the rounding in the middle.
     """
     if l_in is not None:
         x = scale(x, l_in, mixes, route)

@@ -140,7 +140,7 @@ def test_bank_dtypes(bank_dtype, device) -> None:
 def test_configs_of_large_batches(arch, device) -> None:
     """Those that few rows never choose, on few rows. What only a compiler sees is in test_sass.py."""
     layer = Layer(device, N=300, dtype=torch.bfloat16)
-    config = linear_config(4096, 4096, torch.bfloat16, arch, per_row=False, scales_input=False)
+    config = linear_config(4096, 4096, 4096, torch.bfloat16, arch, per_row=False, scales_input=False)
     if device.type == "cuda" and arch != arch_of(device):
         config = replace(config, num_stages=2)  # another's pipeline may not fit this shared memory
     layer.check(layer.randn(140, layer.K), layer.mixes(), layer.route("uniform", 1), config=config, l_in=None)

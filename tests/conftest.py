@@ -1,0 +1,27 @@
+"""Runs the kernels on the GPU where there is one, and otherwise in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before anything imports one
+
+    import triton_interpreter
+
+    triton_interpreter.install()
+
+import ia3rt.kernels.linear  # noqa: F401  (decorated now, so that a test may change the environment)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute on the CPU as users do: with plain torch, not in Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
