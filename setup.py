@@ -1,4 +1,4 @@
-"""Packaging of ia3rt. kernels/ and bench/ stand at the top of the repository and install as ia3rt.kernels, ia3rt.bench."""
+"""Packaging of ia3rt: kernels/, bench/ and examples/ stand at the top and install as ia3rt.kernels and so on."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ setup(
     packages=["ia3rt", "ia3rt.kernels", "ia3rt.bench", "ia3rt.examples"],
     package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench", "ia3rt.examples": "examples"},
     package_data={"ia3rt.examples": ["*.json", "*.md", "adapters/*/*"]},  # what `ia3rt demo` shows
-    install_requires=["torch>=2.10", TRITON, "numpy", "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
+    install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
     extras_require={
         "demo": ["transformers>=5", "gguf", "peft>=0.21"],
         "test": [
@@ -27,11 +27,13 @@ setup(
             "build",
             "gguf",
             "hypothesis",
+            "numpy",
             "mypy",
             "peft>=0.21",
             "pytest",
             "pytest-benchmark",
             "ruff",
+            "setuptools>=77",
             "transformers>=5",
         ],
     },

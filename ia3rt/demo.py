@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import ia3rt
-from ia3rt.demo_inputs import DemoInputs
+from ia3rt.demo_inputs import DemoInputs, quiet
 from ia3rt.demo_measure import (
     PeftSwitches,
     accuracy,
@@ -25,7 +25,7 @@ from ia3rt.demo_report import busy, print_accuracy, print_batch, print_check, pr
 from ia3rt.mix import BASE, Mix
 from ia3rt.runtime import Runtime
 
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 ROUNDS = 15
 OURS = "ia3rt set_adapter"
 
@@ -104,7 +104,7 @@ def _show_switching(
         "PEFT merge_adapter + unmerge_adapter": peft.merge_and_unmerge if peft else None,
     }
     switches = {OURS: rt.set_adapter, **{name: switch for name, switch in theirs.items() if switch}}
-    with busy(console, "Timing switches", ROUNDS + 1) as round_done:
+    with quiet(), busy(console, "Timing switches", ROUNDS + 1) as round_done:
         medians = time_switches(
             switches, list(adapters), rounds=ROUNDS, round_done=round_done, wait=device_wait(rt.model)
         )

@@ -165,7 +165,7 @@ def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
 
 
 def mixes_of(adapters: Sequence[str]) -> list[Mix]:
-    """What the demo's rows wear: nothing, each adapter, the product and the mean of several, and a half of the first."""
+    """What the demo's rows wear: nothing, each adapter, the product and the mean of several, half of the first."""
     singles = [BASE, *(Mix((name,)) for name in adapters)]
     half = Mix((adapters[0],), (0.5,), "delta")
     if len(adapters) == 1:

@@ -54,7 +54,7 @@ def accuracy(
     for batch in batches(task):
         inputs = encode(model, tokenizer, [task.examples[position].prompt for position in batch])
         with torch.inference_mode():
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1, first]  # [batch, 2]
+            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, first]  # [batch, 2]
         guesses = logits.argmax(dim=1).tolist()
         right += sum(task.labels[guess] == task.examples[i].label for guess, i in zip(guesses, batch, strict=True))
         batch_done()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ia3rt.mix import Mix
 
 MAX_WIDTH = 100
-_WORD = 18
+_OUTPUT = 16
 _CONFIDENCE = 1.96  # standard errors on either side: 95 % of a normal distribution
 
 
@@ -48,13 +48,13 @@ def print_batch(console: Console, rows: Sequence[Row], outputs: Sequence[str]) -
     if labelled:
         table.add_column("truth", no_wrap=True)
     worn = [str(row.mix) for row in rows]
-    words = [shorten(output, _WORD) for output in outputs]
+    words = [clip(output, _OUTPUT) for output in outputs]
     truths = [_truth(row, output) for row, output in zip(rows, outputs, strict=True)]
     taken = max(map(len, worn)) + max(map(len, words)) + max(map(len, truths)) + 3 * len(table.columns) + 1
     room = max(24, _width(console) - taken)
     for row, mix, word, truth in zip(rows, worn, words, truths, strict=True):
         table.add_row(mix, Text(shorten(row.prompt, room)), Text(word), *([truth] if labelled else []))
-    console.print(table, width=None)
+    console.print(table)
 
 
 def print_accuracy(
@@ -113,6 +113,12 @@ def print_check(console: Console, exact: bool) -> None:
         console.print(Text("✓ after rt.unpatch() the logits are the base model's, bit for bit", style="green"))
     else:
         console.print(Text("✗ after rt.unpatch() the logits differ from the base model's", style="bold red"))
+
+
+def clip(text: str, width: int) -> str:
+    """The beginning of the text, in one line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
 
 
 def shorten(text: str, width: int) -> str:

@@ -101,7 +101,7 @@ def bank_gradient(dy: Tensor, x: Tensor, l: Tensor, mixes: Tensor, route: Tensor
     else:
         mixes = mixes[route]
     product, live, ids, weights = split_mixes(mixes)
-    factors = [torch.where(product & live[:, j, None], l[ids[:, j]].to(dtype), 1.0) for j in range(ids.shape[1])]
+    factors = [torch.where(live[:, j, None], l[ids[:, j]].to(dtype), 1.0) for j in range(ids.shape[1])]
     before = [torch.ones_like(ds)]
     for factor in factors:
         before.append(before[-1] * factor)

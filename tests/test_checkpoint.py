@@ -43,7 +43,10 @@ def test_a_saved_adapter_comes_back_as_it_was(folder, tmp_path):
     runtime = ia3rt.patch(tiny_model())
     runtime.load_adapter(folder)
     runtime.save_adapter("b", tmp_path / "again")
-    before, after = load_file(folder / "adapter_model.safetensors"), load_file(tmp_path / "again/adapter_model.safetensors")
+    before, after = (
+        load_file(folder / "adapter_model.safetensors"),
+        load_file(tmp_path / "again/adapter_model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())

@@ -49,7 +49,9 @@ def test_unmerging_restores_the_weights_bit_for_bit_and_what_was_worn(case):
     assert torch.equal(logits(model, IDS), worn)
 
 
-@pytest.mark.parametrize("spec", ["b", ["b", "c", "d"], {"b": 0.3, "d": 0.9}, Mix(("b", "c"), (0.5, -0.5), "delta")], ids=str)
+@pytest.mark.parametrize(
+    "spec", ["b", ["b", "c", "d"], {"b": 0.3, "d": 0.9}, Mix(("b", "c"), (0.5, -0.5), "delta")], ids=str
+)
 def test_merged_weights_are_the_formula_rounded_once(case, family, dtype, spec):
     runtime, vectors = case
     scales = {}

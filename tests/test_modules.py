@@ -154,7 +154,8 @@ def test_under_torch_compile_switching_compiles_nothing(folders):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "rows"), [((700, 1000), 1), ((2, 700, 1000), 1), ((5, 300, 1000), 5), ((4, 1, 300, 1000), 2), ((1, 9, 3), 1)]
+    ("shape", "rows"),
+    [((700, 1000), 1), ((2, 700, 1000), 1), ((5, 300, 1000), 5), ((4, 1, 300, 1000), 2), ((1, 9, 3), 1)],
 )
 def test_large_tensors_go_by_pieces_to_the_same_result(dtype, shape, rows):
     torch.manual_seed(0)

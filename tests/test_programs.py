@@ -49,13 +49,13 @@ class Programs(RuleBasedStateMachine):
         self.model = Net()
         self.runtime = ia3rt.patch(self.model, capacity=capacity, backend=backend)
         self.weights = {name: parameter.detach().double() for name, parameter in Net().named_parameters()}
-        self.truth, self.worn, self.merged = {}, None, None
+        self.truth, self.worn, self.merged = {}, None, False
         self.x = torch.randn(ROWS, 2, 4)
 
     def usable(self, drawn):
         return drawn is None or all(name in self.truth for name in drawn[1])
 
-    @precondition(lambda self: self.merged is None)
+    @precondition(lambda self: not self.merged)
     @rule(name=names, keys=st.sets(st.sampled_from(sorted(WIDTHS)), min_size=1), seed=st.integers(0, 1000))
     def add(self, name, keys, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ class Programs(RuleBasedStateMachine):
             self.runtime.add_adapter(name, vectors)
             self.truth[name] = {key: vector.double() for key, vector in vectors.items()}
 
-    @precondition(lambda self: self.merged is None)
+    @precondition(lambda self: not self.merged)
     @rule(name=names)
     def delete(self, name):
         with contextlib.nullcontext() if name in self.truth else _refused("unknown adapter"), warnings.catch_warnings():
@@ -74,21 +74,21 @@ class Programs(RuleBasedStateMachine):
             without = [None if drawn and name in drawn[1] else drawn for drawn in self.rows()]
             self.worn = without[0] if not isinstance(self.worn, list) else without
 
-    @precondition(lambda self: self.merged is None)
+    @precondition(lambda self: not self.merged)
     @rule(drawn=mixes)
     def set(self, drawn):
         with contextlib.nullcontext() if self.usable(drawn) else _refused("unknown adapter"):
             self.runtime.set_adapter(as_mix(drawn))
             self.worn = drawn
 
-    @precondition(lambda self: self.merged is None)
+    @precondition(lambda self: not self.merged)
     @rule(drawn=st.lists(mixes, min_size=ROWS, max_size=ROWS))
     def route(self, drawn):
         with contextlib.nullcontext() if all(map(self.usable, drawn)) else _refused("unknown adapter"):
             self.runtime.route([as_mix(one) for one in drawn])
             self.worn = drawn
 
-    @precondition(lambda self: self.merged is None)
+    @precondition(lambda self: not self.merged)
     @rule(drawn=mixes.filter(bool), name=names)
     def combine(self, drawn, name):
         kind, chosen, weights = drawn
@@ -98,20 +98,19 @@ class Programs(RuleBasedStateMachine):
             keys = set().union(*(self.truth[part] for part in chosen))
             self.truth[name] = {key: self.scale(drawn, key) for key in keys}
 
-    @precondition(lambda self: self.merged is None and not isinstance(self.worn, list))
+    @precondition(lambda self: not self.merged and not isinstance(self.worn, list))
     @rule()
     def merge(self):
         self.runtime.merge_adapter()
-        self.merged = self.worn
+        self.merged = True
 
-    @precondition(lambda self: self.merged is not None or self.worn is None)
+    @precondition(lambda self: self.merged)
     @rule()
     def unmerge(self):
-        if self.runtime._merged is not None:
-            self.runtime.unmerge_adapter()
-            self.merged = None
+        self.runtime.unmerge_adapter()
+        self.merged = False
 
-    @precondition(lambda self: self.merged is None)
+    @precondition(lambda self: not self.merged)
     @rule()
     def disable(self):
         with self.runtime.disable_adapter():

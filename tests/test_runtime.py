@@ -213,7 +213,11 @@ ERRORS = {
         ValueError,
         "'d' is already loaded",
     ),
-    "no name": (lambda rt: rt.add_adapter("", {DOWN: torch.ones(96)}), ValueError, "must be a string that is not empty"),
+    "no name": (
+        lambda rt: rt.add_adapter("", {DOWN: torch.ones(96)}),
+        ValueError,
+        "must be a string that is not empty",
+    ),
     "wrong width": (
         lambda rt: rt.add_adapter("x", {DOWN: torch.ones(95)}),
         ValueError,
@@ -378,7 +382,9 @@ def test_adapters_switched_under_inference_mode_can_be_switched_outside(model):
 
 def test_gradients_flow_through_a_patched_model(runtime, model):
     runtime.set_adapter(["b", "c"])
-    product = {key: b * c for (key, b), c in zip(_vectors(runtime, "b"), dict(_vectors(runtime, "c")).values(), strict=True)}
+    product = {
+        key: b * c for (key, b), c in zip(_vectors(runtime, "b"), dict(_vectors(runtime, "c")).values(), strict=True)
+    }
     truth = tiny_model()
     with torch.no_grad():
         for (path, side), scale in product.items():

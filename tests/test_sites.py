@@ -6,7 +6,14 @@ import peft
 import pytest
 from tiny import TARGETS, tiny_model
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ia3rt.sites import find_sites, name_matches
 
@@ -112,9 +119,15 @@ def test_structural_input_sites_stay_so_where_only_targets_are_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(target_modules=["nothing"]), r"no IA³ site found in LlamaForCausalLM with target_modules=\['nothing'\].*k_"),
+        (
+            dict(target_modules=["nothing"]),
+            r"no IA³ site found in LlamaForCausalLM with target_modules=\['nothing'\].*k_",
+        ),
         (dict(target_modules=["embed_tokens"]), "'model.embed_tokens' is a Embedding, which wears no vector"),
-        (dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]), "down_proj', which target_modules does not"),
+        (
+            dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]),
+            "down_proj', which target_modules does not",
+        ),
         (dict(feedforward_modules=["down_proj"]), "feedforward_modules needs target_modules"),
         (dict(exclude_modules=".*"), "no IA³ site found"),
     ],

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, TARGETS, logits, peft_model, tiny_model, token_ids
+from tiny import FAMILIES, logits, peft_model, tiny_model, token_ids
 
 import ia3rt
 

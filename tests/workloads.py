@@ -41,9 +41,11 @@ def popularity(name: str, rows: int, slots: int, generator: torch.Generator | No
 
 
 def mix_table(mixes: Sequence[Mix], size: int | None = None) -> Tensor:
-    """Return the int32 table [slots, 2 + 2K]; K is `size`, or the longest mix."""
+    """Return the int32 table [slots, 2 + 2K]; K is `size`, or the longest mix. What lies past a mix's end is wrong."""
     size = max(len(mix.ids) for mix in mixes) if size is None else size
     table = torch.zeros(len(mixes), 2 + 2 * size, dtype=torch.int32)
+    table[:, 2 : 2 + size] = 1  # as after a longer mix: a row's count has to be heeded
+    table[:, 2 + size :] = torch.tensor(3.0).view(torch.int32)
     for row, mix in zip(table, mixes, strict=True):
         count = len(mix.ids)
         row[0], row[1] = mix.mode, count

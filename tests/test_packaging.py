@@ -1,0 +1,107 @@
+"""ia3rt imports, with kernels/ and bench/ inside it and transformers beside it, however it was installed."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["ia3rt", "kernels", "bench", "examples", "setup.py", "pyproject.toml", "README.md"]
+CHECK = """
+import importlib.resources, importlib.util, sys
+import ia3rt, ia3rt.bench.interleaved, ia3rt.kernels.configs
+import transformers
+from transformers import LlamaForCausalLM  # imports the Hugging Face package `kernels` where there is one
+if importlib.util.find_spec("triton"):
+    import ia3rt.kernels.linear
+heldout = importlib.resources.files("ia3rt.examples").joinpath("heldout.json").read_text(encoding="utf-8")
+assert "sentiment" in heldout
+real = importlib.util.find_spec("kernels")
+assert ("kernels" in sys.argv) == bool(real and real.origin), real
+print(ia3rt.__file__)
+"""
+
+
+def run(*command, cwd, **environment):
+    """Runs a command without this process's import paths; returns what it printed."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A copy of the sources, so that building leaves nothing in the checkout."""
+    copied = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copied)
+    return copied
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A fresh environment without ia3rt, whose other packages are this one's: torch is too large to install again."""
+    folder = tmp_path / "environment"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path))
+    # A path in a .pth file is searched, but its own .pth files, among them an editable ia3rt's, are not read.
+    (own / "this_environment.pth").write_text("\n".join(site.getsitepackages()))
+    return python
+
+
+def install(python, *arguments, cwd):
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        *arguments,
+        cwd=cwd,
+    )
+
+
+def test_wheel(environment, sources, tmp_path):
+    run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", sources, cwd=tmp_path
+    )
+    (wheel,) = (tmp_path / "dist").iterdir()
+    install(environment, wheel, cwd=tmp_path)
+    assert str(environment.parent.parent) in run(environment, "-c", CHECK, cwd=tmp_path)
+    assert "demo" in run(environment.parent / "ia3rt", "--help", cwd=tmp_path)
+
+
+def test_editable_install(environment, sources, tmp_path):
+    install(environment, "--editable", sources, cwd=tmp_path)
+    assert run(environment, "-c", CHECK, cwd=tmp_path) == str(sources / "ia3rt" / "__init__.py")
+    assert "demo" in run(environment.parent / "ia3rt", "--help", cwd=tmp_path)
+
+
+def test_uninstalled_from_the_root(environment, sources):
+    assert run(environment, "-c", CHECK, cwd=sources) == str(sources / "ia3rt" / "__init__.py")
+
+
+def test_beside_the_hugging_face_package_kernels(environment, sources, tmp_path):
+    """Its name is that of our folder: from the root, where ours is found first, it still has to win."""
+    install(environment, "kernels", cwd=tmp_path)
+    assert run(environment, "-c", CHECK, "kernels", cwd=sources) == str(sources / "ia3rt" / "__init__.py")
+
+
+def test_the_folder_kernels_is_no_package_of_its_own():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
