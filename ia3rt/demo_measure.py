@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,10 +86,13 @@ class PeftSwitches:
     merge_and_unmerge: Switch
 
 
-def peft_switches(model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> PeftSwitches | None:
-    """PEFT's ways of switching, on a copy of `model`, which must not be patched; None where PEFT is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        return None
+def peft_is_installed() -> bool:
+    """Whether there is something to compare with; PEFT is not imported."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def peft_switches(model: PreTrainedModel, adapters: Mapping[str, str | Path]) -> PeftSwitches:
+    """PEFT's ways of switching among `adapters` on `model`, which PEFT wraps, and whose weights its merges change."""
     with quiet():
         from peft import PeftModel
 
@@ -99,7 +101,7 @@ def peft_switches(model: PreTrainedModel, adapters: Mapping[str, str | Path]) ->
         wrapped: Any = None
         for name, path in adapters.items():
             if wrapped is None:
-                wrapped = PeftModel.from_pretrained(copy.deepcopy(model), str(path), adapter_name=names[name])
+                wrapped = PeftModel.from_pretrained(model, str(path), adapter_name=names[name])
             else:
                 wrapped.load_adapter(str(path), adapter_name=names[name])
 

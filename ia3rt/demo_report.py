@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ia3rt.mix import Mix
 
 MAX_WIDTH = 100
-_OUTPUT = 16
-_CONFIDENCE = 1.96  # standard errors on either side: 95 % of a normal distribution
+_NARROW = 90
+_CONFIDENCE = 1.96  # standard errors on either side: 95% of a normal distribution
 
 
 @contextmanager
 def busy(console: Console, text: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """Shows a progress bar, which vanishes at the end, or a spinner where `total` is None; yields what advances it."""
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
     if total is None:
         del columns[2]
     with Progress(*columns, console=console, transient=True) as progress:
@@ -48,12 +48,12 @@ def print_batch(console: Console, rows: Sequence[Row], outputs: Sequence[str]) -
     if labelled:
         table.add_column("truth", no_wrap=True)
     worn = [str(row.mix) for row in rows]
-    words = [clip(output, _OUTPUT) for output in outputs]
+    words = [clip(output, 12 if _width(console) < _NARROW else 18) for output in outputs]
     truths = [_truth(row, output) for row, output in zip(rows, outputs, strict=True)]
     taken = max(map(len, worn)) + max(map(len, words)) + max(map(len, truths)) + 3 * len(table.columns) + 1
-    room = max(24, _width(console) - taken)
+    room = max(16, _width(console) - taken)
     for row, mix, word, truth in zip(rows, worn, words, truths, strict=True):
-        table.add_row(mix, Text(shorten(row.prompt, room)), Text(word), *([truth] if labelled else []))
+        table.add_row(Text(mix), Text(shorten(row.prompt, room)), Text(word), *([Text(truth)] if labelled else []))
     console.print(table)
 
 
@@ -66,7 +66,7 @@ def print_accuracy(
         table.add_column(f"{task.name}, n = {len(task.examples)}", justify="right", no_wrap=True)
     best = [max(column) for column in zip(*shares, strict=True)]
     for mix, row in zip(mixes, shares, strict=True):
-        table.add_row(str(mix), *(_share(share, share == top) for share, top in zip(row, best, strict=True)))
+        table.add_row(Text(str(mix)), *(_share(share, share == top) for share, top in zip(row, best, strict=True)))
     console.print(table)
     print_note(console, noise(min(len(task.examples) for task in tasks)))
 
@@ -75,8 +75,9 @@ def noise(n: int) -> str:
     """The sentence that says how uncertain an accuracy measured on n examples is."""
     even, high = (100 * _CONFIDENCE * math.sqrt(share * (1 - share) / n) for share in (0.5, 0.9))
     return (
-        f"★ the best. The 95 % interval at n = {n} is ±{even:.0f} points around 50 % and ±{high:.0f} around 90 %: "
-        "smaller differences may be noise."
+        f"★ the best. The likelier of the two labels counts as the answer, even where the model would write neither. "
+        f"The 95% interval at n = {n} is ±{even:.0f} points around 50% and ±{high:.0f} around 90%: smaller "
+        "differences may be noise."
     )
 
 
@@ -103,7 +104,7 @@ def print_switching(console: Console, seconds: Mapping[str, float | None], ours:
 
 
 def times(ratio: float) -> str:
-    """A ratio as a person reads it: two digits below ten, none after the point above."""
+    """A ratio as a person reads it: with one decimal below ten, with none above."""
     return f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
@@ -127,7 +128,7 @@ def shorten(text: str, width: int) -> str:
     if len(line) <= width:
         return line
     last = text.strip().rpartition("\n")[2].strip()
-    tail = last if len(last) <= width // 2 else last[-(width // 2) :]
+    tail = last[-(width * 2 // 3) :]
     return f"{line[: width - len(tail) - 3].rstrip()} … {tail}"
 
 

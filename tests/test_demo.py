@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ import ia3rt
 from ia3rt import demo, demo_inputs, demo_report
 from ia3rt.demo_inputs import DemoInputs, Example, MissingPackageError, Row, Task, UsageError
 from ia3rt.demo_measure import accuracy, all_logits, batches, encode, generate_mixed, peft_switches, time_switches
+from ia3rt.examples import tasks
 from ia3rt.mix import BASE, Mix
 
 WORDS = ["<pad>", "<unk>", "good", "bad", "positive", "negative", *(f"w{i}" for i in range(40))]
@@ -289,14 +289,12 @@ def test_missing_bundled_adapters_are_named(monkeypatch: pytest.MonkeyPatch, tmp
         demo_inputs.bundled_adapters()
 
 
-def test_bundled_examples_are_read_and_spread_over_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def task(name: str) -> dict[str, object]:
-        examples = [{"prompt": f"{name} {i}", "label": " x"} for i in range(4)]
-        return {"labels": [" x", " y"], "examples": examples}
+def examples_of(name: str) -> Task:
+    return Task(name, (" x", " y"), tuple(Example(f"{name} {i}", " x") for i in range(3)))
 
-    (tmp_path / "heldout.json").write_text(json.dumps({name: task(name) for name in ("author", "sentiment")}))
-    monkeypatch.setattr(demo_inputs, "files", lambda _: tmp_path)
-    rows = demo_inputs.bundled_rows(demo_inputs.bundled_tasks())
+
+def test_bundled_rows_are_pairs_with_one_prompt() -> None:
+    rows = demo_inputs.bundled_rows([examples_of("sentiment"), examples_of("author")])
     assert [(str(row.mix), row.prompt) for row in rows] == [
         ("base", "sentiment 0"),
         ("sentiment", "sentiment 0"),
@@ -305,6 +303,33 @@ def test_bundled_examples_are_read_and_spread_over_the_rows(monkeypatch: pytest.
         ("0.5 sentiment + 0.5 author", "sentiment 2"),
         ("1 + 0.5 (sentiment - 1)", "sentiment 2"),
     ]
+
+
+def test_bundled_tasks_are_held_out_texts_with_the_label_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_splits(task: tasks.Task) -> tuple[list[tasks.Example], ...]:
+        heldout = [tasks.Example(f"{task.package} {i}", i % 2) for i in range(100)]
+        return [tasks.Example("train", 0)], [tasks.Example("dev", 0)], heldout
+
+    monkeypatch.setattr(tasks, "load_splits", load_splits)
+    sentiment, author = demo_inputs.bundled_tasks()
+    assert (sentiment.name, author.name) == ("sentiment", "author")
+    assert len(sentiment.examples) == len(author.examples) == 48
+    assert [e.label for e in sentiment.examples[:3]] == [" positive", " negative", " positive"]
+    assert author.examples[1] == Example(f"{tasks.TASKS['author'].package} 1", " Clinton")
+
+
+def test_texts_that_pip_cannot_fetch_are_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_splits(task: tasks.Task) -> None:
+        raise OSError(f"pip could not fetch {task.package}")
+
+    monkeypatch.setattr(tasks, "load_splits", load_splits)
+    with pytest.raises(MissingPackageError, match="held-out texts: pip could not fetch vaderSentiment"):
+        demo_inputs.bundled_tasks()
+
+
+def test_bundled_adapters_are_found() -> None:
+    for folder in demo_inputs.bundled_adapters().values():
+        assert (folder / "adapter_config.json").is_file()
 
 
 def test_quiet_puts_everything_back() -> None:
@@ -326,8 +351,8 @@ def test_best_accuracy_of_each_task_stands_out() -> None:
 
 
 def test_noise_is_the_interval_of_a_proportion() -> None:
-    assert "n = 48 is ±14 points around 50 % and ±8 around 90 %" in demo_report.noise(48)
-    assert "n = 400 is ±5 points around 50 % and ±3 around 90 %" in demo_report.noise(400)
+    assert "n = 48 is ±14 points around 50% and ±8 around 90%" in demo_report.noise(48)
+    assert "n = 400 is ±5 points around 50% and ±3 around 90%" in demo_report.noise(400)
 
 
 def test_names_and_prompts_that_look_like_markup_are_printed_as_they_are() -> None:
@@ -341,7 +366,8 @@ def test_names_and_prompts_that_look_like_markup_are_printed_as_they_are() -> No
 def test_batch_table_fits_the_terminal(width: int) -> None:
     console = recorder(width)
     rows = [
-        Row(mix, "Review: " + "long " * 60 + "\nSentiment:", " positive") for mix in demo_inputs.mixes_of(["b", "c"])
+        Row(mix, "Review: " + "long " * 60 + "\nSentiment:", " positive")
+        for mix in demo_inputs.mixes_of(["sentiment", "author"])
     ]
     demo_report.print_batch(console, rows, [" positive and more and more and more"] * len(rows))
     lines = console.export_text().splitlines()
@@ -354,7 +380,7 @@ def test_batch_table_fits_the_terminal(width: int) -> None:
     [
         ("a  b\nc", 20, "a b c"),
         ("Review: a very long one\nMood:", 20, "Review: a ve … Mood:"),
-        ("x" * 30, 10, "xx … xxxxx"),
+        ("x" * 30, 10, "x … xxxxxx"),
     ],
 )
 def test_shortened_prompts_keep_their_end(text: str, width: int, short: str) -> None:
@@ -363,7 +389,7 @@ def test_shortened_prompts_keep_their_end(text: str, width: int, short: str) -> 
 
 
 def test_demo_on_the_real_model_and_adapters() -> None:
-    """The adapters do what they were trained for, and the product does both; the margins are many times the noise."""
+    """The adapters do what they were trained for. On authors the gain is beyond all noise; on sentiment it is small."""
     console = recorder()
     assert demo.run_demo(console, demo_inputs.bundled_inputs(console))
     text = console.export_text()
@@ -374,5 +400,6 @@ def test_demo_on_the_real_model_and_adapters() -> None:
         for line in table.splitlines()
         if "%" in line and (cells := line.split("│"))
     }
-    assert shares["sentiment"][0] > shares["base"][0] + 10
-    assert shares["author"][1] > shares["base"][1] + 10
+    assert list(shares) == ["base", "sentiment", "author", "sentiment * author"]
+    assert shares["sentiment"][0] > shares["base"][0]
+    assert shares["author"][1] > shares["base"][1] + 20
