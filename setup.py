@@ -1,5 +1,6 @@
 """Packaging of ia3rt: kernels/, bench/ and examples/ stand at the top and install as ia3rt.kernels and so on."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -7,16 +8,19 @@ from setuptools import setup
 # Triton publishes Linux wheels only; without it everything but the Triton backend works.
 TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "ia3rt" / "__init__.py").read_text("utf-8"), re.M)[1]
+
 setup(
     name="ia3rt",
-    version="0.1.0",
+    version=VERSION,
     description="A Triton-accelerated runtime for many IA³ adapters on one Hugging Face model",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     # kernels/ has no __init__.py (on sys.path it would hide the Hugging Face package `kernels`), so no
     # find_packages: each package is named, and its folder is where the repository keeps it.
-    packages=["ia3rt", "ia3rt.kernels", "ia3rt.bench", "ia3rt.examples"],
+    packages=["ia3rt", "ia3rt.demo", "ia3rt.kernels", "ia3rt.bench", "ia3rt.examples"],
     package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench", "ia3rt.examples": "examples"},
     package_data={"ia3rt.examples": ["*.md", "adapters/*/*"]},  # what `ia3rt demo` shows
     install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
@@ -32,6 +36,7 @@ setup(
             "peft>=0.21",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "ruff",
             "setuptools>=77",
             "transformers>=5",

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+__version__ = "0.1.0"
+
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     # A checkout (or an editable install of one): kernels/ and bench/ stand beside this package, not inside it.

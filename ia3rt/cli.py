@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -10,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from ia3rt import __version__
 
 app = typer.Typer(
     help="Many IA³ adapters on one PyTorch model.",
@@ -21,11 +22,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        try:
-            version = importlib.metadata.version("ia3rt")
-        except importlib.metadata.PackageNotFoundError:
-            version = "(a checkout that is not installed)"
-        typer.echo(f"ia3rt {version}")
+        typer.echo(f"ia3rt {__version__}")
         raise typer.Exit
 
 
@@ -58,7 +55,7 @@ def demo(
     Takes a minute or two on a CPU. Exits with 1 if the model is not bit for bit itself again at the end.
     """
     from ia3rt.demo import run_demo
-    from ia3rt.demo_inputs import bundled_inputs, own_inputs
+    from ia3rt.demo.inputs import bundled_inputs, own_inputs
 
     console = Console()
     with _errors_in_a_line():
@@ -99,7 +96,7 @@ def inspect(
 @contextmanager
 def _errors_in_a_line() -> Iterator[None]:
     """Prints what a user can mend as one red line, and exits with 1."""
-    from ia3rt.demo_inputs import MissingPackageError, UsageError
+    from ia3rt.cli_errors import MissingPackageError, UsageError
 
     try:
         yield

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 
 import ia3rt.kernels.linear  # noqa: F401  (decorated now, so that a test may change the environment)
 
+torch.set_num_threads(1)  # tiny tensors, and pytest-xdist gives each core a process of its own
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

