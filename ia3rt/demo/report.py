@@ -51,7 +51,9 @@ def print_batch(console: Console, rows: Sequence[Row], outputs: Sequence[str]) -
     words = [clip(output, 12 if _width(console) < _NARROW else 18) for output in outputs]
     truths = [_truth(row, output) for row, output in zip(rows, outputs, strict=True)]
     taken = max(map(len, worn)) + max(map(len, words)) + max(map(len, truths)) + 3 * len(table.columns) + 1
-    room = max(16, _width(console) - taken)
+    room = _width(console) - taken
+    if room < 30:  # then in two lines or three
+        room = 45
     for row, mix, word, truth in zip(rows, worn, words, truths, strict=True):
         table.add_row(Text(mix), Text(shorten(row.prompt, room)), Text(word), *([Text(truth)] if labelled else []))
     console.print(table)
