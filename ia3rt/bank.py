@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ia3rt.inference_mode import outside_inference_mode
 from ia3rt.mix import Mix
 from ia3rt.sites import Site, SiteKey
 
@@ -53,7 +54,7 @@ class Bank:
         capacity: rows to begin with; the table doubles when they are used up.
     """
 
-    @torch.inference_mode(False)  # a tensor made inside inference mode could never be written outside of it
+    @outside_inference_mode
     def __init__(self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the bank's dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -134,8 +135,7 @@ class Bank:
         """The bank's sites and then those of `vectors` that it lacks."""
         return [*self.sites.values(), *(site for site in vectors if site.key not in self.sites)]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @outside_inference_mode
     def add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any] | None = None) -> Adapter:
         """Makes an adapter resident: one copy into a free row. Either all of it happens or nothing.
 

@@ -1,7 +1,9 @@
 """The operations as torch.library custom ops: dispatch (triton | torch), shapes for tracing, and gradients.
 
-    torch.ops.ia3rt.scale    y = s ∘ x
-    torch.ops.ia3rt.linear   y = s_out ∘ (W (s_in ∘ x) + b)
+    torch.ops.ia3rt.scale        y = s ∘ x
+    torch.ops.ia3rt.linear       y = s_out ∘ (W (s_in ∘ x) + b)
+    torch.ops.ia3rt.linear_pair  y_a = s_a ∘ (W_a x + b_a), y_b = s_b ∘ (W_b x + b_b)
+    torch.ops.ia3rt.activation   y = s ∘ act(gate) ∘ up
 
 Triton runs what is on a GPU, and anything where TRITON_INTERPRET=1; reference.py runs the rest, and all of it where
 Triton is not installed. The layouts of a bank's slice, of `mixes` and of `route` are in reference.py. Ids and slots are
@@ -42,10 +44,14 @@ def backend(x: Tensor) -> Literal["triton", "torch"]:
     return "triton" if on_device and x.dtype in TRITON_DTYPES and _kernels_work() else "torch"
 
 
+def _module(name: str, x: Tensor) -> Any:
+    """Return kernels/<name>.py, or reference.py, which has a stand-in for each of its launchers."""
+    return importlib.import_module(f"ia3rt.kernels.{name}") if backend(x) == "triton" else reference
+
+
 def _implementation(name: str, x: Tensor) -> Callable[..., Tensor]:
-    """Return kernels/<name>.py's launcher `name`, or what stands in for it in reference.py."""
-    module = importlib.import_module(f"ia3rt.kernels.{name}") if backend(x) == "triton" else reference
-    run: Callable[..., Tensor] = getattr(module, name)
+    """Return kernels/<name>.py's launcher `name`, or what stands in for it."""
+    run: Callable[..., Tensor] = getattr(_module(name, x), name)
     return run
 
 
@@ -99,6 +105,16 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, l_in: Tensor |
         raise ValueError(f"x, weight and bias must have one dtype, not {dtypes}")
     _check_site("l_in", l_in, weight.shape[1])
     _check_site("l_out", l_out, weight.shape[0])
+
+
+def _check_activation(gate: Tensor, up: Tensor | None, l: Tensor | None, kind: str) -> None:  # noqa: E741
+    if kind not in reference.ACTIVATIONS:
+        raise ValueError(f"kind must be one of {', '.join(reference.ACTIVATIONS)}, not {kind!r}")
+    if gate.ndim == 0:
+        raise ValueError("gate must have at least one dimension")
+    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
+        raise ValueError(f"up must be as gate is, {gate.dtype} {list(gate.shape)}, not {up.dtype} {list(up.shape)}")
+    _check_site("l", l, gate.shape[-1])
 
 
 def _check_scale(x: Tensor, l: Tensor) -> None:  # noqa: E741
@@ -222,14 +238,22 @@ def _(
     return _new(x, weight.shape[0])
 
 
-def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_gradients(
+    dy: Tensor, inputs: tuple[Any, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Chain the gradients of s_in ∘ x, of W · + b, and of the output's scale, each only where it is needed.
 
     What the output's scale multiplied, W (s_in ∘ x) + b, is computed again rather than kept: it is as large as y, and
     y / s_out would be wrong where a factor is zero.
+
+    Args:
+        dy: [..., N].
+        inputs: those of `linear`.
+        needs: whether the gradients of x, weight, bias, l_in and l_out are needed.
+
     """
-    x, weight, bias, l_in, l_out, mixes, route = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_l_in, need_l_out, _, _ = ctx.needs_input_grad
+    x, weight, bias, l_in, l_out, mixes, route = inputs
+    need_x, need_weight, need_bias, need_l_in, need_l_out = needs
     dx = dweight = dbias = dl_in = dl_out = None
     scaled = x if l_in is None or not (need_weight or need_l_out) else scale(x, l_in, mixes, route)
     if need_l_out:
@@ -243,7 +267,194 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dz @ weight
         dl_in = bank_gradient(dx, x, l_in, mixes, route) if need_l_in else None
         dx = dx if l_in is None else scale(dx, l_in, mixes, route)
-    return dx, dweight, dbias, dl_in, dl_out, None, None
+    return dx, dweight, dbias, dl_in, dl_out
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_linear_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:5]), None, None
 
 
 linear.register_autograd(_linear_backward, setup_context=_save_inputs)
+
+
+@torch.library.custom_op("ia3rt::linear_pair", mutates_args=())
+def linear_pair(
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    l_a: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    l_b: Tensor | None,
+    mixes: Tensor,
+    route: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return (s_a ∘ (W_a x + b_a), s_b ∘ (W_b x + b_b)) in x.dtype: k and v, from one launch where they are alike.
+
+    Args:
+        x: [..., K_in], any strides.
+        weight_a: [N_a, K_in], any strides (a Conv1D passes weight.t()).
+        bias_a: [N_a] or None.
+        l_a: [capacity, N_a], the output site's bank slice with contiguous columns, or None.
+        weight_b: as weight_a; N_b may be another.
+        bias_b: as bias_a.
+        l_b: as l_a.
+        mixes: int32 [slots, 2 + 2K].
+        route: int32 [R]; the number of rows of x is a multiple of R.
+
+    x, weights and biases have one dtype; a bank slice may have another. The results are contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or layout is another.
+
+    """
+    _check_linear(x, weight_a, bias_a, None, l_a)
+    _check_linear(x, weight_b, bias_b, None, l_b)
+    _check_routing(mixes, route)
+    rows = _flat(x)
+    _check_rows(rows.shape[0], route)
+    if x.numel() == 0:
+        return _new(x, weight_a.shape[0]), _new(x, weight_b.shape[0])
+    with _device_of(x):
+        run = _module("linear_pair", x).linear_pair
+        y_a, y_b = run(rows, (weight_a, bias_a, l_a), (weight_b, bias_b, l_b), mixes, route)
+    return y_a.view(*x.shape[:-1], weight_a.shape[0]), y_b.view(*x.shape[:-1], weight_b.shape[0])
+
+
+@linear_pair.register_fake
+def _(
+    x: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor | None,
+    l_a: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    l_b: Tensor | None,
+    mixes: Tensor,
+    route: Tensor,
+) -> tuple[Tensor, Tensor]:
+    _check_linear(x, weight_a, bias_a, None, l_a)
+    _check_linear(x, weight_b, bias_b, None, l_b)
+    _check_routing(mixes, route)
+    return _new(x, weight_a.shape[0]), _new(x, weight_b.shape[0])
+
+
+def _linear_pair_backward(ctx: Any, dy_a: Tensor, dy_b: Tensor) -> tuple[Tensor | None, ...]:
+    """Add what the two layers send back to x; the rest is each layer's own."""
+    x, *layers, mixes, route = ctx.saved_tensors
+    need_x, *needs = ctx.needs_input_grad[:7]
+    gradients = []
+    for dy, first in ((dy_a, 0), (dy_b, 3)):
+        (weight, bias, l_out), (of_weight, of_bias, of_l) = layers[first : first + 3], needs[first : first + 3]
+        inputs = (x, weight, bias, None, l_out, mixes, route)
+        gradients.append(_linear_gradients(dy, inputs, (need_x, of_weight, of_bias, False, of_l)))
+    (dx_a, dweight_a, dbias_a, _, dl_a), (dx_b, dweight_b, dbias_b, _, dl_b) = gradients
+    dx = None if dx_a is None or dx_b is None else dx_a + dx_b
+    return dx, dweight_a, dbias_a, dl_a, dweight_b, dbias_b, dl_b, None, None
+
+
+linear_pair.register_autograd(_linear_pair_backward, setup_context=_save_inputs)
+
+
+@torch.library.custom_op("ia3rt::activation", mutates_args=())
+def activation(
+    gate: Tensor,
+    up: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: str,
+) -> Tensor:
+    """Return s ∘ act(gate) ∘ up in gate.dtype.
+
+    Args:
+        gate: [..., width], any strides.
+        up: [..., width] of gate.dtype, any strides; or None where the MLP is not gated.
+        l: [capacity, width], a bank slice with contiguous columns, or None for no scale.
+        mixes: int32 [slots, 2 + 2K].
+        route: int32 [R]; the number of rows of gate is a multiple of R.
+        kind: one of reference.ACTIVATIONS.
+
+    gate and up may be the halves of one tensor: rows any stride apart are read in place. The result is contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, layout or kind is another.
+
+    """
+    _check_activation(gate, up, l, kind)
+    _check_routing(mixes, route)
+    rows = _flat(gate)
+    _check_rows(rows.shape[0], route)
+    if gate.numel() == 0:
+        return _new(gate, gate.shape[-1])
+    with _device_of(gate):
+        run = _implementation("activation", gate)
+        y = run(rows, None if up is None else _flat(up), l, mixes, route, kind)
+    return y.view(gate.shape)
+
+
+@activation.register_fake
+def _(
+    gate: Tensor,
+    up: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: str,
+) -> Tensor:
+    _check_activation(gate, up, l, kind)
+    _check_routing(mixes, route)
+    return _new(gate, gate.shape[-1])
+
+
+@torch.library.custom_op("ia3rt::activation_gradient", mutates_args=())
+def activation_gradient(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: str,
+) -> list[Tensor]:
+    """Return [dL/dgate], and dL/dup behind it where there is an up, given dL/dy for y = activation(gate, up, …)."""
+    if gate.numel() == 0:
+        return [_new(gate, gate.shape[-1]) for _ in range(1 if up is None else 2)]
+    with _device_of(gate):
+        run = _module("activation", gate).activation_gradient
+        gradients = run(_flat(dy), _flat(gate), None if up is None else _flat(up), l, mixes, route, kind)
+    return [gradient.view(gate.shape) for gradient in gradients]
+
+
+@activation_gradient.register_fake
+def _(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: str,
+) -> list[Tensor]:
+    return [_new(gate, gate.shape[-1]) for _ in range(1 if up is None else 2)]
+
+
+def _save_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kind = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _activation_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """What the scale multiplied, act(gate) ∘ up, is computed again for its gradient, as in _linear_backward."""
+    gate, up, l, mixes, route = ctx.saved_tensors  # noqa: E741
+    need_gate, need_up, need_l, *_ = ctx.needs_input_grad
+    dgate = dup = dl = None
+    if need_gate or need_up:
+        dgate, *dups = activation_gradient(dy, gate, up, l, mixes, route, ctx.kind)
+        dup = dups[0] if dups else None
+    if need_l:
+        dl = bank_gradient(dy, activation(gate, up, None, mixes, route, ctx.kind), l, mixes, route)
+    return dgate, dup, dl, None, None, None
+
+
+activation.register_autograd(_activation_backward, setup_context=_save_activation)

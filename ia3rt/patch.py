@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ia3rt import ops
 from ia3rt.bank import Bank
-from ia3rt.modules import IA3Layer
+from ia3rt.modules import Wearer
 from ia3rt.routing import Backend
 from ia3rt.runtime import Runtime
 from ia3rt.sites import ModuleNames, Site, find_sites
@@ -72,7 +72,7 @@ def _patch_plain(
     backend: Backend | None,
 ) -> Runtime:
     for path, layer in model.named_modules():
-        if isinstance(layer, IA3Layer):
+        if isinstance(layer, Wearer):
             raise ValueError("the model is patched already: use the Runtime of the first patch(), or unpatch() it")
         if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names"):
             raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")

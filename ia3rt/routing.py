@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ia3rt.bank import Adapter, Bank, ResolvedMix
 from ia3rt.composed import ComposedMixes
+from ia3rt.inference_mode import outside_inference_mode
 from ia3rt.mix import BASE
 from ia3rt.tables import MixTables
 
@@ -73,8 +74,7 @@ class Routing:
         self.tokens: Tensor | None = None
         self.expand: int | None = None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @outside_inference_mode
     def wear(self, route: Route) -> None:
         """Makes `route` what the next forward wears."""
         by_row = route.index if route.index is not None and not route.by_token else None
@@ -137,7 +137,7 @@ class Routing:
         """A forward hook: a route by token fits the forward that it was laid over, and no other."""
         self.tokens = torch.empty(0, dtype=torch.int64) if self.route.by_token else None
 
-    @torch.inference_mode(False)
+    @outside_inference_mode
     def _lay_tokens(self, index: Tensor, batch: Tensor, past: int) -> None:
         length = batch.shape[1]
         if past == 0 and length != index.shape[1] and (self.expand is None or length < index.shape[1]):

@@ -17,7 +17,9 @@ from ia3rt.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.composed import compose_into
 from ia3rt.merge import MergedWeights, merge
 from ia3rt.mix import BASE, CombinationType, Mix, MixLike
-from ia3rt.modules import IA3Layer, dense_weight, place, unwrap, wrap
+from ia3rt.mlp import wearer_of
+from ia3rt.modules import Wearer, place, unwrap, wrap
+from ia3rt.pair import pair_layers
 from ia3rt.routing import Backend, Route, Routing
 from ia3rt.sites import ModuleNames, Site, SiteKey, name_matches, site_of
 
@@ -278,9 +280,9 @@ class Runtime:
             raise RuntimeError("the model is not patched any more: call ia3rt.patch(model) again")
         if self._merged is not None:
             self.unmerge_adapter()
-        for layer in self.model.modules():
-            if isinstance(layer, IA3Layer):
-                unwrap(layer)
+        for module in self.model.modules():
+            if isinstance(module, Wearer):
+                unwrap(module)
         generation.uninstall(self.model)
         for hook in self._hooks:
             hook.remove()
@@ -311,11 +313,13 @@ class Runtime:
     def _place_sites(self) -> None:
         modules = dict(self.model.named_modules())
         for position, site in enumerate(self._bank.sites.values()):
-            layer = modules[site.path]
-            if not isinstance(layer, IA3Layer):
-                wrap(layer, self._routing, self._follow)
-                self._routing.composes |= dense_weight(layer)[0] is None
-            place(layer, site.side, position)
+            module, mixin = wearer_of(modules, site)
+            if not isinstance(module, Wearer):
+                wrap(module, mixin, self._routing, self._follow)
+                self._routing.composes |= not mixin.is_fused(module)
+            place(module, site.side, position)
+        if self.backend == "triton":
+            pair_layers(modules, (site.path for site in self.sites))
 
     def _follow(self, device: torch.device) -> None:
         if device != self._bank.table.device:

@@ -4,26 +4,50 @@ Architectures are named as compilers name them: "sm_80", "sm_90", "sm_100", "gfx
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """How linear_kernel is built: its tile, the row blocks that share a column of W in L2, warps, pipeline stages."""
+    """How the kernels of a linear layer are built and launched."""
 
     block_m: int
     block_n: int
     block_k: int
     group_m: int
+    """The row blocks that share a column of W while it is in L2."""
     num_warps: int
     num_stages: int
+    piece: int
+    """The columns of a tile that are scaled at a time: what is left of the registers beside the accumulator."""
+    splits: int = 1
+    """The programs that share the sum over K of one tile."""
+    resident: int = 0
+    """The programs of the persistent kernel (linear_tma.py) on a processor; 0: linear_kernel, a program a tile."""
+
+    def build_options(self) -> dict[str, int]:
+        """Return the kernels' compile-time arguments and the compiler's options."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "PIECE": self.piece,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # the default is not the same in every Triton
+        }
+
+    def tiles(self, rows: int, N: int) -> int:
+        """Return how many tiles y [rows, N] has."""
+        return -(-rows // self.block_m) * -(-N // self.block_n)
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """How scale_kernel is built: its tile and warps."""
+    """How scale_kernel and the activation kernels are built: their tile and warps."""
 
     block_m: int
     block_n: int
@@ -41,31 +65,80 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Return the number of multiprocessors of a CUDA or ROCm device; 4 for any other, which only a test launches on."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+DESCRIPTOR_ARCHS = ("sm_90", "sm_100", "sm_103")
+"""Those with a tensor memory accelerator, and the shared memory of a data centre's GPU."""
+
+
 def linear_config(
-    rows: int, N: int, K: int, dtype: torch.dtype, arch: str, *, per_row: bool, scales_input: bool
+    rows: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    arch: str,
+    processors: int,
+    *,
+    per_row: bool,
+    scales_input: bool,
+    descriptors: bool,
 ) -> LinearConfig:
-    """Return the config of linear_kernel for x [rows, K] and y [rows, N].
+    """Return the config of a linear layer's kernel for x [rows, K] and y [rows, N].
 
     It depends on `rows` through a few bounds only, so a growing batch meets a handful of compilations. `per_row` says
     that the rows wear different mixes: then the scale is as large a tile as the accumulator, and registers are short.
-    `scales_input` says that the kernel scales x as well.
+    `scales_input` says that the kernel scales x as well, and `descriptors` that x, W and y can be tensor descriptors.
     """
+    if rows <= 64 or dtype == torch.float32 or N % 16 or K % 16:
+        config = _pointer_config(rows, N, K, dtype, arch, scales_input)
+        return replace(config, splits=_splits(config, rows, N, K, processors))
+    wide = arch == "sm_90" and not per_row and rows >= 1024 and N >= 2048
+    if not (descriptors and arch in DESCRIPTOR_ARCHS):
+        stages = 2 if arch.startswith("gfx") else 3  # CDNA3 has 64 KiB of shared memory
+        return LinearConfig(128, 256 if wide else 128, 64, 8, 8, stages, piece=64 if per_row else 256)
+    if wide:
+        return LinearConfig(128, 256, 64, 8, 8, 3, piece=128, resident=1)
+    if per_row:
+        # sm_100 keeps the accumulator in tensor memory, which four warps read: and these have registers enough.
+        return LinearConfig(128, 128, 64, 8, 8 if arch == "sm_90" else 4, 3, piece=16, resident=1)
+    # Two programs fit a processor where one mix leaves them the registers: one multiplies while the other stores.
+    return LinearConfig(128, 128, 64, 8, 8, 3, piece=64, resident=2)
+
+
+def _pointer_config(rows: int, N: int, K: int, dtype: torch.dtype, arch: str, scales_input: bool) -> LinearConfig:
+    """Return the config for few rows, or for operands that wgmma cannot read where they lie."""
     if dtype == torch.float32 or N % 16 or K % 16:
         # Exact fp32 runs on the FMA units, whose operands live in registers. And Triton knows of no alignment but 16:
         # other sizes are loaded one element at a time, by way of registers too.
-        return LinearConfig(16 if rows <= 16 else 64, 64, 32, 8, num_warps=4 if rows <= 16 else 8, num_stages=2)
-    stages = 2 if arch.startswith("gfx") else 4  # CDNA3 has 64 KiB of shared memory
-    if rows <= 32:
-        # The weight is all the traffic: narrow tiles, so that more of the device's processors read it.
-        # Beside an input scale they are shallow too, as the bank's rows take registers and shared memory.
-        block_m, block_n, block_k = 16 if rows <= 16 else 32, 64 if N >= 8192 else 32, 64 if scales_input else 128
-        return LinearConfig(block_m, block_n, block_k, 1, num_warps=4, num_stages=stages)
-    if rows <= 64:
-        return LinearConfig(64, 64, 64, 1, num_warps=4, num_stages=stages)
-    wide = arch == "sm_90" and not per_row and rows >= 1024 and N >= 2048
-    return LinearConfig(128, 256 if wide else 128, 64, 8, num_warps=8, num_stages=min(stages, 3))
+        block_m, num_warps = (16, 4) if rows <= 16 else (64, 8)
+        return LinearConfig(block_m, 64, 32, 8, num_warps, num_stages=2, piece=64)
+    stages = 2 if arch.startswith("gfx") else 4
+    if rows > 32:
+        return LinearConfig(64, 64, 64, 1, num_warps=4, num_stages=stages, piece=64)
+    # The weight is all the traffic: narrow tiles, so that more of the device's processors read it.
+    # Beside an input scale they are shallow too, as the bank's rows take registers and shared memory.
+    block_m, block_n, block_k = 16 if rows <= 16 else 32, 64 if N >= 8192 else 32, 64 if scales_input else 128
+    return LinearConfig(block_m, block_n, block_k, 1, num_warps=4, num_stages=stages, piece=64)
+
+
+def _splits(config: LinearConfig, rows: int, N: int, K: int, processors: int) -> int:
+    """Return how many programs share each sum over K, so that a few tiles of y keep every processor reading W.
+
+    Each has at least four steps along K, the depth of the pipeline. One split spares the second kernel.
+    """
+    return max(1, min(round(processors / config.tiles(rows, N)), K // (4 * config.block_k)))
 
 
 def scale_config(rows: int, N: int, uniform: bool) -> ScaleConfig:
     """Return the config of scale_kernel. Where all rows wear one mix, a taller tile reads the bank less often."""
     return ScaleConfig(8 if uniform and rows > 8 else 4, 256 if N <= 256 else 512, num_warps=4)
+
+
+def activation_config(rows: int, N: int, dtype: torch.dtype) -> ScaleConfig:
+    """Return the config of the activation kernels: 16 bytes of each tensor a thread; more fills registers."""
+    block_m = 4 if rows > 2 else 2
+    return ScaleConfig(block_m, 256 if N <= 256 or dtype == torch.float32 else 512, num_warps=2 * block_m)

@@ -4,18 +4,30 @@ s_in and s_out are what each row's mix is at the two sites (scale.py); either ma
 multiply in the epilogue. The input scale is applied to the tiles of x for a few rows, where the weight is all the
 traffic; for many rows it would force x through registers and make every wgmma wait, so x is scaled beforehand.
 
+Many rows go to linear_tma.py where the device has descriptors. Up to 64 rows, several programs share the sum of a tile
+(split-K) where else there were fewer tiles than processors: each writes its part to a workspace, and sum_kernel adds
+them in their order, so that results repeat to the bit, as with atomics they would not. Swapped operands, W x^T, are
+the other way: then wgmma serves few rows. Built for sm_90 at 16 rows their loop is no shorter (7.6 instructions a warp
+for each KiB of W, against 7.2; the time to read it leaves room for ten times as many), and their tiles have at least 64
+columns of y, so that half as many programs read W.
+
 s_in ∘ x is rounded to the dtype of x, for the tensor cores; the rest is accumulated, biased and scaled in fp32 and
 rounded once.
 """
 # Triton's decorator and its tensor language carry no types that mypy could check.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.configs import LinearConfig, arch_of, linear_config
+from ia3rt.kernels.configs import LinearConfig, arch_of, linear_config, processors_of
+from ia3rt.kernels.linear_sum import add_partials
+from ia3rt.kernels.linear_tile import Layer, finish, tile_of
+from ia3rt.kernels.linear_tma import fits_descriptors, linear_tma
 from ia3rt.kernels.scale import load_slots, mix_size, mixed_scale, scale
 
 FUSED_INPUT_ROWS = 32
@@ -31,36 +43,20 @@ def fuses_input(rows: int, size: int, uniform: bool) -> bool:
     return rows <= FUSED_INPUT_ROWS and size <= 8 and padded * size <= FUSED_INPUT_READS
 
 
-@triton.jit
-def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Return the (row block, column block) of a program: GROUP_M row blocks share a column of W while it is in L2."""
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first = pid // per_group * GROUP_M
-    group = min(blocks_m - first, GROUP_M)
-    return first + pid % per_group % group, pid % per_group // group
-
-
-@triton.jit
-def _finish(acc, rows, first, y_ptr, bias_ptr, l_out_ptr, stride_l_out, mixes_ptr, mix_size, slots, M, N):
-    """Add the bias to the columns of acc, which begin at column `first` of y; scale, round and store them."""
-    cols = first + tl.arange(0, acc.shape[1])
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if l_out_ptr is not None:
-        acc *= mixed_scale(l_out_ptr, stride_l_out, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
-
-
 @triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
 def linear_kernel(
     x_ptr,  # [M, K], columns contiguous
-    weight_ptr,  # [N, K], any strides
-    bias_ptr,  # [N] or None
-    y_ptr,  # [M, N], contiguous
     l_in_ptr,  # [capacity, K], columns contiguous, or None
-    l_out_ptr,  # [capacity, N], columns contiguous, or None
+    weight_a,  # [N, K], any strides
+    bias_a,  # [N] or None
+    l_a,  # [capacity, N], columns contiguous, or None
+    y_a,  # [M, N], contiguous
+    partial_a,  # fp32 [programs along axis 1, M, N], which is written instead of y_a; or None
+    weight_b,  # and those of the second layer, which is like the first; None where there is one
+    bias_b,
+    l_b,
+    y_b,
+    partial_b,
     mixes_ptr,
     route_ptr,
     M,
@@ -80,20 +76,42 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
-    """Compute one [BLOCK_M, BLOCK_N] tile of y."""
-    block_m, block_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Compute one tile of y_a or of y_b; or, where there are several programs along axis 1, a share of its sum.
+
+    Pointers are chosen, not code: in two branches, each would have its own buffers in shared memory.
+    """
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if weight_b is not None:  # noqa: SIM102  (this is known when the kernel is compiled, and what follows is not)
+        if tile >= tiles:
+            tile -= tiles
+            weight_a, y_a = weight_b, y_b
+            if bias_a is not None:
+                bias_a = bias_b
+            if partial_a is not None:
+                partial_a = partial_b
+            if l_a is not None:
+                l_a = l_b
+    row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
     slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+    begin, end = 0, K
+    if partial_a is not None:
+        share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        begin = tl.program_id(1) * share
+        end = min(K, begin + share)
 
     # Rows and columns past the end wrap around: they are computed from real data and never stored, and the loop over K
     # needs no mask for them. Offsets are 64-bit, as x and W may have more than 2**31 elements.
-    ks = tl.arange(0, BLOCK_K)
+    ks = begin + tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x + ks[None, :]
-    w_ptrs = weight_ptr + (cols % N).to(tl.int64)[None, :] * stride_wn + ks[:, None] * stride_wk
+    w_ptrs = weight_a + (cols % N).to(tl.int64)[None, :] * stride_wn + ks.to(tl.int64)[:, None] * stride_wk
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(begin, end, BLOCK_K):
+        ks = tl.arange(0, BLOCK_K)
         x = tl.load(x_ptrs, mask=(ks < K - k)[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(ks < K - k)[:, None], other=0.0)
         if l_in_ptr is not None:
@@ -103,15 +121,26 @@ def linear_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
 
-    first = block_n * BLOCK_N
-    if UNIFORM or BLOCK_N < 128:
-        _finish(acc, rows, first, y_ptr, bias_ptr, l_out_ptr, stride_l_out, mixes_ptr, mix_size, slots, M, N)
+    if partial_a is not None:
+        partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]
+        tl.store(partial_a + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
     else:
-        # A scale as large as the whole accumulator does not fit the registers beside it: one half, then the other.
-        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
-        _finish(left, rows, first, y_ptr, bias_ptr, l_out_ptr, stride_l_out, mixes_ptr, mix_size, slots, M, N)
-        first += BLOCK_N // 2
-        _finish(right, rows, first, y_ptr, bias_ptr, l_out_ptr, stride_l_out, mixes_ptr, mix_size, slots, M, N)
+        finish(
+            acc,
+            row,
+            col,
+            y_a,
+            bias_a,
+            l_a,
+            stride_l_out,
+            mixes_ptr,
+            mix_size,
+            slots,
+            M,
+            N,
+            PIECE,
+            BY_DESCRIPTOR=False,
+        )
 
 
 def linear(
@@ -139,25 +168,58 @@ def linear(
         config: block sizes; chosen by shape and device where None.
 
     """
-    M, K = x.shape
-    N = weight.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device) if out is None else out
+    y = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
+    launch(x, l_in, [Layer(weight, bias, l_out, y)], mixes, route, config)
+    return y
+
+
+def launch(
+    x: Tensor,
+    l_in: Tensor | None,
+    layers: Sequence[Layer],
+    mixes: Tensor,
+    route: Tensor,
+    config: LinearConfig | None = None,
+) -> None:
+    """Write the result of one layer, or of two that are alike; the arguments are those of `linear`."""
+    (M, K), N, uniform = x.shape, layers[0].weight.shape[0], route.numel() == 1
     if M == 0:
-        return y
-    uniform = route.numel() == 1
+        return
     if l_in is not None and not fuses_input(M, mix_size(mixes), uniform):
         x, l_in = scale(x, l_in, mixes, route), None
+    processors = processors_of(x.device)
     config = config or linear_config(
-        M, N, K, x.dtype, arch_of(x.device), per_row=not uniform, scales_input=l_in is not None
+        M,
+        N,
+        K,
+        x.dtype,
+        arch_of(x.device),
+        processors // len(layers),
+        per_row=not uniform,
+        scales_input=l_in is not None,
+        descriptors=l_in is None and fits_descriptors(x, layers),
     )
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    linear_kernel[grid](
+    if config.resident:
+        linear_tma(x, layers, mixes, route, config, processors)
+    else:
+        _launch_pointers(x, l_in, layers, mixes, route, config)
+
+
+def _launch_pointers(
+    x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixes: Tensor, route: Tensor, config: LinearConfig
+) -> None:
+    """Run linear_kernel, and sum_kernel where several programs share a sum."""
+    weight, _, l_out, _ = layers[0]
+    (M, K), N, splits = x.shape, weight.shape[0], config.splits
+    partials = x.new_empty((len(layers), splits, M, N), dtype=torch.float32) if splits > 1 else [None] * len(layers)
+    arguments: list[Tensor | None] = []
+    for layer, partial in zip(layers, partials, strict=True):
+        arguments += [*layer, partial]
+    linear_kernel[(len(layers) * config.tiles(M, N), splits)](
         x,
-        weight,
-        bias,
-        y,
         l_in,
-        l_out,
+        *arguments,
+        *[None] * (10 - len(arguments)),
         mixes,
         route,
         M,
@@ -170,15 +232,10 @@ def linear(
         0 if l_out is None else l_out.stride(0),
         mix_size(mixes),
         M // route.numel(),
-        UNIFORM=uniform,
+        UNIFORM=route.numel() == 1,
         UNROLL=0 if l_in is None else mix_size(mixes),
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,  # the default is not the same in every Triton
+        **config.build_options(),
     )
-    return y
+    if splits > 1:
+        add_partials(layers, partials, mixes, route)

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
     triton_interpreter.install()
 
+import ia3rt.kernels.activation
 import ia3rt.kernels.linear  # noqa: F401  (decorated now, so that a test may change the environment)
 
 torch.set_num_threads(1)  # tiny tensors, and pytest-xdist gives each core a process of its own

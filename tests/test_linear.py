@@ -7,8 +7,11 @@ from torch import Tensor
 from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
 
 from ia3rt import reference
-from ia3rt.kernels.configs import arch_of, linear_config
+from ia3rt.kernels import linear_tile
+from ia3rt.kernels.configs import DESCRIPTOR_ARCHS, LinearConfig, arch_of, linear_config
 from ia3rt.kernels.linear import fuses_input, linear
+from ia3rt.kernels.linear_pair import are_alike, linear_pair
+from ia3rt.kernels.linear_tma import fits_descriptors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = (1, 2, 7, 16, 33, 64, 129)
@@ -140,10 +143,96 @@ def test_bank_dtypes(bank_dtype, device) -> None:
 def test_configs_of_large_batches(arch, device) -> None:
     """Those that few rows never choose, on few rows. What only a compiler sees is in test_sass.py."""
     layer = Layer(device, N=300, dtype=torch.bfloat16)
-    config = linear_config(4096, 4096, 4096, torch.bfloat16, arch, per_row=False, scales_input=False)
+    config = linear_config(
+        4096, 4096, 4096, torch.bfloat16, arch, 4, per_row=False, scales_input=False, descriptors=False
+    )
     if device.type == "cuda" and arch != arch_of(device):
         config = replace(config, num_stages=2)  # another's pipeline may not fit this shared memory
     layer.check(layer.randn(140, layer.K), layer.mixes(), layer.route("uniform", 1), config=config, l_in=None)
+
+
+def descriptor_config(rows: int, N: int, per_row: bool, device: torch.device) -> LinearConfig:
+    if device.type == "cuda" and arch_of(device) not in DESCRIPTOR_ARCHS:
+        pytest.skip("needs a tensor memory accelerator")
+    return linear_config(
+        rows, N, 4096, torch.bfloat16, "sm_90", 4, per_row=per_row, scales_input=False, descriptors=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("routed", "transposed", "bias"), [(1, False, True), (1, True, False), (70, True, True), (140, False, True)]
+)
+def test_persistent_kernel(routed, transposed, bias, dtype, device) -> None:
+    """More tiles than programs, and rows, columns and a K that end inside a block."""
+    layer = Layer(device, N=432, K=136, dtype=dtype)
+    config = descriptor_config(70, 1024, routed > 1, device)
+    weight = layer.weight.t().contiguous().t() if transposed else layer.weight
+    changes = {"weight": weight, "l_in": None} | ({} if bias else {"bias": None})
+    config = replace(config, resident=1)  # in the interpreter: four programs
+    layer.check(layer.randn(140, layer.K), layer.mixes(), layer.route("zipf", routed), config=config, **changes)
+
+
+def test_persistent_kernel_with_a_wide_tile(device) -> None:
+    layer = Layer(device, N=304, K=72, dtype=torch.bfloat16)
+    config = descriptor_config(4096, 4096, False, device)
+    assert config.block_n == 256
+    layer.check(layer.randn(130, layer.K), layer.mixes(), layer.route("uniform", 1), config=config, l_in=None)
+
+
+def test_what_descriptors_can_describe() -> None:
+    def fits(x: Tensor, weight: Tensor, y: Tensor) -> bool:
+        return fits_descriptors(x, [linear_tile.Layer(weight, None, None, y)])
+
+    x = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert fits(x, x, x)
+    assert fits(x, x.t(), x)
+    assert fits(x[:, 8:24], x[::2, :16], x)
+    for wrong in (x[:, 1:], x[:, ::2], x[:1].expand(8, -1), torch.zeros(8, 60, dtype=torch.bfloat16)):
+        assert not fits(wrong, x, x)
+        assert not fits(x, wrong, x)
+        assert not fits(x, x, wrong)
+    assert not fits(x.t(), x, x)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_only_the_largest_batches_are_persistent(descriptors, arch) -> None:
+    def config(rows: int, dtype: torch.dtype = torch.bfloat16, N: int = 4096) -> LinearConfig:
+        flags = {"per_row": False, "scales_input": False, "descriptors": descriptors}
+        return linear_config(rows, N, 4096, dtype, arch, 132, **flags)
+
+    assert bool(config(65).resident) is (descriptors and arch == "sm_90")
+    assert not config(64).resident and not config(4096, torch.float32).resident and not config(4096, N=4088).resident
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "routed"), [(1, 1), (16, 16), (33, 1), (64, 64)])
+@pytest.mark.parametrize("splits", [2, 7])
+def test_split_sums(splits, rows, routed, dtype, device) -> None:
+    """K ends inside a block; and where 7 programs share its 5 or 3 blocks, some have none."""
+    layer = Layer(device, K=135, dtype=dtype)
+    config = LinearConfig(16 if rows <= 16 else 64, 64, 32, 1, num_warps=4, num_stages=2, piece=32, splits=splits)
+    layer.check(layer.randn(rows, layer.K), layer.mixes(), layer.route("zipf", routed), config=config)
+
+
+def test_split_sums_are_the_same_bits_each_time(device) -> None:
+    layer = Layer(device, N=64, K=2048, dtype=torch.bfloat16)
+    x, routing = layer.randn(16, layer.K), (layer.mixes(), layer.route("distinct", 16))
+    first = linear(x, layer.weight, layer.bias, None, layer.l_out, *routing)
+    assert all(
+        torch.equal(linear(x, layer.weight, layer.bias, None, layer.l_out, *routing), first)
+        for _ in range(1 if device.type == "cpu" else 20)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "N", "K", "splits"),
+    [(16, 1024, 4096, 4), (64, 1024, 4096, 8), (16, 4096, 4096, 1), (1, 128, 576, 1), (16, 32, 65536, 128)],
+)
+def test_few_tiles_are_shared(rows, N, K, splits) -> None:
+    flags = {"per_row": True, "scales_input": False, "descriptors": True}
+    assert linear_config(rows, N, K, torch.bfloat16, "sm_90", 132, **flags).splits == splits
 
 
 def test_a_zero_factor_is_zero_and_the_identity_is_exact(device) -> None:
@@ -156,3 +245,80 @@ def test_a_zero_factor_is_zero_and_the_identity_is_exact(device) -> None:
     plain = linear(x, layer.weight, layer.bias, None, None, mixes, route)
     assert torch.equal(y[:2], plain[:2])
     assert (y[2:] == 0).all()
+
+
+def check_pair(a: Layer, b: Layer, rows: int, route: Tensor, config=None, **changes: Tensor | None) -> None:
+    """Compare two layers in one launch with the reference; `changes` are to the second."""
+    x, mixes = a.randn(rows, a.K), a.mixes()
+    layers = [
+        {"weight": layer.weight, "bias": layer.bias, "l_out": layer.l_out} | changed
+        for layer, changed in ((a, {}), (b, changes))
+    ]
+    results = [Guarded(rows, layer["weight"].shape[0], x.dtype, x.device) for layer in layers]
+    out = results[0].out, results[1].out
+    ours = linear_pair(x, *(tuple(layer.values()) for layer in layers), mixes, route, out=out, config=config)
+    for y, result, layer in zip(ours, results, layers, strict=True):
+        assert y is result.out
+        result.assert_untouched()
+        exact = {name: None if tensor is None else tensor.double() for name, tensor in layer.items()}
+        truth = reference.linear(x.double(), **exact, l_in=None, mixes=mixes, route=route)
+        assert_meets_bar(y, reference.linear(x, **layer, l_in=None, mixes=mixes, route=route), truth)
+
+
+def two_layers(device: torch.device, N: int, K: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
+    """Return layers that are alike but for their numbers."""
+    a, b = (Layer(device, N, K, dtype) for _ in range(2))
+    b.weight, b.bias = -2 * b.weight.flip(0), b.bias.flip(0)
+    b.l_out = random_bank(CAPACITY, N, a.generator, before=1).to(device)
+    return a, b
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "routed"), [(1, 1), (16, 16), (33, 1), (129, 129)])
+def test_pair(rows, routed, dtype, device) -> None:
+    a, b = two_layers(device, 77, 135, dtype)
+    check_pair(a, b, rows, a.route("distinct", routed))
+
+
+@pytest.mark.parametrize("absent", [{}, {"bias": None}, {"l_out": None}, {"bias": None, "l_out": None}])
+def test_pair_of_layers_that_are_not_alike(absent, device) -> None:
+    a, b = two_layers(device, 40, 50, torch.float32)
+    if absent:
+        assert not are_alike_but(a, b, **absent)
+    else:
+        b = Layer(device, 24, 50)
+        assert not are_alike_but(a, b)
+    check_pair(a, b, 6, a.route("distinct", 6), **absent)
+
+
+def are_alike_but(a: Layer, b: Layer, **changes: Tensor | None) -> bool:
+    y = torch.empty(1, a.N)
+    of_a, of_b = (linear_tile.Layer(layer.weight, layer.bias, layer.l_out, y) for layer in (a, b))
+    return are_alike(of_a, of_b._replace(**changes))
+
+
+@pytest.mark.parametrize("absent", [{}, {"bias": None}, {"l_out": None}])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_pair_shares_sums(splits, absent, device) -> None:
+    a, b = two_layers(device, 80, 135, torch.bfloat16)
+    assert are_alike_but(a, b)
+    for name in absent:
+        setattr(a, name, None)
+    config = LinearConfig(16, 64, 32, 1, num_warps=4, num_stages=2, piece=64, splits=splits)
+    check_pair(a, b, 18, a.route("zipf", 18), config, **absent)
+
+
+@pytest.mark.parametrize("resident", [1, 2])
+@pytest.mark.parametrize("routed", [1, 140])
+def test_persistent_pair(routed, resident, device) -> None:
+    """In the interpreter, 16 tiles for 4 programs, or 12 for 8."""
+    a, b = two_layers(device, 432 if resident == 1 else 336, 136, torch.bfloat16)
+    config = replace(descriptor_config(70, 1024, routed > 1, device), resident=resident)
+    check_pair(a, b, 140, a.route("zipf", routed), config)
+
+
+def test_pair_of_conv1d_weights_in_the_persistent_kernel(device) -> None:
+    a, b = two_layers(device, 144, 72, torch.bfloat16)
+    for layer in (a, b):
+        layer.weight = layer.weight.t().contiguous().t()
+    check_pair(a, b, 130, a.route("uniform", 1), descriptor_config(70, 1024, False, device))

@@ -52,6 +52,49 @@ def test_opcheck_linear_in_torch(dtype) -> None:
     torch.library.opcheck(ops.linear, (*tensors, MIXES, route_of("a mix a sequence", torch.device("cpu"))))
 
 
+def pair_inputs(device: torch.device, dtype: torch.dtype = torch.float32, N_b: int = N) -> list[Tensor | None]:
+    """Return x [2, 3, K], and weight, bias and l_out of two layers."""
+    x, weight, bias, _, l_out = inputs(device, dtype)
+    generator = torch.Generator().manual_seed(2)
+    second = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((N_b, K), (N_b,))]
+    second.append(random_bank(CAPACITY, N_b, generator, l_out.dtype).to(device).detach())
+    return [x, weight, bias, l_out, *(tensor.requires_grad_() for tensor in second)]
+
+
+@pytest.mark.parametrize("N_b", [N, N + 2])
+@pytest.mark.parametrize("name", ROUTES)
+def test_opcheck_linear_pair(name, N_b, device) -> None:
+    tensors = pair_inputs(device, N_b=N_b)
+    if name == "a mix a sequence":
+        tensors[2] = tensors[5] = tensors[6] = None
+    torch.library.opcheck(ops.linear_pair, (*tensors, MIXES.to(device), route_of(name, device)))
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_gradcheck_linear_pair(name) -> None:
+    cpu = torch.device("cpu")
+    routing = MIXES, route_of(name, cpu)
+    tensors = pair_inputs(cpu, torch.float64, N_b=N + 1)
+    assert torch.autograd.gradcheck(lambda *t: ops.linear_pair(*t, *routing), tensors)
+    tensors[0].requires_grad_(False)
+    assert torch.autograd.gradcheck(lambda *t: ops.linear_pair(*t, *routing), tensors)
+
+
+def test_linear_pair_is_two_linear_layers(device) -> None:
+    x, weight_a, bias_a, l_a, weight_b, bias_b, l_b = pair_inputs(device)
+    routing = MIXES.to(device), route_of("a mix a token", device)
+    y_a, y_b = ops.linear_pair(x, weight_a, bias_a, l_a, weight_b, bias_b, l_b, *routing)
+    torch.testing.assert_close(y_a, ops.linear(x, weight_a, bias_a, None, l_a, *routing))
+    torch.testing.assert_close(y_b, ops.linear(x, weight_b, bias_b, None, l_b, *routing))
+    assert y_a.shape == y_b.shape == (2, 3, N)
+    y_a.sum().backward()  # and nothing of y_b
+    assert weight_a.grad is not None and not weight_b.grad.any()
+    empty = ops.linear_pair(x[:0], weight_a, bias_a, l_a, weight_b, bias_b, l_b, *routing)
+    assert [y.shape for y in empty] == 2 * [(0, 3, N)]
+    with pytest.raises(ValueError, match="l_out must be a bank slice"):
+        ops.linear_pair(x, weight_a, bias_a, l_a, weight_b, bias_b, l_b[:, 1:], *routing)
+
+
 @pytest.mark.parametrize("name", ROUTES)
 def test_opcheck_scale_and_bank_gradient(name, device) -> None:
     x, _, _, bank, _ = inputs(device)
@@ -167,6 +210,132 @@ def test_wrong_arguments(change, message, device) -> None:
     arguments |= {name: value for name, value in change.items() if name == "l_out"}  # .to() would make it contiguous
     with pytest.raises(ValueError, match=message):
         ops.linear(*arguments.values())
+
+
+def mlp_inputs(
+    device: torch.device, dtype: torch.dtype = torch.float32, gated: bool = True, scaled: bool = True
+) -> list[Tensor | None]:
+    """Return gate [2, 3, K], up and l."""
+    generator = torch.Generator().manual_seed(2)
+    gate, up = (torch.randn(2, 3, K, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2))
+    l = random_bank(CAPACITY, K, generator, torch.promote_types(dtype, torch.float32)).to(device)  # noqa: E741
+    l[1, 0] = l[2, 0] = l[3, 1] = 0  # two factors of zero in one mix, and one
+    tensors = [gate, up if gated else None, l.detach() if scaled else None]
+    return [tensor if tensor is None else tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("gated", "scaled", "name"),
+    [(True, True, "uniform"), (True, False, "a mix a sequence"), (False, True, "a mix a token")],
+)
+def test_opcheck_activation(gated, scaled, name, device) -> None:
+    tensors = mlp_inputs(device, gated=gated, scaled=scaled)
+    arguments = MIXES.to(device), route_of(name, device), "silu"
+    torch.library.opcheck(ops.activation, (*tensors, *arguments))
+    tensors = [tensor if tensor is None else tensor.detach() for tensor in (tensors[0], *tensors)]
+    torch.library.opcheck(ops.activation_gradient, (*tensors, *arguments))
+
+
+@pytest.mark.usefixtures("torch_backend")
+@pytest.mark.parametrize("kind", ["silu", "quick_gelu"])
+def test_opcheck_activation_in_torch(kind) -> None:
+    cpu = torch.device("cpu")
+    arguments = *mlp_inputs(cpu, torch.bfloat16), MIXES, route_of("a mix a sequence", cpu), kind
+    torch.library.opcheck(ops.activation, arguments)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+def test_gradcheck_activation(kind, gated) -> None:
+    cpu = torch.device("cpu")
+    tensors = mlp_inputs(cpu, torch.float64, gated)
+    routing = MIXES, route_of("a mix a sequence", cpu)
+    for run in (ops.activation, reference.activation):
+        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, *routing, kind), tensors)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_the_activation_kernels(dtype, kind, gated, device) -> None:
+    """Each gradient errs at most twice as much as torch's own autograd does; gate and up are halves of one tensor."""
+
+    def gradients(run, dtype: torch.dtype) -> list[Tensor]:
+        gate, up, l = mlp_inputs(device)  # noqa: E741  (the same values for each dtype, rounded)
+        fused = torch.cat([up, gate], -1).detach().to(torch.bfloat16).to(dtype).requires_grad_()
+        l = l.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()  # noqa: E741
+        up, gate = fused.chunk(2, -1)
+        y = run(gate, up if gated else None, l, MIXES.to(device), route_of("a mix a token", device), kind)
+        dy = torch.linspace(-1, 2, y.numel(), device=device).to(torch.bfloat16).to(dtype).view(y.shape)
+        return list(torch.autograd.grad(y, (fused, l), dy))
+
+    truths = gradients(reference.activation, torch.float64)
+    for ours, theirs, truth in zip(
+        gradients(ops.activation, dtype), gradients(reference.activation, dtype), truths, strict=True
+    ):
+        assert_meets_bar(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("needed", range(3))
+def test_only_needed_gradients_of_an_activation_are_returned(needed, device) -> None:
+    tensors = [tensor.detach() for tensor in mlp_inputs(device)]
+    tensors[needed].requires_grad_()
+    ops.activation(*tensors, MIXES.to(device), route_of("a mix a sequence", device), "gelu").sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [place == needed for place in range(3)]
+
+
+def test_gradients_of_an_activation_are_the_same_bits_each_time(device) -> None:
+    tensors = mlp_inputs(device)
+    y = ops.activation(*tensors, MIXES.to(device), route_of("a mix a token", device), "silu")
+    first, again = (torch.autograd.grad(y.sum(), tensors, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_shapes_and_strides_of_gate_and_up(device) -> None:
+    _, _, l = mlp_inputs(device)  # noqa: E741
+    fixed = l.detach(), MIXES.to(device), route_of("uniform", device), "silu"
+    gate, up = torch.randn(2, K, 4, 2, device=device).permute(0, 3, 2, 1)  # columns apart
+    y = ops.activation(gate, up, *fixed)
+    assert y.shape == (2, 4, K) and y.is_contiguous()
+    torch.testing.assert_close(y, ops.activation(gate.contiguous(), up.contiguous(), *fixed), rtol=0, atol=0)
+    torch.testing.assert_close(ops.activation(gate[0, 0], up[0, 0], *fixed), y[0, 0])
+    assert ops.activation(gate[:0], up[:0], *fixed).shape == (0, 4, K)
+    empty = gate[:0].detach().requires_grad_()
+    ops.activation(empty, None, *fixed).sum().backward()
+    assert empty.grad.shape == (0, 4, K)
+
+
+def test_torch_compile_leaves_the_activation_and_its_gradient_whole(device) -> None:
+    tensors = mlp_inputs(device)
+    routing = MIXES.to(device), route_of("a mix a sequence", device)
+    compiled = torch.compile(lambda *args: ops.activation(*args, "gelu_tanh") + 1, fullgraph=True, backend="aot_eager")
+    y, eager = compiled(*tensors, *routing), ops.activation(*tensors, *routing, "gelu_tanh") + 1
+    torch.testing.assert_close(y, eager, rtol=0, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(run.sum(), tensors) for run in (y, eager)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "mish"}, "kind must be one of silu, gelu, gelu_tanh, relu, relu2, quick_gelu, not 'mish'"),
+        ({"gate": torch.tensor(1.0)}, "gate must have at least one dimension"),
+        (
+            {"up": torch.ones(2, 3, N)},
+            r"up must be as gate is, torch.float32 \[2, 3, 6\], not torch.float32 \[2, 3, 5\]",
+        ),
+        ({"up": torch.ones(2, 3, K).half()}, r"up must be as gate is, .* not torch.float16 \[2, 3, 6\]"),
+        ({"l": torch.ones(CAPACITY, N)}, r"l must be a bank slice of shape \[capacity, 6\], not \[7, 5\]"),
+        ({"mixes": MIXES.long()}, "mixes must be a contiguous int32 tensor"),
+        ({"route": torch.zeros(4, dtype=torch.int32)}, "the 6 rows of x cannot be divided"),
+    ],
+)
+def test_wrong_arguments_of_an_activation(change, message, device) -> None:
+    names = ("gate", "up", "l", "mixes", "route", "kind")
+    arguments = (*(tensor.detach() for tensor in mlp_inputs(device)), MIXES, route_of("uniform", device), "silu")
+    changed = dict(zip(names, arguments, strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        ops.activation(*(value if isinstance(value, str) else value.to(device) for value in changed.values()))
 
 
 @pytest.mark.usefixtures("torch_backend")

@@ -50,18 +50,41 @@ def test_popularity(rows, name) -> None:
     layer.check(layer.randn(rows, 4096), layer.route(name, rows))
 
 
-def test_a_cuda_graph_replays_with_other_mixes() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("N", "K"), [(1024, 4096), (4096, 4096), (1001, 1003)])
+@pytest.mark.parametrize(("rows", "routed"), [(1, 1), (16, 16), (64, 64), (512, 4), (4096, 1), (2048, 2048)])
+def test_pairs_of_layers(rows, routed, N, K, dtype) -> None:
+    a, b = Layer(N, K, dtype), Layer(N, K, dtype)
+    b.weight, b.l_out = -2 * b.weight.flip(0), random_bank(CAPACITY, N, b.generator, before=16).cuda()
+    x, routing = a.randn(rows, K), (a.mixes, a.route("uniform", routed))
+    layers = [(layer.weight, layer.bias, layer.l_out) for layer in (a, b)]
+    for y, (weight, bias, l_out) in zip(ops.linear_pair(x, *layers[0], *layers[1], *routing), layers, strict=True):
+        truth = reference.linear(x.double(), weight.double(), bias.double(), None, l_out.double(), *routing)
+        assert_meets_bar(y, reference.linear(x, weight, bias, None, l_out, *routing), truth)
+
+
+@pytest.mark.parametrize("rows", [16, 4096])
+def test_a_cuda_graph_replays_with_other_mixes(rows) -> None:
+    """With a workspace for the sums, and with tensor descriptors."""
     layer = Layer(1024, 2048, torch.bfloat16)
-    x, route = layer.randn(16, 2048), layer.route("distinct", 16)
+    x, route = layer.randn(rows, 2048), layer.route("distinct", rows)
     layer(x, route)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = layer(x, route)
     for name in POPULARITY:
-        route.copy_(layer.route(name, 16))
+        route.copy_(layer.route(name, rows))
         layer.mixes[5, 2] = 7
         graph.replay()
         assert torch.equal(y, layer(x, route))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 4096])
+def test_results_repeat_to_the_bit(rows) -> None:
+    layer = Layer(1024, 4096, torch.bfloat16)
+    x, route = layer.randn(rows, 4096), layer.route("zipf", rows)
+    first = layer(x, route)
+    assert all(torch.equal(layer(x, route), first) for _ in range(20))
 
 
 def test_rows_beyond_two_to_the_31_elements() -> None:

@@ -1,0 +1,242 @@
+"""y = s ∘ act(gate) ∘ up, and y = s ∘ act(x): an MLP's activation, and the input site of the linear layer behind it.
+
+s is what each row's mix is at that site (scale.py; l_ff of IA³, Liu et al. 2022, section 3.3). It costs one multiply
+here, where gate and up are read and y is written anyway; inside the GEMM behind it would cost far more (linear.py).
+
+    silu        z σ(z)                                      Elfwing et al. 2017
+    gelu        z Φ(z),  Φ(z) = (1 + erf(z / √2)) / 2       Hendrycks & Gimpel 2016
+    gelu_tanh   z (1 + tanh(u)) / 2 = z σ(2u),  u = √(2/π) (z + 0.044715 z³)
+    quick_gelu  z σ(1.702 z)
+    relu        max(z, 0)
+    relu2       max(z, 0)²                                  So et al. 2021
+
+Everything is computed in fp32 and rounded once. Rows may be any stride apart, so the two halves of one fused tensor
+[M, 2N] are passed as the views that they are, in either order.
+"""
+# Triton's decorator and its tensor language carry no types that mypy could check.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ia3rt.kernels.configs import activation_config
+from ia3rt.kernels.scale import load_slots, mix_size, mixed_scale
+from ia3rt.reference import Activation
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)  # 1 / √2
+DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # the normal density at 0, 1 / √(2π)
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)  # 2 √(2/π)
+
+
+@triton.jit
+def _logistic(z):
+    """Return σ(z) and 1 − σ(z). The exponent is never positive, so nothing overflows and neither loses its digits."""
+    e = tl.exp(-tl.abs(z))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(z >= 0, large, small), tl.where(z >= 0, small, large)
+
+
+@triton.jit
+def _activate(z, KIND: tl.constexpr):
+    """Return act(z) and its derivative, for z in fp32. A NaN stays one; the compiler drops what is not used."""
+    if KIND == "relu":
+        act = tl.where(z <= 0, 0.0, z)
+        slope = tl.where(z <= 0, 0.0, 1.0)
+    elif KIND == "relu2":
+        positive = tl.where(z <= 0, 0.0, z)
+        act = positive * positive
+        slope = 2.0 * positive
+    elif KIND == "gelu":
+        p = 0.5 + 0.5 * tl.erf(z * SQRT_HALF)
+        act = z * p
+        slope = p + z * (DENSITY_AT_0 * tl.exp(-0.5 * z * z))
+    else:  # z σ(g(z))
+        if KIND == "silu":
+            g = z
+            dg = 1.0
+        elif KIND == "quick_gelu":
+            g = 1.702 * z
+            dg = 1.702
+        else:
+            tl.static_assert(KIND == "gelu_tanh")
+            # σ has long been 0 or 1 where the square is 1e4; an infinite one would make the slope 0 · ∞.
+            square = tl.minimum(z * z, 1e4)
+            g = SQRT_8_OVER_PI * z * (1.0 + 0.044715 * square)
+            dg = SQRT_8_OVER_PI * (1.0 + 0.134145 * square)
+        p, q = _logistic(g)
+        act = z * p
+        slope = p + act * q * dg
+    return act, slope
+
+
+@triton.jit
+def _load(ptr, rows, stride, cols, inside):
+    """Return a tile as fp32 [len(rows), len(cols)]; rows are int64."""
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=inside).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, rows, N, cols, values, inside):
+    """Round a tile and store it in a contiguous [M, N]."""
+    tl.store(ptr + rows[:, None] * N + cols[None, :], values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+def activation_kernel(
+    gate_ptr,  # [M, N], columns contiguous
+    up_ptr,  # the same, or None
+    y_ptr,  # [M, N], contiguous
+    l_ptr,  # [capacity, N], columns contiguous, or None
+    mixes_ptr,
+    route_ptr,
+    M,
+    N,
+    stride_gate,
+    stride_up,
+    stride_l,
+    mix_size,
+    rows_per_mix,
+    KIND: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Compute one tile of y. Programs that share columns of the bank are neighbours, so that these stay in L2."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    wide_rows = rows.to(tl.int64)
+    y, _ = _activate(_load(gate_ptr, wide_rows, stride_gate, cols, inside), KIND)
+    if up_ptr is not None:
+        y *= _load(up_ptr, wide_rows, stride_up, cols, inside)
+    if l_ptr is not None:
+        slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+        y *= mixed_scale(l_ptr, stride_l, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
+    _store(y_ptr, wide_rows, N, cols, y, inside)
+
+
+@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+def activation_gradient_kernel(
+    dy_ptr,  # [M, N], columns contiguous
+    gate_ptr,  # the same
+    up_ptr,  # the same, or None
+    dgate_ptr,  # [M, N], contiguous
+    dup_ptr,  # the same, or None where up is
+    l_ptr,  # [capacity, N], columns contiguous, or None
+    mixes_ptr,
+    route_ptr,
+    M,
+    N,
+    stride_dy,
+    stride_gate,
+    stride_up,
+    stride_l,
+    mix_size,
+    rows_per_mix,
+    KIND: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Compute one tile of dgate = s ∘ dy ∘ up ∘ act'(gate) and of dup = s ∘ dy ∘ act(gate)."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    wide_rows = rows.to(tl.int64)
+    act, slope = _activate(_load(gate_ptr, wide_rows, stride_gate, cols, inside), KIND)
+    dy = _load(dy_ptr, wide_rows, stride_dy, cols, inside)
+    if up_ptr is not None:
+        slope *= _load(up_ptr, wide_rows, stride_up, cols, inside)
+    if l_ptr is not None:
+        slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+        dy *= mixed_scale(l_ptr, stride_l, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
+    if up_ptr is not None:
+        _store(dup_ptr, wide_rows, N, cols, dy * act, inside)
+    _store(dgate_ptr, wide_rows, N, cols, dy * slope, inside)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    read: tuple[Tensor | None, ...],
+    written: tuple[Tensor | None, ...],
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: Activation,
+) -> None:
+    """Launch a kernel over tensors [M, N], which are those it reads, of any row strides, and those it writes."""
+    first = next(tensor for tensor in written if tensor is not None)
+    M, N = first.shape
+    if M == 0:
+        return
+    config = activation_config(M, N, first.dtype)
+    kernel[triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)](
+        *read,
+        *written,
+        l,
+        mixes,
+        route,
+        M,
+        N,
+        *(0 if tensor is None else tensor.stride(0) for tensor in (*read, l)),
+        mix_size(mixes),
+        M // route.numel(),
+        KIND=kind,
+        UNIFORM=route.numel() == 1,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,  # the default is not the same in every Triton
+    )
+
+
+def activation(
+    gate: Tensor,
+    up: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: Activation,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return s ∘ act(gate) ∘ up in gate.dtype, computed in fp32 and rounded once.
+
+    Args:
+        gate: [M, N], fp16, bf16 or fp32; any row stride, columns contiguous.
+        up: [M, N] of gate.dtype, the same; or None where the MLP is not gated.
+        l: [capacity, N], a site's slice of the bank; any row stride, columns contiguous, any of the dtypes above; or
+            None for no scale.
+        mixes: int32 [slots, 2 + 2K], contiguous.
+        route: int32 [R], contiguous, M % R == 0.
+        kind: the activation.
+        out: [M, N] of gate.dtype, contiguous; made where None.
+
+    """
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    _launch(activation_kernel, (gate, up), (y,), l, mixes, route, kind)
+    return y
+
+
+def activation_gradient(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    l: Tensor | None,  # noqa: E741
+    mixes: Tensor,
+    route: Tensor,
+    kind: Activation,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return [dgate], and dup behind it where there is an up: each [M, N] of gate.dtype, as y is in `activation`.
+
+    The arguments are those of `activation`, and dy: [M, N] of gate.dtype; any row stride, columns contiguous.
+    """
+    count = 1 if up is None else 2
+    gradients = (
+        [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(count)] if out is None else out
+    )
+    _launch(activation_gradient_kernel, (dy, gate, up), (*gradients, None)[:2], l, mixes, route, kind)
+    return gradients

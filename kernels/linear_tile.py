@@ -1,0 +1,78 @@
+"""What the kernels of a linear layer share: a launch's layers, the order of tiles, and what follows the sum over K."""
+# Triton's decorator and its tensor language carry no types that mypy could check.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ia3rt.kernels.scale import mixed_scale
+
+
+class Layer(NamedTuple):
+    """One linear layer of a launch, and where its result goes. A launch takes one, or two that read the same x."""
+
+    weight: Tensor
+    """[N, K], any strides."""
+    bias: Tensor | None
+    """[N], contiguous."""
+    l_out: Tensor | None
+    """[capacity, N], any row stride, columns contiguous."""
+    y: Tensor
+    """[M, N], contiguous."""
+
+
+@triton.jit
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Return the (first row, first column) of a tile: GROUP_M row blocks share a column of W while it is in L2."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = tile // per_group * GROUP_M
+    group = min(blocks_m - first, GROUP_M)
+    return (first + tile % per_group % group) * BLOCK_M, tile % per_group // group * BLOCK_N
+
+
+@triton.jit
+def finish(
+    acc,  # fp32 [rows, columns]
+    row,
+    col,
+    y,  # a pointer to [M, N], contiguous; or a tensor descriptor with blocks [rows, PIECE]
+    bias_ptr,
+    l_out_ptr,
+    stride_l,
+    mixes_ptr,
+    mix_size,
+    slots,
+    M,
+    N,
+    PIECE: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+):
+    """Add the bias to acc, the part of y that begins at (row, col); scale, round and store it.
+
+    This goes PIECE columns at a time: a scale as large as the accumulator does not fit the registers beside it.
+    """
+    width: tl.constexpr = acc.shape[1]
+    if width > PIECE:
+        half: tl.constexpr = width // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, half]), [0, 2, 1]))
+        finish(left, row, col, y, bias_ptr, l_out_ptr, stride_l, mixes_ptr, mix_size, slots, M, N, PIECE, BY_DESCRIPTOR)
+        col += half
+        finish(
+            right, row, col, y, bias_ptr, l_out_ptr, stride_l, mixes_ptr, mix_size, slots, M, N, PIECE, BY_DESCRIPTOR
+        )
+    else:
+        cols = col + tl.arange(0, width)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        if l_out_ptr is not None:
+            acc *= mixed_scale(l_out_ptr, stride_l, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
+        if BY_DESCRIPTOR:
+            y.store([row, col], acc.to(y.dtype))
+        else:
+            rows = row + tl.arange(0, acc.shape[0])
+            y_ptrs = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
+            tl.store(y_ptrs, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
