@@ -81,7 +81,13 @@ ACTIVATION_CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=SHARED_BYTES)
+def _arch_param(arch: str):
+    # One group, one process of pytest-xdist: each architecture is built once. It takes minutes, so one is the rule.
+    marks = [pytest.mark.xdist_group(arch)] + ([] if arch == "sm_90" else [pytest.mark.slow])
+    return pytest.param(arch, marks=marks)
+
+
+@pytest.fixture(scope="module", params=map(_arch_param, SHARED_BYTES))
 def built(request: pytest.FixtureRequest) -> tuple[str, dict[str, dict[str, int]]]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
@@ -230,8 +236,18 @@ class _Driver:
 
 def _facts(arch: str, kernel) -> dict[str, int]:
     """Return what one compiled kernel uses, and how many instructions of some kinds it has."""
-    count = _amd_facts(kernel.asm["amdgcn"]) if arch.startswith("gfx") else _nvidia_facts(kernel.asm["cubin"])
-    return count | {"shared": kernel.metadata.shared}
+    if arch.startswith("gfx"):
+        facts = _amd_facts(kernel.asm["amdgcn"])
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            facts = _nvidia_facts(cubin.name) | {
+                "matrix": len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma)", kernel.asm["ptx"]))
+            }
+            if arch == "sm_90":  # disassembling takes most of this test's time
+                facts |= _sm_90_facts(cubin.name)
+    return facts | {"shared": kernel.metadata.shared}
 
 
 def _amd_facts(assembly: str) -> dict[str, int]:
@@ -240,22 +256,27 @@ def _amd_facts(assembly: str) -> dict[str, int]:
     return {"registers": int(registers[1]), "spills": sum(map(int, spills)), "matrix": assembly.count("v_mfma")}
 
 
-def _nvidia_facts(cubin: bytes) -> dict[str, int]:
+def _cuobjdump(option: str, file: str) -> str:
     from triton import knobs
 
-    def cuobjdump(option: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [knobs.nvidia.cuobjdump.path, option, file]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass, usage = cuobjdump("-sass"), cuobjdump("-res-usage")
-    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL")}
+
+def _nvidia_facts(file: str) -> dict[str, int]:
+    usage = _cuobjdump("-res-usage", file)
+    # A kernel's stack is where it spills to.
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        name: int(re.search(rf"{key}:(\d+)", usage)[1]) for name, key in (("registers", "REG"), ("spills", "STACK"))
+    }
+
+
+def _sm_90_facts(file: str) -> dict[str, int]:
+    sass = _cuobjdump("-sass", file)
+    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "HGMMA", "LDL", "STL")}
+    return {
         "spills": count["LDL"] + count["STL"],
-        "matrix": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
+        "matrix": count["HMMA"] + count["HGMMA"],
         "HGMMA": count["HGMMA"],
         "wide_loads": len(re.findall(r"\bLDG\.E\.128\b", sass)),
         **_wgmma_loop_facts(sass),
