@@ -82,9 +82,8 @@ ACTIVATION_CASES = {
 
 
 def _arch_param(arch: str):
-    # One group, one process of pytest-xdist: each architecture is built once. It takes minutes, so one is the rule.
-    marks = [pytest.mark.xdist_group(arch)] + ([] if arch == "sm_90" else [pytest.mark.slow])
-    return pytest.param(arch, marks=marks)
+    # It takes minutes, so one architecture is the rule.
+    return pytest.param(arch, marks=[] if arch == "sm_90" else [pytest.mark.slow])
 
 
 @pytest.fixture(scope="module", params=map(_arch_param, SHARED_BYTES))
