@@ -376,6 +376,7 @@ def test_shortened_prompts_keep_their_end(text: str, width: int, short: str) -> 
     assert len(short) <= width
 
 
+@pytest.mark.slow
 def test_demo_on_the_real_model_and_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """In less time. On authors the gain shows on a few texts already; on sentiment it is too small for that."""
     monkeypatch.setattr(demo_inputs, "HELDOUT", 16)
