@@ -153,7 +153,7 @@ def test_configs_of_large_batches(arch, device) -> None:
 
 def descriptor_config(rows: int, N: int, per_row: bool, device: torch.device) -> LinearConfig:
     if device.type == "cuda" and arch_of(device) not in DESCRIPTOR_ARCHS:
-        pytest.skip("needs a tensor memory accelerator")
+        pytest.skip("needs a GPU with a tensor memory accelerator")
     return linear_config(
         rows, N, 4096, torch.bfloat16, "sm_90", 4, per_row=per_row, scales_input=False, descriptors=True
     )
