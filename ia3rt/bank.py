@@ -122,12 +122,12 @@ class Bank:
                 vectors[site].detach().reshape(-1).float().cpu() if site in vectors else torch.ones(site.width)
             )
         row = torch.cat(pieces)
-        if not row.isfinite().all():
-            bad = next(site for site, vector in vectors.items() if not vector.isfinite().all())
-            raise ValueError(
-                f"adapter {name!r} has a NaN or inf at {bad}: its training diverged or the file is damaged"
-            )
         if not row.to(self.table.dtype).isfinite().all():
+            for site, vector in vectors.items():
+                if not vector.isfinite().all():
+                    raise ValueError(
+                        f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged"
+                    )
             raise ValueError(f"adapter {name!r} has values too large for the bank's {self.table.dtype}: use float32")
         return row
 

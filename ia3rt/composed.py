@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.bank import Bank, ResolvedMix
+from ia3rt.sites import Site
 
 
 class ComposedMixes:
@@ -63,3 +64,12 @@ def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
             out.mul_(table[row])
     else:
         out.fill_(1.0)
+
+
+def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
+    """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
+    row = torch.empty(bank.total_width, device=bank.table.device)
+    compose_into(row, bank.table, mix)
+    acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
+    vectors = zip(bank.sites.values(), torch.split(row, bank.widths), strict=True)
+    return {site: vector for site, vector in vectors if site in acts}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.bank import Bank, ResolvedMix
-from ia3rt.composed import compose_into
+from ia3rt.composed import composed_vectors
 from ia3rt.modules import dense_weight
 
 
@@ -48,7 +48,7 @@ def merge(model: nn.Module, bank: Bank, mix: ResolvedMix) -> MergedWeights:
     try:
         for path, s_in, s_out in _scales(bank, mix):
             _merge_layer(model, path, s_in, s_out, saved)
-    except ValueError:
+    except BaseException:  # out of memory and Ctrl-C too: never half a merge
         saved.unmerge()
         raise
     return saved
@@ -56,14 +56,9 @@ def merge(model: nn.Module, bank: Bank, mix: ResolvedMix) -> MergedWeights:
 
 def _scales(bank: Bank, mix: ResolvedMix) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
     """The modules that the mix acts on, with their composed input and output scales."""
-    row = torch.empty(bank.total_width, device=bank.table.device)
-    compose_into(row, bank.table, mix)
-    acts = {site.key for adapter in mix.adapters for site in adapter.sites}
-    by_key = dict(zip(bank.sites, torch.split(row, bank.widths), strict=True))
-    for path in dict.fromkeys(path for path, _ in bank.sites):
-        s_in, s_out = (by_key[path, side] if (path, side) in acts else None for side in ("in", "out"))
-        if s_in is not None or s_out is not None:
-            yield path, s_in, s_out
+    by_key = {site.key: vector for site, vector in composed_vectors(bank, mix).items()}
+    for path in dict.fromkeys(path for path, _ in by_key):
+        yield path, by_key.get((path, "in")), by_key.get((path, "out"))
 
 
 def _merge_layer(model: nn.Module, path: str, s_in: Tensor | None, s_out: Tensor | None, saved: MergedWeights) -> None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ia3rt import generation
 from ia3rt.bank import Bank
 from ia3rt.checkpoint import read_checkpoint, write_checkpoint
-from ia3rt.composed import compose_into
+from ia3rt.composed import composed_vectors
 from ia3rt.merge import MergedWeights, merge
 from ia3rt.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.mlp import wearer_of
@@ -154,11 +154,7 @@ class Runtime:
         self._bank.check_name(adapter_name)
         weights = None if weights is None else tuple(weights)
         mix = self._bank.resolve(Mix(tuple(adapters), weights, combination_type))
-        row = torch.empty(self._bank.total_width, device=self._bank.table.device)
-        compose_into(row, self._bank.table, mix)
-        acts = frozenset().union(*(adapter.sites for adapter in mix.adapters))
-        vectors = zip(self.sites, torch.split(row, self._bank.widths), strict=True)
-        self._add(adapter_name, {site: vector for site, vector in vectors if site in acts}, {})
+        self._add(adapter_name, composed_vectors(self._bank, mix), {})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Rows that wear it, alone or in a mix, wear the base model then, with a warning.
@@ -232,13 +228,18 @@ class Runtime:
         self._routing.wear(_indexed(Route.by_row(resolved), len(resolved), index))
         return self._restoring(before)
 
-    def disable_adapter(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
         """A context in which all rows wear the base model; what was worn before comes back at its end.
 
         Raises:
             RuntimeError: the model is merged or no longer patched.
         """
-        return self._disabled()
+        self._check_open("disable adapters")
+        before = self._routing.route
+        self._routing.wear(Route((self._bank.resolve(BASE),)))
+        with self._restoring(before):
+            yield
 
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
         """Multiplies a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
@@ -362,14 +363,6 @@ class Runtime:
                 self._merged = self._merged[0], before
             elif self._hooks is not None:
                 self._routing.restore(before)
-
-    @contextmanager
-    def _disabled(self) -> Iterator[None]:
-        self._check_open("disable adapters")
-        before = self._routing.route
-        self._routing.wear(Route((self._bank.resolve(BASE),)))
-        with self._restoring(before):
-            yield
 
 
 def _check_no_experts(name: str, sites: frozenset[Site]) -> None:
