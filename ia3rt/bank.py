@@ -34,7 +34,8 @@ class Adapter:
 class ResolvedMix(NamedTuple):
     """A mix whose adapters are resident: what the kernels and the torch backend evaluate.
 
-    `delta` has become `linear` here: 1 + Σ w_j (l_j - 1) is the weighted sum with the identity at 1 - Σ w_j.
+    `delta` has become `linear` here: 1 + Σ w_j (l_j - 1) is the weighted sum with the identity at 1 - Σ w_j. And
+    `linear` has got the complement of its adapters' sites at that weight: where none of them acts, the sum is 1.
     """
 
     mix: Mix
@@ -64,6 +65,7 @@ class Bank:
         self.adapters: dict[str, Adapter] = {}
         self.table = torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype)
         self._free = list(range(capacity, 0, -1))
+        self._complements: dict[frozenset[Site], int] = {}
 
     @property
     def widths(self) -> list[int]:
@@ -87,8 +89,11 @@ class Bank:
                 raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {loaded})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
-        if mix.combination_type == "delta" and weights is not None:
-            rows, weights = (0, *rows), (1.0 - sum(weights), *weights)
+        if weights is not None and (rest := 1.0 - sum(weights)):
+            if mix.combination_type == "delta":
+                rows, weights = (0, *rows), (rest, *weights)
+            else:
+                rows, weights = (*rows, self._complement(adapters)), (*weights, rest)
         return ResolvedMix(mix, adapters, rows, weights)
 
     def check_name(self, name: str) -> None:
@@ -170,6 +175,20 @@ class Bank:
     def to(self, device: torch.device) -> None:
         """Moves the table."""
         self.table = self.table.to(device)
+
+    @outside_inference_mode
+    def _complement(self, adapters: Iterable[Adapter]) -> int:
+        """The row that is 0 where any of `adapters` acts and 1 elsewhere, also at sites that the bank gets later."""
+        acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in adapters))
+        if acts not in self._complements:
+            if not self._free:
+                self._grow(self.sites)
+            row = self._complements[acts] = self._free.pop()
+            self.table[row].fill_(1.0)
+            for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
+                if site in acts:
+                    columns.fill_(0.0)
+        return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:
         capacity, width = self.table.shape

@@ -16,7 +16,7 @@ class Mix:
 
     - `product`, s = Π l_j: what having all the adapters active at once means in PEFT. It takes no weights.
     - `linear`, s = Σ w_j l_j: PEFT's `add_weighted_adapter`, another thing than having them active at once. A site
-      that an adapter lacks counts as ones.
+      that an adapter lacks counts as ones; one where none of them acts stays as it is.
     - `delta`, s = 1 + Σ w_j (l_j - 1): task arithmetic (Ilharco et al. 2023) around the unadapted model.
 
     Attributes:

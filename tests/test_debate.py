@@ -125,3 +125,36 @@ def test_adapters_whose_target_modules_differ_in_type_and_layers_combine(family,
     runtime.add_weighted_adapter(list(configs), [0.4, 0.3, 0.2, -0.6], "sum", "linear")
     runtime.set_adapter("sum")
     assert_is_truth(logits(model, IDS), family, linear)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_sum_leaves_the_sites_where_no_adapter_of_it_acts(backend):
+    """Whatever its weights sum to, merged or not, and whichever sites other adapters bring."""
+    down, value, query = (
+        f"model.layers.0.{name}" for name in ("mlp.down_proj", "self_attn.v_proj", "self_attn.q_proj")
+    )
+    runtime = ia3rt.patch(tiny_model(), capacity=2, backend=backend)
+    vectors = {"b": torch.rand(96), "c": torch.rand(96)}
+    for name, vector in vectors.items():
+        runtime.add_adapter(name, {down: vector})
+    weights = {"b": 0.5, "c": 0.3}
+    truth = {(down, "in"): sum(weight * vectors[name].double() for name, weight in weights.items())}
+
+    runtime.set_adapter(weights)
+    assert_is_truth(logits(runtime.model, IDS), "llama", truth)
+    runtime.add_adapter("d", {value: torch.rand(32), (query, "out"): torch.rand(64)})
+    assert_is_truth(logits(runtime.model, IDS), "llama", truth)
+    runtime.set_adapter(weights)
+    assert_is_truth(logits(runtime.model, IDS), "llama", truth)
+    runtime.add_weighted_adapter(list(weights), list(weights.values()), "sum", "linear")
+    runtime.set_adapter("sum")
+    assert_is_truth(logits(runtime.model, IDS), "llama", truth)
+    runtime.merge_adapter(weights)
+    assert_is_truth(logits(runtime.model, IDS), "llama", truth)
+    runtime.unmerge_adapter()
+
+    both = {**weights, "d": -0.4}
+    with runtime.route([both, None, weights]):
+        mixed = logits(runtime.model, IDS)
+    runtime.set_adapter(weights)
+    torch.testing.assert_close(mixed[2], logits(runtime.model, IDS)[2], rtol=1e-4, atol=1e-5)

@@ -121,7 +121,7 @@ class Programs(RuleBasedStateMachine):
 
     def scale(self, drawn, key):
         ones = torch.ones(WIDTHS[key], dtype=torch.float64)
-        if drawn is None:
+        if drawn is None or not any(key in self.truth[name] for name in drawn[1]):
             return ones
         kind, chosen, weights = drawn
         vectors = [self.truth[name].get(key, ones) for name in chosen]
