@@ -20,7 +20,16 @@ setup(
     python_requires=">=3.10",
     # kernels/ has no __init__.py (on sys.path it would hide the Hugging Face package `kernels`), so no
     # find_packages: each package is named, and its folder is where the repository keeps it.
-    packages=["ia3rt", "ia3rt.demo", "ia3rt.kernels", "ia3rt.bench", "ia3rt.examples"],
+    packages=[
+        "ia3rt",
+        "ia3rt.demo",
+        "ia3rt.ops",
+        "ia3rt.reference",
+        "ia3rt.kernels",
+        "ia3rt.bench",
+        "ia3rt.bench.compiled",
+        "ia3rt.examples",
+    ],
     package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench", "ia3rt.examples": "examples"},
     package_data={"ia3rt.examples": ["*.md", "adapters/*/*"]},  # what `ia3rt demo` shows
     install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],

@@ -100,6 +100,7 @@ def test_the_mlps_of_each_family_are_recognised_and_right(name, backend):
     check(runtime, make(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_each_activation_is_the_models_own(name, activation):

@@ -118,7 +118,7 @@ def test_a_dtype_change_keeps_the_vectors_exact(folders):
     assert torch.equal(logits(runtime.model, IDS), logits(cast_first, IDS))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_under_torch_compile_switching_compiles_nothing(folders, backend):
     """Mixes of every kind through one graph; a batch by row takes a second, whatever its rows wear."""
     runtime = patched(folders, backend=backend)

@@ -1,21 +1,9 @@
-"""Each operation in a few lines of plain torch: the truth that the kernels are compared with, and their stand-in.
+"""A mix, composed; an activation scaled by it; and what its gradient sends back to the bank."""
 
-A scale is composed in fp32, or in fp64 where the bank or the activation is; so a float64 call of anything here is the
-exact formula (IA³, Liu et al. 2022, section 3.3), and all of it is differentiable. The words are the design's:
-
-    bank    [capacity, width]        one row an adapter; row 0 is all ones
-    mixes   int32 [slots, 2 + 2K]    mode (0 product, 1 linear), count n, K bank rows, K weights (fp32 bits)
-    route   int32 [R]                row m of M wears mix route[m // (M // R)]; R = 1 is the uniform batch
-"""
-
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 
 
 class MixTable(NamedTuple):
@@ -67,98 +55,6 @@ def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa
     """Return s ∘ x for x [..., width] and l [capacity, width]: computed in fp32 (fp64) and rounded once to x.dtype."""
     s = compose(l, mixes[route], _scale_dtype(x, l))
     return (_by_route(x, route) * s[:, None, :]).to(x.dtype).reshape(x.shape)
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    l_in: Tensor | None,
-    l_out: Tensor | None,
-    mixes: Tensor,
-    route: Tensor,
-) -> Tensor:
-    """Return s_out ∘ (W (s_in ∘ x) + b) for x [..., K_in] and weight [N, K_in].
-
-    Rounds where PEFT rounds: s_in ∘ x, W · + b, and the result. The kernel leaves out the rounding in the middle.
-    """
-    if l_in is not None:
-        x = scale(x, l_in, mixes, route)
-    y = F.linear(x, weight, bias)
-    return y if l_out is None else scale(y, l_out, mixes, route)
-
-
-def linear_pair(
-    x: Tensor,
-    a: tuple[Tensor, Tensor | None, Tensor | None],
-    b: tuple[Tensor, Tensor | None, Tensor | None],
-    mixes: Tensor,
-    route: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return s_a ∘ (W_a x + b_a) and s_b ∘ (W_b x + b_b); a layer is its weight, bias and l_out."""
-    y_a, y_b = (linear(x, weight, bias, None, l_out, mixes, route) for weight, bias, l_out in (a, b))
-    return y_a, y_b
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z).square(),
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
-}
-
-
-def _quick_gelu_gradient(dy: Tensor, z: Tensor) -> Tensor:
-    p = torch.sigmoid(1.702 * z)
-    return dy * (p + z * (p * (1 - p)) * 1.702)  # in this order nothing overflows
-
-
-_aten = torch.ops.aten
-ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": _aten.silu_backward,
-    "gelu": _aten.gelu_backward,
-    "gelu_tanh": lambda dy, z: _aten.gelu_backward(dy, z, approximate="tanh"),
-    "relu": lambda dy, z: _aten.threshold_backward(dy, z, 0),
-    "relu2": lambda dy, z: dy * 2 * F.relu(z),
-    "quick_gelu": _quick_gelu_gradient,
-}
-"""dL/dz of each activation, given dL/dy: for where autograd does not reach, inside an op."""
-
-
-def activation(
-    gate: Tensor,
-    up: Tensor | None,
-    l: Tensor | None,  # noqa: E741
-    mixes: Tensor,
-    route: Tensor,
-    kind: str,
-) -> Tensor:
-    """Return s ∘ act(gate) ∘ up for gate and up [..., width] and l [capacity, width]; without up or s where None.
-
-    Rounds where the MLPs of transformers and PEFT round: act(gate), times up, and the result. The kernel rounds once.
-    """
-    y = ACTIVATIONS[kind](gate)
-    if up is not None:
-        y = y * up
-    return y if l is None else scale(y, l, mixes, route)
-
-
-def activation_gradient(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    l: Tensor | None,  # noqa: E741
-    mixes: Tensor,
-    route: Tensor,
-    kind: str,
-) -> list[Tensor]:
-    """Return [dL/dgate], and dL/dup behind it where there is an up, given dL/dy for y = s ∘ act(gate) ∘ up."""
-    dz = dy if l is None else scale(dy, l, mixes, route)
-    if up is None:
-        return [ACTIVATION_GRADIENTS[kind](dz, gate)]
-    return [ACTIVATION_GRADIENTS[kind](dz * up, gate), dz * ACTIVATIONS[kind](gate)]
 
 
 def bank_gradient(dy: Tensor, x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa: E741

@@ -1,0 +1,1 @@
+"""What the kernels become for GPUs that need not be there: registers, spills, instructions; `python -m` prints them."""

@@ -1,0 +1,69 @@
+"""The launches of the linear layer, of pairs of them, and of the scale alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ia3rt.bench.compiled.case import Case, empty, routing, site
+from ia3rt.kernels.linear import linear
+from ia3rt.kernels.linear_pair import linear_pair
+from ia3rt.kernels.scale import scale
+
+
+def _linear(
+    M: int,
+    R: int,
+    has_scale: bool,
+    *,
+    N: int = 4096,
+    K: int = 4096,
+    longest: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    side: str = "out",
+    conv1d: bool = False,
+    bank_offset: int = 0,
+    stride_x: int | None = None,
+    pair: bool = False,
+) -> None:
+    """Launch linear, or linear_pair, for M rows routed by R entries."""
+    x = empty(M, stride_x or K, dtype=dtype)[:, :K]
+    weight = empty(K, N, dtype=dtype).t() if conv1d else empty(N, K, dtype=dtype)
+    l = site(K if side == "in" else N, bank_offset) if has_scale else None  # noqa: E741
+    l_in, l_out = (l, None) if side == "in" else (None, l)
+    bias = empty(N, dtype=dtype)
+    if pair:
+        linear_pair(x, (weight, bias, l_out), (weight, bias, l_out), *routing(R, longest))
+    else:
+        linear(x, weight, bias, l_in, l_out, *routing(R, longest))
+
+
+def _scale(R: int, has_scale: bool) -> None:
+    scale(empty(4096, 4096, dtype=torch.bfloat16), site(4096, 4096), *routing(R))
+
+
+CASES: dict[str, Case] = {
+    "prefill, uniform": Case(partial(_linear, 4096, 1), wgmma=True),
+    "prefill, one mix a sequence": Case(partial(_linear, 4096, 4), wgmma=True),
+    # Two programs fit a processor: 65,536 registers for 2 × 256 threads.
+    "prefill, two programs a processor": Case(partial(_linear, 512, 1, N=1024), wgmma=True, max_registers=128),
+    "prefill, Conv1D": Case(partial(_linear, 4096, 4096, N=2304, K=768, conv1d=True), wgmma=True),
+    # A bank that is read one number at a time leaves fewer uniform registers, and one more move for it.
+    "prefill, unaligned site": Case(partial(_linear, 4096, 4, bank_offset=3), wgmma=True, longer_loop=1),
+    "prefill, x without descriptors": Case(partial(_linear, 4096, 4, stride_x=4100), wgmma=True),
+    "prefill, pair": Case(partial(_linear, 4096, 4, N=1024, pair=True), wgmma=True),
+    "prefill, wide pair": Case(partial(_linear, 4096, 1, pair=True), wgmma=True),
+    "decode, pair": Case(partial(_linear, 16, 16, N=1024, pair=True)),
+    "prefill, odd sizes": Case(partial(_linear, 1000, 8, N=1001, K=1003, dtype=torch.float16)),
+    "prefill, fp32": Case(partial(_linear, 4096, 4096, dtype=torch.float32), matrix=False),
+    "64 rows, one mix a row": Case(partial(_linear, 64, 64, N=1024), wgmma=True),
+    "decode, one mix a row": Case(partial(_linear, 16, 16)),
+    "decode, odd sizes": Case(partial(_linear, 16, 16, N=1001, K=1003)),
+    "decode, input site, uniform": Case(partial(_linear, 32, 1, N=8192, side="in")),
+    "decode, input site, 16 rows": Case(partial(_linear, 16, 16, N=8192, longest=2, side="in")),
+    "decode, input site, 32 rows": Case(partial(_linear, 32, 32, longest=1, side="in")),
+    "decode, input site, fp32": Case(partial(_linear, 16, 16, longest=2, dtype=torch.float32, side="in"), matrix=False),
+    "scale, uniform": Case(partial(_scale, 1), matrix=False),
+    "scale, one mix a row": Case(partial(_scale, 4096), matrix=False),
+}

@@ -1,0 +1,64 @@
+"""What every op does around its kernel: choose who computes, lay tensors out, keep the inputs for the gradient."""
+
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ia3rt import reference
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def _kernels_work() -> bool:
+    """Whether Triton is installed: a failure of another kind is no reason to be silently slow."""
+    try:
+        importlib.import_module("ia3rt.kernels.linear")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return False
+    return True
+
+
+def backend(x: Tensor) -> Literal["triton", "torch"]:
+    """Return what computes an operation on x."""
+    on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return "triton" if on_device and x.dtype in TRITON_DTYPES and _kernels_work() else "torch"
+
+
+def module(name: str, x: Tensor) -> Any:
+    """Return kernels/<name>.py, or reference.py, which has a stand-in for each of its launchers."""
+    return importlib.import_module(f"ia3rt.kernels.{name}") if backend(x) == "triton" else reference
+
+
+def implementation(name: str, x: Tensor) -> Callable[..., Tensor]:
+    """Return kernels/<name>.py's launcher `name`, or what stands in for it."""
+    run: Callable[..., Tensor] = getattr(module(name, x), name)
+    return run
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return x as [M, width] with contiguous columns: a view wherever one exists."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def new(x: Tensor, width: int) -> Tensor:
+    """Return what every op returns: [..., width], contiguous, uninitialised."""
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def save_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
