@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ia3rt import reference
 from ia3rt.bank import Bank, ResolvedMix
 from ia3rt.sites import Site
 
@@ -22,6 +23,24 @@ class ComposedMixes:
         self.scales: tuple[Tensor, ...] = ()
         self._buffer = torch.empty(0, 0)
         self._table: Tensor | None = None
+
+    @classmethod
+    def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, index: Tensor | None) -> ComposedMixes:
+        """Mixes of other rows than the bank's, with gradients.
+
+        Args:
+            rows: [rows, total_width], what the mixes' rows are.
+            widths: the sites'.
+            mixes: int32 [slots, 2 + 2 K], the distinct mixes in use, packed.
+            index: int64 [rows], the mix of each row; None keeps one row a mix.
+        """
+        made = cls()
+        composed = reference.compose(rows, mixes)
+        if index is not None:
+            composed = composed[index.to(rows.device)]
+        shaped = composed[0] if len(composed) == 1 else composed.unsqueeze(1)
+        made.scales = torch.split(shaped, widths, dim=-1)
+        return made
 
     def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: Tensor | None) -> None:
         """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.

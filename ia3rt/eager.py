@@ -52,7 +52,8 @@ def _aligned(x: Tensor, scale: Tensor, tokens: Tensor | None) -> tuple[Tensor, T
 
 
 def _multiply_(y: Tensor, scale: Tensor) -> None:
-    if y.dtype == scale.dtype or y.numel() <= _PIECE or y.is_cuda or y.requires_grad or torch.compiler.is_compiling():
+    whole = y.dtype == scale.dtype or y.numel() <= _PIECE or y.is_cuda or torch.compiler.is_compiling()
+    if whole or y.requires_grad or scale.requires_grad:
         y.mul_(scale)
     elif len(y) == 1:
         _multiply_(y[0], scale[0] if scale.dim() == y.dim() else scale)

@@ -14,7 +14,8 @@ from ia3rt.bank import Adapter, Bank, ResolvedMix
 from ia3rt.composed import ComposedMixes
 from ia3rt.inference_mode import outside_inference_mode
 from ia3rt.mix import BASE
-from ia3rt.tables import MixTables
+from ia3rt.tables import MixTables, pack_mixes, used_rows
+from ia3rt.training import TrainedAdapters
 
 Backend: TypeAlias = Literal["torch", "triton"]
 
@@ -62,6 +63,8 @@ class Routing:
         tables: the mixes as the kernels read them.
         tokens: int64 [rows * tokens], for the forward at hand: the mix of each token; None unless routed by token.
         expand: how many times `generate` repeats each row (beams, returned sequences); None outside of it.
+        trained: the adapters in training, if any: each forward that wears one has `composed` and `tables` of its own,
+            whose gradients reach the parameters.
     """
 
     def __init__(self, bank: Bank, backend: Backend) -> None:
@@ -69,20 +72,29 @@ class Routing:
         self.backend: Backend = backend
         self.composes = backend == "torch"
         self.route = Route((bank.resolve(BASE),))
-        self.composed = ComposedMixes()
-        self.tables = MixTables()
+        self.composed = self._composed = ComposedMixes()
+        self.tables = self._tables = MixTables()
         self.tokens: Tensor | None = None
         self.expand: int | None = None
+        self.trained: TrainedAdapters | None = None
+        self._in_training: tuple[list[int], Tensor, Tensor | None] | None = None
 
     @outside_inference_mode
     def wear(self, route: Route) -> None:
         """Makes `route` what the next forward wears."""
         by_row = route.index if route.index is not None and not route.by_token else None
+        self.composed, self.tables = self._composed, self._tables
         if self.composes:
             self.composed.write(self.bank, route.mixes, by_row)
         if self.backend == "triton":
             self.tables.write(self.bank, route.mixes)
             self.tables.write_route(torch.zeros(1) if by_row is None else by_row)
+        self._in_training = None
+        if self.trained is not None and self.trained.are_worn(route.mixes):
+            used, mixes = used_rows(route.mixes)
+            device = self.bank.table.device
+            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(device)
+            self._in_training = used, packed, None if by_row is None else by_row.to(device)
         self.route = route
         self.after_forward()
 
@@ -117,6 +129,8 @@ class Routing:
         Raises:
             ValueError: they are not.
         """
+        if self._in_training is not None:
+            self._lay_trained()
         index = self.route.index
         if index is None:
             return
@@ -136,6 +150,17 @@ class Routing:
     def after_forward(self, *_: object) -> None:
         """A forward hook: a route by token fits the forward that it was laid over, and no other."""
         self.tokens = torch.empty(0, dtype=torch.int64) if self.route.by_token else None
+
+    def _lay_trained(self) -> None:
+        """Takes the vectors as the optimizer left them; new tensors, as a gradient may still need the last ones."""
+        assert self.trained is not None and self._in_training is not None
+        used, mixes, by_row = self._in_training
+        rows = self.trained.rows(used)
+        if self.composes:
+            self.composed = ComposedMixes.over(rows, self.bank.widths, mixes, by_row)
+        if self.backend == "triton":
+            route = torch.zeros(1, dtype=torch.int32, device=rows.device) if by_row is None else by_row.int()
+            self.tables = MixTables.over(rows, self.bank.widths, mixes, route)
 
     @outside_inference_mode
     def _lay_tokens(self, index: Tensor, batch: Tensor, past: int) -> None:

@@ -22,6 +22,7 @@ from ia3rt.modules import Wearer, place, unwrap, wrap
 from ia3rt.pair import pair_layers
 from ia3rt.routing import Backend, Route, Routing
 from ia3rt.sites import ModuleNames, Site, SiteKey, name_matches, site_of
+from ia3rt.training import TrainedAdapters
 
 Vectors: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 
@@ -107,13 +108,14 @@ class Runtime:
         self._add(name, vectors, checkpoint.config)
         return name
 
-    def add_adapter(self, name: str, vectors: Vectors, config: Mapping[str, Any] | None = None) -> None:
-        """Adds an adapter from tensors.
+    def add_adapter(self, name: str, vectors: Vectors | None = None, config: Mapping[str, Any] | None = None) -> None:
+        """Adds an adapter from tensors, or a new one to train.
 
         Args:
             name: what to call it.
             vectors: by module path where that module has one site, else by (path, "in") or (path, "out"); each of
-                the site's width, in any shape. Sites left out count as ones.
+                the site's width, in any shape. Sites left out count as ones. None makes an adapter of ones at all
+                sites: it changes nothing until it is trained.
             config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type.
 
         Raises:
@@ -123,6 +125,8 @@ class Runtime:
         """
         self._check_open("add an adapter")
         self._bank.check_name(name)
+        if vectors is None:
+            vectors = {site.key: torch.ones(site.width) for site in self.sites}
         sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
@@ -156,15 +160,58 @@ class Runtime:
         mix = self._bank.resolve(Mix(tuple(adapters), weights, combination_type))
         self._add(adapter_name, composed_vectors(self._bank, mix), {})
 
+    def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
+        """Makes the vectors of adapters parameters of the model, and freezes everything else, until `end_training`.
+
+        They are found by any optimizer over `model.parameters()`, by `transformers.Trainer`, and in the model's
+        checkpoints, as `ia3_out_<name>` and `ia3_in_<name>` of the modules where they act. All rows wear the adapters'
+        product, unless the rows wear one of them already; `set_adapter` and `route` go on as before, and other adapters
+        in a mix stay as they are.
+
+        Args:
+            adapter_names: loaded adapters, or new ones (`add_adapter(name)`).
+
+        Returns:
+            The parameters, float32 [width] each.
+
+        Raises:
+            ValueError: an adapter is unknown, the bank's dtype is not float32, or a name is in the way.
+            RuntimeError: adapters are trained already, or the model is merged or no longer patched.
+        """
+        self._check_open("train adapters")
+        if self._routing.trained is not None:
+            raise RuntimeError("adapters are trained already: call end_training() first")
+        if not adapter_names:
+            raise ValueError("no adapters to train: give at least one name")
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        mix = self._bank.resolve(Mix(names))
+        trained = self._routing.trained = TrainedAdapters(self.model, self._bank, mix.adapters)
+        self._routing.wear(self._routing.route if trained.are_worn(self._routing.route.mixes) else Route((mix,)))
+        return trained.parameters
+
+    def end_training(self) -> None:
+        """Ends what `train_adapter` began: the adapters keep what they learned, and the model's parameters are its own.
+
+        Raises:
+            RuntimeError: no adapters are trained.
+        """
+        if self._routing.trained is None:
+            raise RuntimeError("no adapters are trained: there is nothing to end")
+        self._routing.trained.end()
+        self._routing.trained = None
+        self._routing.refresh()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Rows that wear it, alone or in a mix, wear the base model then, with a warning.
 
         Raises:
-            ValueError: it is unknown.
+            ValueError: it is unknown, or is trained.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("delete an adapter")
-        self._bank.resolve(Mix((adapter_name,)))
+        (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
+        if self._routing.trained is not None and adapter in self._routing.trained.adapters:
+            raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._routing.drop(self._bank.remove(adapter_name))
 
     def save_adapter(self, adapter_name: str, path: str | Path) -> None:
@@ -249,9 +296,11 @@ class Runtime:
 
         Raises:
             ValueError: rows wear different mixes, or a weight is quantised, shared, or would overflow.
-            RuntimeError: the model is merged already or no longer patched.
+            RuntimeError: the model is merged already, its adapters are trained, or it is no longer patched.
         """
         self._check_open("merge")
+        if self._routing.trained is not None:
+            raise RuntimeError("cannot merge while adapters are trained: call end_training() first")
         route = self._routing.route
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
@@ -281,6 +330,8 @@ class Runtime:
             raise RuntimeError("the model is not patched any more: call ia3rt.patch(model) again")
         if self._merged is not None:
             self.unmerge_adapter()
+        if self._routing.trained is not None:
+            self.end_training()
         for module in self.model.modules():
             if isinstance(module, Wearer):
                 unwrap(module)
@@ -309,6 +360,7 @@ class Runtime:
         self._bank.add(name, vectors, config)
         if self._bank.table is not table:
             self._place_sites()
+            self._tie()
             self._routing.refresh()
 
     def _place_sites(self) -> None:
@@ -326,6 +378,11 @@ class Runtime:
         if device != self._bank.table.device:
             self._bank.to(device)
             self._routing.refresh()
+        self._tie()
+
+    def _tie(self) -> None:
+        if self._routing.trained is not None:
+            self._routing.trained.tie()
 
     def _key(self, name: str, key: str | SiteKey) -> SiteKey:
         if not isinstance(key, str):

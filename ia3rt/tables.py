@@ -29,6 +29,13 @@ class MixTables:
         self.route = torch.zeros(0, dtype=torch.int32)
         self._table: Tensor | None = None
 
+    @classmethod
+    def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, route: Tensor) -> MixTables:
+        """Tables over other rows than the bank's: [rows, total_width], split at the sites' widths."""
+        tables = cls()
+        tables.bank, tables.mixes, tables.route = torch.split(rows, widths, dim=1), mixes, route
+        return tables
+
     def write(self, bank: Bank, mixes: Sequence[ResolvedMix]) -> None:
         """Writes the distinct mixes in use, in place where they fit into what was there before."""
         device = bank.table.device
@@ -60,3 +67,9 @@ def pack_mixes(mixes: Sequence[ResolvedMix], size: int) -> Tensor:
         packed[slot, 2 : 2 + count] = torch.tensor(mix.rows, dtype=torch.int32)
         weights[slot, :count] = torch.tensor(mix.weights or [1.0] * count)
     return packed
+
+
+def used_rows(mixes: Sequence[ResolvedMix]) -> tuple[list[int], list[ResolvedMix]]:
+    """The rows of the bank that the mixes name, and the mixes with places in that list instead."""
+    used = sorted({0, *(row for mix in mixes for row in mix.rows)})
+    return used, [mix._replace(rows=tuple(used.index(row) for row in mix.rows)) for mix in mixes]

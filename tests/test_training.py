@@ -1,0 +1,297 @@
+"""Training adapters of a patched model, beside PEFT's training of the same adapters."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from tiny import FAMILIES, TARGETS, VOCABULARY, logits, peft_vectors, scaled, tiny_model, token_ids
+from torch import Tensor, nn
+
+import ia3rt
+
+BACKENDS = ["torch", "triton"]
+
+
+def batches(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, VOCABULARY, (3, 9), generator=generator) for _ in range(count)]
+
+
+def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 6, accumulate: int = 2) -> list[float]:
+    """Trains on batches that are the same at each call, and returns each batch's loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    losses = []
+    for step, ids in enumerate(batches(steps * accumulate)):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        if step % accumulate == accumulate - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def peft_trained(family: str, model: nn.Module, names: str) -> tuple[peft.PeftModel, list[float]]:
+    config = peft.IA3Config(**TARGETS[family], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    wrapped.base_model.set_adapter(list(names))
+    return wrapped, train(wrapped, [p for p in wrapped.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_follows_pefts_step_for_step(family, backend, names):
+    model = tiny_model(family)
+    wrapped, expected = peft_trained(family, model, names)
+    runtime = ia3rt.patch(model, backend=backend)
+    for name in names:
+        runtime.add_adapter(name)
+    losses = train(model, runtime.train_adapter(list(names)))
+    assert expected[0] - expected[-1] > 0.05  # they learn: two curves that stay where they are agree too
+    assert losses == pytest.approx(expected, rel=2e-5)
+    runtime.end_training()
+    for name in names:
+        ours = runtime._bank.vectors(runtime._bank.adapters[name])
+        for key, vector in peft_vectors(wrapped, name).items():
+            site = next(site for site in ours if site.key == key)
+            assert torch.allclose(ours[site].double(), vector, atol=1e-3), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_gradient_is_the_formulas(backend):
+    """Rows of every kind of mix, one of them with an adapter that stays as it is, against autograd in float64."""
+    model, ids = tiny_model(), token_ids(4)
+    runtime = ia3rt.patch(model, backend=backend)
+    generator = torch.Generator().manual_seed(4)
+    for name in "abc":
+        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    vectors = {
+        name: {s.key: v.double().clone() for s, v in runtime._bank.vectors(adapter).items()}
+        for name, adapter in runtime._bank.adapters.items()
+    }
+    parameters = runtime.train_adapter(["a", "b"])
+    assert len(parameters) == 2 * len(runtime.sites)
+    runtime.route(["a", ["a", "b", "c"], {"b": 0.3, "c": -0.2}, None])
+    logits_ = model(ids).logits
+    weights = torch.randn(logits_.shape, generator=generator)
+    (logits_ * weights).sum().backward()
+
+    truth = {name: {key: v.clone().requires_grad_() for key, v in vectors[name].items()} for name in "ab"}
+    a, b, c = truth["a"], truth["b"], vectors["c"]
+    rows = [
+        a,
+        {key: a[key] * b[key] * c[key] for key in a},
+        {key: 0.3 * b[key] - 0.2 * c[key] for key in a},
+        {key: torch.ones_like(v) for key, v in c.items()},
+    ]
+    runtime.end_training()
+    plain = runtime.unpatch()
+    total = sum((functional_logits(plain, row, ids[i : i + 1]) * weights[i]).sum() for i, row in enumerate(rows))
+    total.backward()
+    expected = [v.grad for name in "ab" for v in truth[name].values()]
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.allclose(parameter.grad.double(), gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max())
+
+
+def functional_logits(model: nn.Module, scales: dict[tuple[str, str], Tensor], ids: Tensor) -> Tensor:
+    """The float64 model with its weights scaled, as a function of the scales."""
+    exact = copy.deepcopy(model).double()
+    weights = {}
+    for (path, side), scale in scales.items():
+        layer = exact.get_submodule(path)
+        weights[f"{path}.weight"] = layer.weight.detach() * (scale if side == "in" else scale.unsqueeze(1))
+        if side == "out" and layer.bias is not None:
+            weights[f"{path}.bias"] = layer.bias.detach() * scale
+    return torch.func.functional_call(exact, weights, (ids,)).logits[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_learned_is_what_is_worn(backend):
+    """Between two steps, after them, and in a checkpoint."""
+    model = tiny_model()
+    plain = copy.deepcopy(model)
+    runtime = ia3rt.patch(model, backend=backend)
+    runtime.add_adapter("a")
+    train(model, runtime.train_adapter("a"), steps=2)
+    during = logits(model, token_ids())
+    saved = {key: value for key, value in model.state_dict().items() if "ia3_" in key}
+    assert len(saved) == len(runtime.sites)
+    runtime.end_training()
+    assert torch.equal(logits(model, token_ids()), during)
+    vectors = {site.key: vector.double() for site, vector in runtime._bank.vectors(runtime._bank.adapters["a"]).items()}
+    truth = logits(scaled(plain, vectors), token_ids())
+    assert torch.allclose(during.double(), truth, atol=1e-4)
+    assert not torch.allclose(during, logits(plain, token_ids()), atol=1e-2)
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def test_all_else_is_frozen_and_thawed():
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a")
+    runtime.add_adapter("b")
+    parameters = runtime.train_adapter("a")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    train(model, parameters, steps=1)
+    runtime.end_training()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {k: v[0] for k, v in before.items()}
+    assert all(torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+    b = runtime._bank.vectors(runtime._bank.adapters["b"])
+    assert all(torch.equal(vector, torch.ones_like(vector)) for vector in b.values())
+
+
+def test_a_site_that_an_adapter_lacks_stays_one():
+    """Also under weight decay, which would pull it to zero."""
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    site = runtime.sites[0]
+    runtime.add_adapter("a", {site.key: torch.ones(site.width)})
+    (parameter,) = runtime.train_adapter("a")
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.5)
+    ids = token_ids()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    runtime.end_training()
+    row = runtime._bank.table[runtime._bank.adapters["a"].row]
+    assert (row[site.width :] == 1).all() and (row[: site.width] != 1).any()
+
+
+def test_loading_casting_and_growing_meanwhile_leave_the_training_intact():
+    model = tiny_model()
+    runtime = ia3rt.patch(model, capacity=1)
+    runtime.add_adapter("a")
+    parameters = runtime.train_adapter("a")
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    ids = token_ids()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    step()
+    learned = [parameter.detach().clone() for parameter in parameters]
+    runtime.add_adapter("b", {("model.layers.0.mlp.up_proj", "out"): torch.ones(96)})  # a row more, and a site more
+    model.bfloat16().float()
+    assert all(torch.equal(*pair) for pair in zip(learned, parameters, strict=True))
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    step()
+    runtime.end_training()
+    row = runtime._bank.vectors(runtime._bank.adapters["a"])
+    assert all(torch.equal(*pair) for pair in zip(row.values(), parameters, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(learned, parameters, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_forwards_before_a_backward(backend):
+    """As contrastive losses have them, under two routes: the second does not spoil what the first saved."""
+    model, ids = tiny_model(), token_ids(2)
+    runtime = ia3rt.patch(model, backend=backend)
+    for name in "ab":
+        runtime.add_adapter(name)
+    parameters = runtime.train_adapter(["a", "b"])
+
+    def loss(route: list[str]) -> Tensor:
+        runtime.route(route)
+        return model(ids, labels=ids).loss
+
+    separate = []
+    for route in (["a", "b"], ["b", "b"]):
+        loss(route).backward()
+        separate.append([p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters])
+        model.zero_grad(set_to_none=True)
+    first = loss(["a", "b"])
+    with torch.no_grad():
+        model(ids)
+    (first + loss(["b", "b"])).backward()
+    for parameter, one, other in zip(parameters, *separate, strict=True):
+        assert torch.allclose(parameter.grad, one + other, atol=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model, ids = tiny_model().train(), token_ids()
+        runtime = ia3rt.patch(model)
+        runtime.add_adapter("a")
+        parameters = runtime.train_adapter("a")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in parameters])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_a_training_step_compiles_to_one_graph():
+    model, ids = tiny_model(), token_ids()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a")
+    parameters = runtime.train_adapter("a")
+    model(ids, labels=ids).loss.backward()
+    expected = [parameter.grad for parameter in parameters]
+    model.zero_grad(set_to_none=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(ids, labels=ids).loss.backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_the_trainer_trains_it(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a")
+    runtime.train_adapter("a")
+    data = [{"input_ids": row, "labels": row} for ids in batches(4) for row in ids]
+    arguments = TrainingArguments(
+        str(tmp_path), learning_rate=0.05, num_train_epochs=2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    Trainer(model, arguments, train_dataset=data).train()
+    runtime.end_training()
+    vectors = runtime._bank.vectors(runtime._bank.adapters["a"]).values()
+    assert all((vector != 1).any() for vector in vectors)
+    runtime.save_adapter("a", tmp_path / "a")
+    assert peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "a")
+
+
+def test_errors_leave_everything_as_it_was():
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a.b")
+    with pytest.raises(ValueError, match="unknown adapter 'x'"):
+        runtime.train_adapter("x")
+    with pytest.raises(ValueError, match="at least one"):
+        runtime.train_adapter([])
+    with pytest.raises(RuntimeError, match="nothing to end"):
+        runtime.end_training()
+    assert all(p.requires_grad for p in model.parameters()) and not any("ia3" in n for n in model.state_dict())
+
+    runtime.train_adapter("a.b")
+    for call, error, message in (
+        (lambda: runtime.train_adapter("a.b"), RuntimeError, "end_training"),
+        (lambda: runtime.delete_adapter("a.b"), ValueError, "end_training"),
+        (lambda: runtime.merge_adapter(), RuntimeError, "end_training"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    runtime.unpatch()
+    assert all(p.requires_grad for p in model.parameters()) and not any("ia3" in n for n in model.state_dict())
+
+    halved = ia3rt.patch(tiny_model(), dtype=torch.bfloat16)
+    halved.add_adapter("a")
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        halved.train_adapter("a")
+
+    taken = ia3rt.patch(tiny_model())
+    taken.add_adapter("a.b")
+    taken.add_adapter("a_b")
+    with pytest.raises(ValueError, match="another name"):
+        taken.train_adapter(["a.b", "a_b"])
+    assert not any("ia3" in n for n in taken.model.state_dict())
