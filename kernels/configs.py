@@ -86,14 +86,19 @@ def linear_config(
     per_row: bool,
     scales_input: bool,
     descriptors: bool,
-) -> LinearConfig:
-    """Return the config of a linear layer's kernel for x [rows, K] and y [rows, N].
+) -> LinearConfig | None:
+    """Return the config of a linear layer's kernel for x [rows, K] and y [rows, N]; None where torch does it better.
+
+    That is so for many rows of fp32: exact products keep the tensor cores out, and to reach a library's FMA kernels
+    takes more than the scale's own pass, which is about 1 % of such a matmul.
 
     It depends on `rows` through a few bounds only, so a growing batch meets a handful of compilations. `per_row` says
     that the rows wear different mixes: then the scale is as large a tile as the accumulator, and registers are short.
     `scales_input` says that the kernel scales x as well, and `descriptors` that x, W and y can be tensor descriptors.
     """
-    if rows <= 64 or dtype == torch.float32 or N % 16 or K % 16:
+    if dtype == torch.float32 and rows > 64:
+        return None
+    if rows <= 64 or N % 16 or K % 16:
         config = _pointer_config(rows, N, K, dtype, arch, scales_input)
         return replace(config, splits=_splits(config, rows, N, K, processors))
     wide = arch == "sm_90" and not per_row and rows >= 1024 and N >= 2048
@@ -115,7 +120,8 @@ def _pointer_config(rows: int, N: int, K: int, dtype: torch.dtype, arch: str, sc
         # Exact fp32 runs on the FMA units, whose operands live in registers. And Triton knows of no alignment but 16:
         # other sizes are loaded one element at a time, by way of registers too.
         block_m, num_warps = (16, 4) if rows <= 16 else (64, 8)
-        return LinearConfig(block_m, 64, 32, 8, num_warps, num_stages=2, piece=64)
+        block_k = 16 if dtype == torch.float32 and rows > 16 else 32
+        return LinearConfig(block_m, 64, block_k, 8, num_warps, num_stages=2, piece=64)
     stages = 2 if arch.startswith("gfx") else 4
     if rows > 32:
         return LinearConfig(64, 64, 64, 1, num_warps=4, num_stages=stages, piece=64)

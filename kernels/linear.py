@@ -199,10 +199,25 @@ def launch(
         scales_input=l_in is not None,
         descriptors=l_in is None and fits_descriptors(x, layers),
     )
-    if config.resident:
+    if config is None:
+        _launch_library(x, l_in, layers, mixes, route)
+    elif config.resident:
         linear_tma(x, layers, mixes, route, config, processors)
     else:
         _launch_pointers(x, l_in, layers, mixes, route, config)
+
+
+def _launch_library(x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixes: Tensor, route: Tensor) -> None:
+    """Let torch multiply, and scale in a pass of its own."""
+    if l_in is not None:
+        x = scale(x, l_in, mixes, route)
+    for weight, bias, l_out, y in layers:
+        if bias is None:
+            torch.mm(x, weight.t(), out=y)
+        else:
+            torch.addmm(bias, x, weight.t(), out=y)
+        if l_out is not None:
+            scale(y, l_out, mixes, route, out=y)
 
 
 def _launch_pointers(

@@ -1,0 +1,57 @@
+"""The developers' commands: `python -m ia3rt.bench --help`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ia3rt.bench import document as documents
+from ia3rt.bench.layer_times import time_layers
+from ia3rt.bench.layers.case import ROWS
+from ia3rt.bench.layers.registry import CASES
+from ia3rt.bench.shapes import SHAPES
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.command()
+def document(file: Annotated[Path, typer.Argument(help="docs/kernels.md")] = Path("docs/kernels.md")) -> None:
+    """Write the tables of docs/kernels.md: compiled kernels and roofline. No GPU is needed."""
+    documents.write(file)
+
+
+@app.command()
+def layers(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3-8b",
+    rows: Annotated[list[int], typer.Option(help="Rows of a batch; may be repeated.")] = list(ROWS),  # noqa: B006
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(help="How often each way is timed.")] = 50,
+    out: Annotated[Path | None, typer.Option(help="Write the times to this JSON file.")] = None,
+) -> None:
+    """Time each operation of a decoder layer: fused, without IA³, with a separate scale, and PEFT."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    table = Table(title=f"{SHAPES[shape].name}, {dtype}, {name}", box=None, header_style="bold")
+    for title in ("operation", "rows", "mode", "way", "p20 µs", "p50 µs", "p80 µs", "× unadapted"):
+        table.add_column(title, justify="left" if title in ("operation", "mode", "way") else "right")
+    times = []
+    for time in time_layers(
+        CASES.values(), SHAPES[shape], rows, torch.device(device), getattr(torch, dtype), rounds=rounds
+    ):
+        times.append(time.as_dict())
+        percentiles = (f"{1e6 * seconds:,.1f}" for seconds in (time.p20, time.p50, time.p80))
+        table.add_row(time.case, f"{time.rows:,}", time.mode, time.way, *percentiles, f"{time.ratio:.3f}")
+    Console().print(table)
+    if out is not None:
+        machine = {"device": name, "torch": torch.__version__, "shape": shape, "dtype": dtype}
+        out.write_text(json.dumps({"machine": machine, "times": times}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m ia3rt.bench")
