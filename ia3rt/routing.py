@@ -87,7 +87,7 @@ class Routing:
         if self.composes:
             self.composed.write(self.bank, route.mixes, by_row)
         if self.backend == "triton":
-            self.tables.write(self.bank, route.mixes)
+            self.tables.write(self.bank, route.mixes, 1 if route.index is None else route.index.numel())
             self.tables.write_route(torch.zeros(1) if by_row is None else by_row)
         self._in_training = None
         if self.trained is not None and self.trained.are_worn(route.mixes):

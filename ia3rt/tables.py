@@ -36,15 +36,18 @@ class MixTables:
         tables.bank, tables.mixes, tables.route = torch.split(rows, widths, dim=1), mixes, route
         return tables
 
-    def write(self, bank: Bank, mixes: Sequence[ResolvedMix]) -> None:
-        """Writes the distinct mixes in use, in place where they fit into what was there before."""
+    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: int) -> None:
+        """Writes the distinct mixes in use, in place where they fit into what was there before.
+
+        There is room for a mix a row of the batch, so that a captured forward of so many rows holds under any route.
+        """
         device = bank.table.device
         if bank.table is not self._table:
             self._table = bank.table
             self.bank = torch.split(bank.table, bank.widths, dim=1)
         size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
-        if self.mixes.device != device or len(self.mixes) < len(mixes) or self.mixes.shape[1] < 2 + 2 * size:
-            slots = max(2 * len(self.mixes), len(mixes))
+        slots = max(rows, len(mixes), len(self.mixes))
+        if self.mixes.device != device or len(self.mixes) < slots or self.mixes.shape[1] < 2 + 2 * size:
             self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
         self.mixes[: len(mixes)].copy_(pack_mixes(mixes, (self.mixes.shape[1] - 2) // 2))
 
