@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from ia3rt.bench import document as documents
@@ -16,6 +17,10 @@ from ia3rt.bench.layer_times import time_layers
 from ia3rt.bench.layers.case import ROWS
 from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.shapes import SHAPES
+from ia3rt.bench.tune import linear_shapes, measure_on
+from ia3rt.bench.tune import tune as find_best
+from ia3rt.kernels.configs import arch_of, processors_of
+from ia3rt.kernels.tuned import LinearConfig, LinearShape, write_linear_configs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -51,6 +56,33 @@ def layers(
     if out is not None:
         machine = {"device": name, "torch": torch.__version__, "shape": shape, "dtype": dtype}
         out.write_text(json.dumps({"machine": machine, "times": times}, indent=1) + "\n", "utf-8")
+
+
+@app.command()
+def tune(
+    shape: Annotated[list[str], typer.Option(help="A model's widths; may be repeated.")] = ["llama-3-8b"],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Measure block sizes on this GPU, and write what beats the defaults where the kernels read it."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("tuning needs a GPU: there is none here. The defaults need no tuning.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    card = torch.cuda.get_device_name(device)
+    table = Table(title=f"{card}, {dtype}", box=None, header_style="bold")
+    for title in ("rows", "N", "K", "layers", "mixes", "× default", "config"):
+        table.add_column(title, justify="left" if title in ("mixes", "config") else "right")
+    shapes = [problem for name in shape for problem in linear_shapes(SHAPES[name], getattr(torch, dtype))]
+    better: dict[LinearShape, LinearConfig | None] = {}
+    for problem, config, share in track(
+        find_best(shapes, measure_on(device), arch_of(device), processors_of(device)), "measuring", len(shapes)
+    ):
+        mixes = "a row" if problem.per_row else "one"
+        sizes = (problem.rows, problem.N, problem.K, problem.layers)
+        table.add_row(*map(str, sizes), mixes, f"{share:.3f}", "torch" if config is None else str(config))
+        if share < 1:
+            better[problem] = config
+    Console().print(table)
+    print(f"{len(better)} of {len(shapes)} are better than the defaults: {write_linear_configs(card, better)}")
 
 
 if __name__ == "__main__":

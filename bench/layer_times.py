@@ -51,9 +51,9 @@ def time_layers(
         for count in rows:
             with torch.no_grad():
                 ways = case.ways(shape, count, device, dtype)
-                yield from _timed(case, count, "eager", {name: _loop(way, turns) for name, way in ways.items()}, rounds)
+                yield from _timed(case, count, "eager", {name: loop(way, turns) for name, way in ways.items()}, rounds)
                 if device.type == "cuda":
-                    graphs = {name: _captured(way, turns) for name, way in ways.items()}
+                    graphs = {name: captured(way, turns) for name, way in ways.items()}
                     yield from _timed(case, count, "graph", graphs, rounds)
 
 
@@ -68,7 +68,9 @@ def _timed(
         yield LayerTime(case.name, rows, name, mode, *percentiles, time.p50 / base.p50)
 
 
-def _loop(way: Way, turns: int) -> tuple[Callable[[], object], int]:
+def loop(way: Way, turns: int) -> tuple[Callable[[], object], int]:
+    """Return what runs a way for `turns` turns, and that number."""
+
     def run() -> None:
         for turn in range(turns):
             way(turn)
@@ -76,9 +78,9 @@ def _loop(way: Way, turns: int) -> tuple[Callable[[], object], int]:
     return run, turns
 
 
-def _captured(way: Way, turns: int) -> tuple[Callable[[], object], int]:
+def captured(way: Way, turns: int) -> tuple[Callable[[], object], int]:
     """The same in a CUDA graph, after a run that compiles what has to be."""
-    run, _ = _loop(way, turns)
+    run, _ = loop(way, turns)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

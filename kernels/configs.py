@@ -8,41 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """How the kernels of a linear layer are built and launched."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    """The row blocks that share a column of W while it is in L2."""
-    num_warps: int
-    num_stages: int
-    piece: int
-    """The columns of a tile that are scaled at a time: what is left of the registers beside the accumulator."""
-    splits: int = 1
-    """The programs that share the sum over K of one tile."""
-    resident: int = 0
-    """The programs of the persistent kernel (linear_tma.py) on a processor; 0: linear_kernel, a program a tile."""
-
-    def build_options(self) -> dict[str, int]:
-        """Return the kernels' compile-time arguments and the compiler's options."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-            "PIECE": self.piece,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,  # the default is not the same in every Triton
-        }
-
-    def tiles(self, rows: int, N: int) -> int:
-        """Return how many tiles y [rows, N] has."""
-        return -(-rows // self.block_m) * -(-N // self.block_n)
+from ia3rt.kernels.tuned import LinearConfig, LinearShape, dtype_name, linear_configs, rounded_rows
 
 
 @dataclass(frozen=True)
@@ -71,10 +37,17 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def card_of(device: torch.device) -> str | None:
+    """Return the name of a CUDA or ROCm device, by which its measured configs are filed; None for any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 DESCRIPTOR_ARCHS = ("sm_90", "sm_100", "sm_103")
 """Those with a tensor memory accelerator, and the shared memory of a data centre's GPU."""
 
 
+@functools.lru_cache(4096)
 def linear_config(
     rows: int,
     N: int,
@@ -86,6 +59,8 @@ def linear_config(
     per_row: bool,
     scales_input: bool,
     descriptors: bool,
+    layers: int = 1,
+    card: str | None = None,
 ) -> LinearConfig | None:
     """Return the config of a linear layer's kernel for x [rows, K] and y [rows, N]; None where torch does it better.
 
@@ -94,13 +69,18 @@ def linear_config(
 
     It depends on `rows` through a few bounds only, so a growing batch meets a handful of compilations. `per_row` says
     that the rows wear different mixes: then the scale is as large a tile as the accumulator, and registers are short.
-    `scales_input` says that the kernel scales x as well, and `descriptors` that x, W and y can be tensor descriptors.
+    `scales_input` says that the kernel scales x as well, `descriptors` that x, W and y can be tensor descriptors, and
+    `layers` how many such layers one launch computes. What was measured on `card` comes before these defaults.
     """
+    flags = per_row, scales_input, descriptors
+    shape = LinearShape(rounded_rows(rows), N, K, dtype_name(dtype), *flags, layers)
+    if card is not None and shape in linear_configs(card):
+        return linear_configs(card)[shape]
     if dtype == torch.float32 and rows > 64:
         return None
     if rows <= 64 or N % 16 or K % 16:
         config = _pointer_config(rows, N, K, dtype, arch, scales_input)
-        return replace(config, splits=_splits(config, rows, N, K, processors))
+        return replace(config, splits=_splits(config, rows, N, K, processors // layers))
     wide = arch == "sm_90" and not per_row and rows >= 1024 and N >= 2048
     if not (descriptors and arch in DESCRIPTOR_ARCHS):
         stages = 2 if arch.startswith("gfx") else 3  # CDNA3 has 64 KiB of shared memory
@@ -136,7 +116,9 @@ def _splits(config: LinearConfig, rows: int, N: int, K: int, processors: int) ->
 
     Each has at least four steps along K, the depth of the pipeline. One split spares the second kernel.
     """
-    return max(1, min(round(processors / config.tiles(rows, N)), K // (4 * config.block_k)))
+    wanted: int = round(processors / config.tiles(rows, N))
+    possible: int = K // (4 * config.block_k)
+    return max(1, min(wanted, possible))
 
 
 def scale_config(rows: int, N: int, uniform: bool) -> ScaleConfig:

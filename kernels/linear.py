@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.configs import LinearConfig, arch_of, linear_config, processors_of
+from ia3rt.kernels.configs import arch_of, card_of, linear_config, processors_of
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, finish, tile_of
 from ia3rt.kernels.linear_tma import fits_descriptors, linear_tma
 from ia3rt.kernels.scale import load_slots, mix_size, mixed_scale, scale
+from ia3rt.kernels.tuned import LinearConfig
 
 FUSED_INPUT_ROWS = 32
 """The most rows for which the input scale is applied inside the GEMM."""
@@ -194,21 +195,23 @@ def launch(
         K,
         x.dtype,
         arch_of(x.device),
-        processors // len(layers),
+        processors,
         per_row=not uniform,
         scales_input=l_in is not None,
         descriptors=l_in is None and fits_descriptors(x, layers),
+        layers=len(layers),
+        card=card_of(x.device),
     )
     if config is None:
-        _launch_library(x, l_in, layers, mixes, route)
+        launch_library(x, l_in, layers, mixes, route)
     elif config.resident:
         linear_tma(x, layers, mixes, route, config, processors)
     else:
         _launch_pointers(x, l_in, layers, mixes, route, config)
 
 
-def _launch_library(x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixes: Tensor, route: Tensor) -> None:
-    """Let torch multiply, and scale in a pass of its own."""
+def launch_library(x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixes: Tensor, route: Tensor) -> None:
+    """Let torch multiply, and scale in a pass of its own; the arguments are those of `launch`."""
     if l_in is not None:
         x = scale(x, l_in, mixes, route)
     for weight, bias, l_out, y in layers:

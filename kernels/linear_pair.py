@@ -7,9 +7,9 @@ a come first, then those of b. The weights stay where they are: nothing is copie
 import torch
 from torch import Tensor
 
-from ia3rt.kernels.configs import LinearConfig
 from ia3rt.kernels.linear import launch
 from ia3rt.kernels.linear_tile import Layer
+from ia3rt.kernels.tuned import LinearConfig
 
 
 def are_alike(a: Layer, b: Layer) -> bool:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ia3rt.kernels.configs import LinearConfig
 from ia3rt.kernels.linear_tile import Layer, finish, tile_of
 from ia3rt.kernels.scale import load_slots, mix_size
+from ia3rt.kernels.tuned import LinearConfig
 
 
 @triton.jit
