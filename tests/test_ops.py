@@ -42,14 +42,14 @@ def route_of(name: str, device: torch.device) -> Tensor:
 @pytest.mark.parametrize("sites", ["", "in", "out", "in out"])
 def test_opcheck_linear(sites, name, device) -> None:
     tensors = inputs(device, bias=name != "uniform", sites=sites)
-    torch.library.opcheck(ops.linear, (*tensors, MIXES.to(device), route_of(name, device)))
+    torch.library.opcheck(ops.linear.op, (*tensors, MIXES.to(device), route_of(name, device)))
 
 
 @pytest.mark.usefixtures("torch_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_linear_in_torch(dtype) -> None:
     tensors = inputs(torch.device("cpu"), dtype)
-    torch.library.opcheck(ops.linear, (*tensors, MIXES, route_of("a mix a sequence", torch.device("cpu"))))
+    torch.library.opcheck(ops.linear.op, (*tensors, MIXES, route_of("a mix a sequence", torch.device("cpu"))))
 
 
 def pair_inputs(device: torch.device, dtype: torch.dtype = torch.float32, N_b: int = N) -> list[Tensor | None]:
@@ -67,7 +67,7 @@ def test_opcheck_linear_pair(name, N_b, device) -> None:
     tensors = pair_inputs(device, N_b=N_b)
     if name == "a mix a sequence":
         tensors[2] = tensors[5] = tensors[6] = None
-    torch.library.opcheck(ops.linear_pair, (*tensors, MIXES.to(device), route_of(name, device)))
+    torch.library.opcheck(ops.linear_pair.op, (*tensors, MIXES.to(device), route_of(name, device)))
 
 
 @pytest.mark.parametrize("name", ROUTES)
@@ -99,8 +99,8 @@ def test_linear_pair_is_two_linear_layers(device) -> None:
 def test_opcheck_scale_and_bank_gradient(name, device) -> None:
     x, _, _, bank, _ = inputs(device)
     routing = MIXES.to(device), route_of(name, device)
-    torch.library.opcheck(ops.scale, (x, bank, *routing))
-    torch.library.opcheck(ops.bank_gradient, (x.detach(), x.detach(), bank.detach(), *routing))
+    torch.library.opcheck(ops.scale.op, (x, bank, *routing))
+    torch.library.opcheck(ops.bank_gradient.op, (x.detach(), x.detach(), bank.detach(), *routing))
 
 
 @pytest.mark.parametrize("name", ROUTES)
@@ -231,9 +231,9 @@ def mlp_inputs(
 def test_opcheck_activation(gated, scaled, name, device) -> None:
     tensors = mlp_inputs(device, gated=gated, scaled=scaled)
     arguments = MIXES.to(device), route_of(name, device), "silu"
-    torch.library.opcheck(ops.activation, (*tensors, *arguments))
+    torch.library.opcheck(ops.activation.op, (*tensors, *arguments))
     tensors = [tensor if tensor is None else tensor.detach() for tensor in (tensors[0], *tensors)]
-    torch.library.opcheck(ops.activation_gradient, (*tensors, *arguments))
+    torch.library.opcheck(ops.activation_gradient.op, (*tensors, *arguments))
 
 
 @pytest.mark.usefixtures("torch_backend")
@@ -241,7 +241,7 @@ def test_opcheck_activation(gated, scaled, name, device) -> None:
 def test_opcheck_activation_in_torch(kind) -> None:
     cpu = torch.device("cpu")
     arguments = *mlp_inputs(cpu, torch.bfloat16), MIXES, route_of("a mix a sequence", cpu), kind
-    torch.library.opcheck(ops.activation, arguments)
+    torch.library.opcheck(ops.activation.op, arguments)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -372,3 +372,27 @@ def test_compose_is_exact_in_float64() -> None:
     expected = torch.stack([torch.ones(4).double(), b[1] * b[2], 0.25 * b[3] - 1.5 * b[4] + 2, torch.zeros(4).double()])
     torch.testing.assert_close(reference.compose(bank, mixes, torch.float64), expected, rtol=1e-15, atol=0)
     torch.testing.assert_close(reference.compose(bank, mixes), expected.float())
+
+
+def test_a_call_that_only_wants_the_result_goes_past_the_dispatcher(device) -> None:
+    """And gets the same; what looks on at the dispatcher, still sees the op."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        seen: tuple[str, ...] = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += (str(func),)
+            return func(*args, **(kwargs or {}))
+
+    tensors = [tensor.detach() for tensor in inputs(device, torch.float32)]
+    arguments = (*tensors, MIXES.to(device), route_of("uniform", device))
+    with torch.no_grad():
+        y = ops.linear(*arguments)
+        assert torch.equal(y, ops.linear.op(*arguments))
+        with Recorder() as recorder:
+            ops.linear(*arguments)
+        assert "ia3rt.linear.default" in recorder.seen
+    assert not y.requires_grad
+    tensors[0].requires_grad_()
+    assert ops.linear(*tensors, *arguments[5:]).requires_grad

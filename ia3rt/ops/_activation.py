@@ -8,6 +8,7 @@ from torch import Tensor
 from ia3rt import reference
 from ia3rt.ops._checks import check_routing, check_rows, check_site
 from ia3rt.ops._dispatch import device_of, flat, implementation, module, new
+from ia3rt.ops._op import custom_op
 from ia3rt.ops._scale import bank_gradient
 
 
@@ -21,7 +22,7 @@ def _check_activation(gate: Tensor, up: Tensor | None, l: Tensor | None, kind: s
     check_site("l", l, gate.shape[-1])
 
 
-@torch.library.custom_op("ia3rt::activation", mutates_args=())
+@custom_op("ia3rt::activation")
 def activation(
     gate: Tensor,
     up: Tensor | None,
@@ -72,7 +73,7 @@ def _(
     return new(gate, gate.shape[-1])
 
 
-@torch.library.custom_op("ia3rt::activation_gradient", mutates_args=())
+@custom_op("ia3rt::activation_gradient")
 def activation_gradient(
     dy: Tensor,
     gate: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ia3rt.ops._checks import check_routing, check_rows, check_site
 from ia3rt.ops._dispatch import device_of, flat, implementation, module, new, save_inputs
+from ia3rt.ops._op import custom_op
 from ia3rt.ops._scale import bank_gradient, scale
 
 
@@ -23,7 +24,7 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, l_in: Tensor |
     check_site("l_out", l_out, weight.shape[0])
 
 
-@torch.library.custom_op("ia3rt::linear", mutates_args=())
+@custom_op("ia3rt::linear")
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -115,7 +116,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 linear.register_autograd(_linear_backward, setup_context=save_inputs)
 
 
-@torch.library.custom_op("ia3rt::linear_pair", mutates_args=())
+@custom_op("ia3rt::linear_pair")
 def linear_pair(
     x: Tensor,
     weight_a: Tensor,

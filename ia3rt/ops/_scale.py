@@ -8,6 +8,7 @@ from torch import Tensor
 from ia3rt import reference
 from ia3rt.ops._checks import check_routing, check_rows, check_site
 from ia3rt.ops._dispatch import device_of, flat, implementation, new, save_inputs
+from ia3rt.ops._op import custom_op
 
 
 def _check_scale(x: Tensor, l: Tensor) -> None:  # noqa: E741
@@ -16,7 +17,7 @@ def _check_scale(x: Tensor, l: Tensor) -> None:  # noqa: E741
     check_site("l", l, x.shape[-1])
 
 
-@torch.library.custom_op("ia3rt::scale", mutates_args=())
+@custom_op("ia3rt::scale")
 def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa: E741
     """Return s ∘ x in x.dtype, computed in fp32 and rounded once.
 
@@ -58,7 +59,7 @@ def _scale_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 scale.register_autograd(_scale_backward, setup_context=save_inputs)
 
 
-@torch.library.custom_op("ia3rt::bank_gradient", mutates_args=())
+@custom_op("ia3rt::bank_gradient")
 def bank_gradient(dy: Tensor, x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa: E741
     """Return dL/dl as [capacity, width] of l.dtype, given dL/dy for y = s ∘ x; see reference.bank_gradient.
 
