@@ -15,7 +15,8 @@ from ia3rt.bench.layer_times import captured, loop
 from ia3rt.bench.layers.case import Inputs
 from ia3rt.bench.shapes import Shape
 from ia3rt.kernels.configs import linear_config
-from ia3rt.kernels.linear import FUSED_INPUT_ROWS, launch, launch_library
+from ia3rt.kernels.linear import launch, launch_library
+from ia3rt.kernels.linear_plan import FUSED_INPUT_ROWS
 from ia3rt.kernels.linear_tile import Layer
 from ia3rt.kernels.linear_tma import fits_descriptors
 from ia3rt.kernels.tuned import ROWS, LinearConfig, LinearShape, dtype_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,20 @@ from ia3rt.sites import Side
 if TYPE_CHECKING:
     from ia3rt.pair import Pair
     from ia3rt.routing import Routing
+
+
+class How(NamedTuple):
+    """How a vector is applied.
+
+    Attributes:
+        kernel: the operation that it is part of.
+        config: how that is launched; empty where there is nothing to choose.
+        why: why this one.
+    """
+
+    kernel: str
+    config: str
+    why: str
 
 
 class Wearer(nn.Module):
@@ -40,6 +54,10 @@ class Wearer(nn.Module):
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:
         """Whether a kernel applies the vectors of `module` on the Triton backend."""
+        raise NotImplementedError
+
+    def ia3_how(self, side: Side, rows: int) -> How:
+        """What applies the vector at `side` for so many rows: see explanation.py."""
         raise NotImplementedError
 
 
@@ -73,6 +91,23 @@ class IA3Layer(Wearer):
     def is_fused(cls, module: nn.Module) -> bool:
         """Whether its weight is one that the kernels read."""
         return dense_weight(module)[0] is not None
+
+    def ia3_how(self, side: Side, rows: int) -> How:
+        """As `forward` chooses."""
+        if self.ia3_routing.backend == "torch":
+            where = "in place in its output" if side == "out" else "in a copy of its input"
+            return How("multiplication", "", f"the module runs as it is; the vector is multiplied {where}")
+        weight, _ = dense_weight(self)
+        if weight is None:
+            return How("multiplication", "", "the module runs as it is: no kernel reads a weight of its kind")
+        if ops.backend(weight) == "torch":
+            return How("multiplication", "", f"no kernel computes in {weight.dtype}")
+        from ia3rt.kernels.linear_plan import explain  # not before: Triton may not be installed
+
+        x, size = weight.new_empty(rows, weight.shape[1]), (self.ia3_routing.tables.mixes.shape[1] - 2) // 2
+        paired = side == "out" and self.ia3_pair is not None and self.ia3_pair.in_order
+        config, why = explain(x, weight, side, size, self.ia3_routing.route.index is None, 1 + paired)
+        return How("linear_pair" if paired else "linear", config, why)
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tables = self.ia3_routing.tables

@@ -28,13 +28,16 @@ class Pair:
     """Two output-scaled layers: the first to be called computes for both, and the second takes its part.
 
     Where the second is called first, or not at all, or with another x, each layer computes for itself.
+
+    Attributes:
+        in_order: whether the second layer has come for its part each time.
     """
 
     def __init__(self, first: IA3Layer, second: IA3Layer) -> None:
         self._first = first
         self._second = second
         self._ahead: _Ahead | None = None
-        self._in_order = True
+        self.in_order = True
 
     def forward(self, layer: IA3Layer, x: Tensor) -> Tensor | None:
         """The result of `layer`, one of the two, for x; None where it has to compute that itself."""
@@ -43,8 +46,8 @@ class Pair:
             fits = ahead is not None and ahead.x is x and (ahead.version, ahead.route) == self._state(x)
             return ahead.y if ahead is not None and fits else None
         if ahead is not None:
-            self._in_order = False  # nobody came for it: computing ahead is in vain in this model
-        if not self._in_order:
+            self.in_order = False  # nobody came for it: computing ahead is in vain in this model
+        if not self.in_order:
             return None
         y, y_second = self._compute(x)
         self._ahead = _Ahead(y_second, x, *self._state(x))

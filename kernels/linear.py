@@ -24,24 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.configs import arch_of, card_of, linear_config, processors_of
+from ia3rt.kernels.configs import processors_of
+from ia3rt.kernels.linear_plan import fuses_input, plan
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, finish, tile_of
-from ia3rt.kernels.linear_tma import fits_descriptors, linear_tma
+from ia3rt.kernels.linear_tma import linear_tma
 from ia3rt.kernels.scale import load_slots, mix_size, mixed_scale, scale
 from ia3rt.kernels.tuned import LinearConfig
-
-FUSED_INPUT_ROWS = 32
-"""The most rows for which the input scale is applied inside the GEMM."""
-
-FUSED_INPUT_READS = 32
-"""The most bank rows read for it beside each tile of W: more would be the traffic, and would fill shared memory."""
-
-
-def fuses_input(rows: int, size: int, uniform: bool) -> bool:
-    """Return whether the GEMM itself scales x, for `rows` rows and mixes of up to `size` adapters."""
-    padded = 1 if uniform else max(16, triton.next_power_of_2(rows))
-    return rows <= FUSED_INPUT_ROWS and size <= 8 and padded * size <= FUSED_INPUT_READS
 
 
 @triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
@@ -183,29 +172,16 @@ def launch(
     config: LinearConfig | None = None,
 ) -> None:
     """Write the result of one layer, or of two that are alike; the arguments are those of `linear`."""
-    (M, K), N, uniform = x.shape, layers[0].weight.shape[0], route.numel() == 1
+    M, uniform = x.shape[0], route.numel() == 1
     if M == 0:
         return
     if l_in is not None and not fuses_input(M, mix_size(mixes), uniform):
         x, l_in = scale(x, l_in, mixes, route), None
-    processors = processors_of(x.device)
-    config = config or linear_config(
-        M,
-        N,
-        K,
-        x.dtype,
-        arch_of(x.device),
-        processors,
-        per_row=not uniform,
-        scales_input=l_in is not None,
-        descriptors=l_in is None and fits_descriptors(x, layers),
-        layers=len(layers),
-        card=card_of(x.device),
-    )
+    config = config or plan(x, l_in is not None, layers, uniform)
     if config is None:
         launch_library(x, l_in, layers, mixes, route)
     elif config.resident:
-        linear_tma(x, layers, mixes, route, config, processors)
+        linear_tma(x, layers, mixes, route, config, processors_of(x.device))
     else:
         _launch_pointers(x, l_in, layers, mixes, route, config)
 

@@ -48,6 +48,13 @@ class LinearConfig:
             "enable_fp_fusion": True,  # the default is not the same in every Triton
         }
 
+    def in_words(self) -> str:
+        """Return it for people to read."""
+        words = f"{self.block_m}×{self.block_n}×{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
+        return (
+            words + (f", {self.splits} splits" if self.splits > 1 else "") + (", persistent" if self.resident else "")
+        )
+
     def tiles(self, rows: int, N: int) -> int:
         """Return how many tiles y [rows, N] has."""
         return -(-rows // self.block_m) * -(-N // self.block_n)

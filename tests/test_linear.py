@@ -9,8 +9,9 @@ from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, r
 from ia3rt import reference
 from ia3rt.kernels import linear_tile
 from ia3rt.kernels.configs import DESCRIPTOR_ARCHS, arch_of, linear_config
-from ia3rt.kernels.linear import fuses_input, linear
+from ia3rt.kernels.linear import linear
 from ia3rt.kernels.linear_pair import are_alike, linear_pair
+from ia3rt.kernels.linear_plan import fuses_input
 from ia3rt.kernels.linear_tma import fits_descriptors
 from ia3rt.kernels.tuned import LinearConfig
 
