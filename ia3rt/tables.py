@@ -10,6 +10,7 @@ from torch import Tensor
 from ia3rt.bank import Bank, ResolvedMix
 
 PRODUCT, LINEAR = 0, 1
+_SLOTS = 64  # up to this many rows, batches of any size find one table
 _MIX_SIZE = 8  # up to this, the kernels can scale the input of a few rows within the matmul
 
 
@@ -46,7 +47,7 @@ class MixTables:
             self._table = bank.table
             self.bank = torch.split(bank.table, bank.widths, dim=1)
         size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
-        slots = max(rows, len(mixes), len(self.mixes))
+        slots = max(_SLOTS, rows, len(mixes), len(self.mixes))
         if self.mixes.device != device or len(self.mixes) < slots or self.mixes.shape[1] < 2 + 2 * size:
             self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
         self.mixes[: len(mixes)].copy_(pack_mixes(mixes, (self.mixes.shape[1] - 2) // 2))

@@ -153,6 +153,31 @@ def test_under_torch_compile_switching_compiles_nothing(folders, backend):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_under_torch_compile_batches_of_other_sizes_compile_nothing(folders, backend, routed):
+    runtime = patched(folders, backend=backend)
+    compilations = first = 0
+
+    def count(graph, _):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(runtime.model, backend=count, fullgraph=True, dynamic=True)
+    for rows, length in ((2, 7), (3, 7), (5, 9), (4, 11), (7, 3)):
+        if routed:
+            runtime.route(["b", {"c": 0.5}, None, ["b", "d"], "c", "b", "d"][:rows])
+        else:
+            runtime.set_adapter(["b", "c", "d"][: rows % 3 + 1])
+        ids = token_ids(rows, length)
+        torch.testing.assert_close(logits(compiled, ids), logits(runtime.model, ids), rtol=1e-4, atol=1e-5)
+        first = first or compilations
+    assert 1 <= compilations == first
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("shape", "rows"),
