@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+
+class Seconds(float):
+    """What a way returns that took its time itself: one that works in another process, beside the message to it."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,42 @@ class Timing:
         return cls(p20, statistics.median(seconds), p80)
 
 
+def sample_interleaved(
+    ways: Mapping[str, Callable[[int], object]],
+    turns: Iterable[int],
+    *,
+    before: Callable[[str], None] = lambda _: None,
+    after: Callable[[str], None] = lambda _: None,
+    round_done: Callable[[], None] = lambda: None,
+    wait: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Runs the ways in turn, round after round, and returns the seconds that each took, by round.
+
+    Args:
+        ways: what is compared, by name; each is called with the round's number.
+        turns: the rounds' numbers.
+        before: called with the way's name before each measurement, and is not measured.
+        after: the same, after it.
+        round_done: called after each round.
+        wait: returns when the device has done what it was given, such as torch.cuda.synchronize.
+        clock: the time in seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in turns:
+        for name, way in ways.items():
+            before(name)
+            wait()
+            start = clock()
+            result = way(turn)
+            wait()
+            elapsed = clock() - start
+            after(name)
+            seconds[name].append(float(result) if isinstance(result, Seconds) else elapsed)
+        round_done()
+    return seconds
+
+
 def time_interleaved(
     ways: Mapping[str, Callable[[int], object]],
     rounds: int,
@@ -42,15 +82,5 @@ def time_interleaved(
         wait: returns when the device has done what it was given, such as torch.cuda.synchronize.
         clock: the time in seconds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(-1, rounds):
-        for name, way in ways.items():
-            wait()
-            start = clock()
-            way(turn)
-            wait()
-            elapsed = clock() - start
-            if turn >= 0:
-                seconds[name].append(elapsed)
-        round_done()
-    return {name: Timing.of(times) for name, times in seconds.items()}
+    seconds = sample_interleaved(ways, range(-1, rounds), round_done=round_done, wait=wait, clock=clock)
+    return {name: Timing.of(times[1:]) for name, times in seconds.items()}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from ia3rt import __version__
+from ia3rt.bench.cli import app as bench
+from ia3rt.cli_errors import errors_in_a_line
 
 app = typer.Typer(
     help="Many IA³ adapters on one PyTorch model.",
@@ -18,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench", help="Measure ia3rt beside PEFT and others, and write a report; compare reports.")
 
 
 def _print_version(asked: bool) -> None:
@@ -58,7 +58,7 @@ def demo(
     from ia3rt.demo.inputs import bundled_inputs, own_inputs
 
     console = Console()
-    with _errors_in_a_line():
+    with errors_in_a_line():
         if model is not None:
             inputs = own_inputs(console, model, adapter or [], prompt or [], device)
         elif adapter or prompt:
@@ -86,26 +86,11 @@ def inspect(
     from ia3rt.checkpoint import read_checkpoint
     from ia3rt.inspect import describe, render
 
-    with _errors_in_a_line():
+    with errors_in_a_line():
         description = describe(read_checkpoint(adapter, revision=revision, subfolder=subfolder))
     Console().print(render(description, adapter))
     if not description.is_finite:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _errors_in_a_line() -> Iterator[None]:
-    """Prints what a user can mend as one red line, and exits with 1."""
-    from ia3rt.cli_errors import MissingPackageError, UsageError
-
-    try:
-        yield
-    except UsageError as error:
-        raise typer.BadParameter(str(error), param_hint=error.option) from error
-    except (ValueError, FileNotFoundError, MissingPackageError) as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True).print(Text(f"Error: {line}", style="red"), soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,14 @@
 """What a user of the command line can mend."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
 
 class MissingPackageError(RuntimeError):
     """A package is not installed; the message says how to install it."""
@@ -15,3 +24,16 @@ class UsageError(ValueError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(message)
         self.option = option
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Prints what a user can mend as one red line, and exits with 1, or with 2 where an option is to blame."""
+    try:
+        yield
+    except UsageError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from error
+    except (ValueError, FileNotFoundError, MissingPackageError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True).print(Text(f"Error: {line}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from error

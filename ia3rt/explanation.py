@@ -56,9 +56,14 @@ class Explanation:
 
     def __rich__(self) -> Table:
         """The table, for rich."""
-        table = Table(title=f"{len(self.sites)} sites, {self.rows} rows", box=None, header_style="bold")
-        for title in ("site", "", "backend", "kernel", "config", "why"):
-            table.add_column(title, overflow="fold", justify="right" if title == "" else "left")
+        backend = " and ".join(sorted({entry.backend for entry in self.sites}))
+        table = Table(
+            title=f"{len(self.sites)} sites, {backend} backend, {self.rows} rows", box=None, title_justify="left"
+        )
+        table.add_column("site", no_wrap=True)
+        table.add_column("", justify="right", no_wrap=True)
+        for title in ("kernel", "config", "why"):
+            table.add_column(title, overflow="fold")
         for (path, side, *how), count in self._alike():
             table.add_row(Text(f"{path} ({side})"), f"× {count}", *map(Text, how))
         return table
@@ -67,7 +72,7 @@ class Explanation:
         counts: dict[tuple[str, ...], int] = {}
         for entry in self.sites:
             path = re.sub(r"(?<=\.)\d+(?=\.)", "N", entry.site.path)
-            key = (path, entry.site.side, entry.backend, entry.kernel, entry.config, entry.why)
+            key = (path, entry.site.side, entry.kernel, entry.config, entry.why)
             counts[key] = counts.get(key, 0) + 1
         yield from counts.items()
 

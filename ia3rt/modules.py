@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt import eager, ops
+from ia3rt.autocast import autocast
 from ia3rt.sites import Side
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ class IA3Layer(Wearer):
         tables = self.ia3_routing.tables
         l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]
         l_out = None if self.ia3_out is None else tables.bank[self.ia3_out]
-        return ops.linear(x, weight, bias, l_in, l_out, tables.mixes, tables.route)  # type: ignore[no-any-return]
+        return ops.linear(  # type: ignore[no-any-return]
+            *autocast(x, weight, bias), l_in, l_out, tables.mixes, tables.route
+        )
 
 
 def dense_weight(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:

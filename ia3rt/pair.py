@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt import ops
+from ia3rt.autocast import autocast
 from ia3rt.modules import IA3Layer, dense_weight
 from ia3rt.routing import Route
 
@@ -64,8 +65,9 @@ class Pair:
         arguments: list[Tensor | None] = []
         for layer in (self._first, self._second):
             assert layer.ia3_out is not None
-            arguments += [*dense_weight(layer), tables.bank[layer.ia3_out]]
-        y, y_second = ops.linear_pair(x, *arguments, tables.mixes, tables.route)
+            _, *matrix = autocast(x, *dense_weight(layer))
+            arguments += [*matrix, tables.bank[layer.ia3_out]]
+        y, y_second = ops.linear_pair(*autocast(x), *arguments, tables.mixes, tables.route)
         return y, y_second
 
 

@@ -57,6 +57,7 @@ class Routing:
 
     Attributes:
         backend: `triton` where the kernels evaluate the mixes, `torch` where they are composed once, when set.
+        fuses_gate_up: whether MLPs have their first matrices and their activation in one launch.
         route: what the batch wears.
         composes: whether any module needs `composed`: on the torch backend all do, else those that no kernel fits.
         composed: the mixes as the torch backend applies them.
@@ -67,9 +68,10 @@ class Routing:
             whose gradients reach the parameters.
     """
 
-    def __init__(self, bank: Bank, backend: Backend) -> None:
+    def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
         self.bank = bank
         self.backend: Backend = backend
+        self.fuses_gate_up = fuses_gate_up
         self.composes = backend == "torch"
         self.route = Route((bank.resolve(BASE),))
         self.composed = self._composed = ComposedMixes()

@@ -17,12 +17,12 @@ from ia3rt.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.composed import composed_vectors
 from ia3rt.merge import MergedWeights, merge
 from ia3rt.mix import BASE, CombinationType, Mix, MixLike
-from ia3rt.mlp import wearer_of
 from ia3rt.modules import Wearer, place, unwrap, wrap
 from ia3rt.pair import pair_layers
 from ia3rt.routing import Backend, Route, Routing
 from ia3rt.sites import ModuleNames, Site, SiteKey, name_matches, site_of
 from ia3rt.training import TrainedAdapters
+from ia3rt.wearers import wearer_of
 
 Vectors: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 
@@ -36,13 +36,21 @@ class Runtime:
         model: the patched model. It is used as before; its weights are never touched, except by `merge_adapter`.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank, backend: Backend, excluded: ModuleNames, extends: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        backend: Backend,
+        excluded: ModuleNames,
+        extends: bool,
+        fuses_gate_up: bool,
+    ) -> None:
         # `extends`: whether adapters may add sites, except at `excluded` modules.
         self.model = model
         self._bank = bank
         self._excluded = excluded
         self._extends = extends
-        self._routing = Routing(bank, backend)
+        self._routing = Routing(bank, backend, fuses_gate_up)
         self._merged: tuple[MergedWeights, Route] | None = None
         self._place_sites()
         self._routing.refresh()
@@ -366,7 +374,7 @@ class Runtime:
     def _place_sites(self) -> None:
         modules = dict(self.model.named_modules())
         for position, site in enumerate(self._bank.sites.values()):
-            module, mixin = wearer_of(modules, site)
+            module, mixin = wearer_of(modules, site, self.backend)
             if not isinstance(module, Wearer):
                 wrap(module, mixin, self._routing, self._follow)
                 self._routing.composes |= not mixin.is_fused(module)

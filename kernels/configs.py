@@ -130,3 +130,68 @@ def activation_config(rows: int, N: int, dtype: torch.dtype) -> ScaleConfig:
     """Return the config of the activation kernels: 16 bytes of each tensor a thread; more fills registers."""
     block_m = 4 if rows > 2 else 2
     return ScaleConfig(block_m, 256 if N <= 256 or dtype == torch.float32 else 512, num_warps=2 * block_m)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """How rope_kernel is built and launched."""
+
+    block_m: int
+    most_heads: int
+    """The most heads that a program takes, one after the other, with the cos and sin that it loaded."""
+    num_warps: int
+
+    def group(self, heads: int) -> int:
+        """Return how many of a part's heads a program takes: as many as divide them."""
+        return next(size for size in range(self.most_heads, 0, -1) if heads % size == 0)
+
+
+def rope_config(rows: int, D: int, dtype: torch.dtype) -> RopeConfig:
+    """Return the config of rope_kernel: 16 bytes of half a head a thread.
+
+    A prefill's programs are many, and loading cos and sin once for several heads halves what is read. A decoded token
+    has few, so that each takes one head.
+    """
+    rows_of_warp = max(1, 32 * (16 // dtype.itemsize) * 2 // (1 << (D - 1).bit_length()))
+    num_warps = 4 if rows > rows_of_warp else 1
+    return RopeConfig(rows_of_warp * num_warps, 4 if rows >= 2048 else 1, num_warps)
+
+
+@functools.lru_cache(4096)
+def gate_up_config(
+    rows: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    arch: str,
+    processors: int,
+    *,
+    gated: bool,
+    per_row: bool,
+    descriptors: bool,
+) -> LinearConfig | None:
+    """Return the config of gate_up.py's kernel for x [rows, K] and y [rows, N]; None where torch multiplies better.
+
+    That is so for many rows of fp32, as in linear_config. `gated` says that there are two sums, whose accumulators
+    share the registers, and whose weights share the memory; `per_row` and `descriptors` are linear_config's.
+    """
+    if dtype == torch.float32 and rows > 64:
+        return None
+    if rows <= 64 or N % 16 or K % 16:
+        config = _pointer_config(rows, N, K, dtype, arch, scales_input=False)
+        if N % 16 or K % 16:
+            return replace(config, piece=16)
+        if rows > 32 or dtype == torch.float32:
+            return config
+        # No programs share a sum: where there are few tiles, they are narrower. A wide one would be two weights'.
+        config = replace(config, block_n=32)
+        return config if config.tiles(rows, N) >= processors else replace(config, block_n=16)
+    if not (descriptors and arch in DESCRIPTOR_ARCHS):
+        # Rows that are not aligned take more addresses, and shorter steps fewer of them.
+        block_k, stages, piece = (64, 3, 16) if descriptors else (32, 4, 64)
+        return LinearConfig(128, 64 if gated else 128, block_k, 8, 8, 2 if arch.startswith("gfx") else stages, piece)
+    if per_row:
+        num_warps = 8 if gated or arch == "sm_90" else 4  # as in linear_config; one sum leaves four the registers
+        return LinearConfig(128, 128, 64, 8, num_warps, 3, piece=16, resident=1)
+    # Two programs fit a processor where one sum leaves them the registers.
+    return LinearConfig(128, 128, 64, 8, 8, 3, piece=64 if gated else 32, resident=1 if gated else 2)

@@ -67,7 +67,7 @@ def explain(x: Tensor, weight: Tensor, side: str, size: int, uniform: bool, laye
         faster = "torch multiplies faster"
     else:
         where = "the vector is in the epilogue"
-        faster = "many rows: persistent, by tensor descriptors" if config.resident else "programs share W's columns"
+        faster = "many rows: persistent, by tensor descriptors" if config.resident else "many rows"
         if x.shape[0] <= 64:
             faster = "few rows: W is the traffic"
         if config.splits > 1:

@@ -153,6 +153,23 @@ def test_under_torch_compile_switching_compiles_nothing(folders, backend):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("fuse_gate_up", [False, True])
+def test_the_kernels_follow_autocast(folders, fuse_gate_up):
+    """As Trainer(bf16=True) runs them: matmuls in bfloat16, as torch does them on the other backend."""
+    family, *_ = folders
+    results = []
+    for backend in ("torch", "triton"):
+        runtime = ia3rt.patch(tiny_model(family), backend=backend, fuse_gate_up=fuse_gate_up and backend == "triton")
+        runtime.load_adapter(folders[1][0])
+        runtime.set_adapter("b")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(logits(runtime.model, IDS))
+        exact = logits(runtime.model, IDS)
+    assert results[0].dtype == results[1].dtype == torch.bfloat16
+    errors = [(result.float() - exact).abs().max() for result in results]
+    assert 1e-3 < errors[1] <= 2 * errors[0]
+
+
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_under_torch_compile_batches_of_other_sizes_compile_nothing(folders, backend, routed):

@@ -21,6 +21,8 @@ class Case:
     """Whether the tensor cores have to multiply."""
     wgmma: bool = False
     """Whether they have to by wgmma on sm_90, both operands in shared memory, in a loop that the scale leaves alone."""
+    dots: int = 1
+    """How many products a step of that loop adds up; each may wait once."""
     longer_loop: int = 0
     """By how many instructions that loop may be longer than without a scale."""
     max_registers: int = 240

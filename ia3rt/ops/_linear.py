@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from ia3rt.ops._op import custom_op
 from ia3rt.ops._scale import bank_gradient, scale
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, l_in: Tensor | None, l_out: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, l_in: Tensor | None, l_out: Tensor | None) -> None:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {list(x.shape)} does not fit weight {list(weight.shape)}: [..., K_in] and [N, K_in] do")
     if bias is not None and list(bias.shape) != [weight.shape[0]]:
@@ -51,7 +50,7 @@ def linear(
         ValueError: a shape, dtype or layout is another.
 
     """
-    _check_linear(x, weight, bias, l_in, l_out)
+    check_linear(x, weight, bias, l_in, l_out)
     check_routing(mixes, route)
     rows = flat(x)
     check_rows(rows.shape[0], route)
@@ -72,12 +71,12 @@ def _(
     mixes: Tensor,
     route: Tensor,
 ) -> Tensor:
-    _check_linear(x, weight, bias, l_in, l_out)
+    check_linear(x, weight, bias, l_in, l_out)
     check_routing(mixes, route)
     return new(x, weight.shape[0])
 
 
-def _linear_gradients(
+def linear_gradients(
     dy: Tensor, inputs: tuple[Any, ...], needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Chain the gradients of s_in ∘ x, of W · + b, and of the output's scale, each only where it is needed.
@@ -110,7 +109,7 @@ def _linear_gradients(
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_linear_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:5]), None, None
+    return *linear_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:5]), None, None
 
 
 linear.register_autograd(_linear_backward, setup_context=save_inputs)
@@ -147,8 +146,8 @@ def linear_pair(
         ValueError: a shape, dtype or layout is another.
 
     """
-    _check_linear(x, weight_a, bias_a, None, l_a)
-    _check_linear(x, weight_b, bias_b, None, l_b)
+    check_linear(x, weight_a, bias_a, None, l_a)
+    check_linear(x, weight_b, bias_b, None, l_b)
     check_routing(mixes, route)
     rows = flat(x)
     check_rows(rows.shape[0], route)
@@ -172,8 +171,8 @@ def _(
     mixes: Tensor,
     route: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    _check_linear(x, weight_a, bias_a, None, l_a)
-    _check_linear(x, weight_b, bias_b, None, l_b)
+    check_linear(x, weight_a, bias_a, None, l_a)
+    check_linear(x, weight_b, bias_b, None, l_b)
     check_routing(mixes, route)
     return new(x, weight_a.shape[0]), new(x, weight_b.shape[0])
 
@@ -186,7 +185,7 @@ def _linear_pair_backward(ctx: Any, dy_a: Tensor, dy_b: Tensor) -> tuple[Tensor 
     for dy, first in ((dy_a, 0), (dy_b, 3)):
         (weight, bias, l_out), (of_weight, of_bias, of_l) = layers[first : first + 3], needs[first : first + 3]
         inputs = (x, weight, bias, None, l_out, mixes, route)
-        gradients.append(_linear_gradients(dy, inputs, (need_x, of_weight, of_bias, False, of_l)))
+        gradients.append(linear_gradients(dy, inputs, (need_x, of_weight, of_bias, False, of_l)))
     (dx_a, dweight_a, dbias_a, _, dl_a), (dx_b, dweight_b, dbias_b, _, dl_b) = gradients
     dx = None if dx_a is None or dx_b is None else dx_a + dx_b
     return dx, dweight_a, dbias_a, dl_a, dweight_b, dbias_b, dl_b, None, None

@@ -15,7 +15,9 @@ from ia3rt.reference._activation import (
     activation,
     activation_gradient,
 )
+from ia3rt.reference._gate_up import gate_up
 from ia3rt.reference._linear import linear, linear_pair
+from ia3rt.reference._rope import rope, rope_gradient, rope_into_cache
 from ia3rt.reference._scale import MixTable, bank_gradient, compose, scale, split_mixes
 
 __all__ = [
@@ -27,8 +29,12 @@ __all__ = [
     "activation_gradient",
     "bank_gradient",
     "compose",
+    "gate_up",
     "linear",
     "linear_pair",
+    "rope",
+    "rope_gradient",
+    "rope_into_cache",
     "scale",
     "split_mixes",
 ]

@@ -1,0 +1,229 @@
+"""The commands `ia3rt bench` and `ia3rt bench compare`: their options. What does the work is imported when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.text import Text
+
+from ia3rt.cli_errors import MissingPackageError, UsageError, errors_in_a_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from ia3rt.bench.result import Result
+    from ia3rt.bench.settings import Settings
+
+
+class _RunByDefault(typer.core.TyperGroup):
+    """A group in which what names no command is for `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = args and args[0] in self.commands
+        return super().parse_args(ctx, args if known else ["run", *args])
+
+
+app = typer.Typer(cls=_RunByDefault, add_completion=False)
+
+
+@app.command()
+def run(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUITE]…",
+            help="forward, generate, switch, mixed, combine, scale, load, train, memory, kernels (on a GPU only). All "
+            "without any.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="A built-in shape with random weights (smollm2-135m, llama-3.2-1b, llama-3-8b: a few layers only, "
+            "tiny), a folder, or a Hugging Face id.",
+        ),
+    ] = "smollm2-135m",
+    layers: Annotated[int | None, typer.Option(metavar="N", help="How many layers of a built-in shape.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as cpu; by default cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="float32, bfloat16 or float16; by default float32 on a CPU, and else bfloat16."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="What is compared: base, merged, peft, peft-compiled, adapterhub, ia3rt, ia3rt-compiled. All by "
+            "default; with --quick none that compiles.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: ends in two minutes on two cores.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the JSON, CSV and HTML files go.")] = Path(
+        "bench-results"
+    ),
+    budget: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A budget of ratios, such as bench/budget.json; exits with 1 if one breaks."),
+    ] = None,
+    adapterhub_python: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The Python of an environment with AdapterHub's `adapters`.")
+    ] = None,
+) -> None:
+    """Measure ia3rt beside PEFT and others, and write a report.
+
+    `ia3rt bench compare BEFORE.json AFTER.json` compares two runs.
+
+    All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails in a
+    case or a budget is broken.
+    """
+    with errors_in_a_line():
+        from ia3rt.bench.budget import read_budget
+
+        settings = _settings(suites, model, layers, device, dtype, against, quick, adapterhub_python)
+        rules = read_budget(budget) if budget is not None else []
+        if importlib.util.find_spec("matplotlib") is None:
+            raise MissingPackageError("the report needs matplotlib: pip install 'ia3rt[bench]'")
+        out.mkdir(parents=True, exist_ok=True)
+        from ia3rt.bench import terminal
+        from ia3rt.bench.runner import run as measure
+
+        console = Console()
+        with terminal.shown_progress(console) as progress:
+            result = measure(settings, progress)
+        terminal.print_result(console, result)
+        for file in _write(result, out):
+            console.print(Text(f"written: {file}", style="dim"), soft_wrap=True)
+        kept = not rules or _keeps(console, result, rules)
+    raise typer.Exit(0 if kept and not _ours_failed(result) else 1)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE.json")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER.json")],
+) -> None:
+    """Compare the ratios of two runs. Exits with 1 if ia3rt became slower."""
+    with errors_in_a_line():
+        from ia3rt.bench.compare import compare as changes_of
+        from ia3rt.bench.result import read_json
+        from ia3rt.bench.terminal import print_changes
+
+        changes = changes_of(read_json(before), read_json(after))
+    print_changes(Console(), changes)
+    raise typer.Exit(1 if any(change.is_regression for change in changes) else 0)
+
+
+def _settings(
+    suites: list[str] | None,
+    model: str,
+    layers: int | None,
+    device: str | None,
+    dtype: str | None,
+    against: str | None,
+    quick: bool,
+    adapterhub_python: Path | None,
+) -> Settings:
+    from ia3rt.bench.contenders.registry import CONTENDERS
+    from ia3rt.bench.models import shape_of
+    from ia3rt.bench.settings import FULL, QUICK, Settings
+    from ia3rt.bench.suites.registry import SUITES
+
+    wanted = _known("SUITE", suites or list(SUITES), SUITES)
+    default = [name for name in CONTENDERS if not (quick and name.endswith("-compiled"))]
+    named = default if against is None else [name.strip() for name in against.split(",") if name.strip()]
+    where = _device(device)
+    settings = Settings(
+        suites=wanted,
+        contenders=_known("--against", named, CONTENDERS),
+        model=model,
+        layers=layers,
+        device=where,
+        dtype=_dtype(dtype, where),
+        quick=quick,
+        effort=QUICK if quick else FULL,
+        adapterhub_python=adapterhub_python,
+    )
+    shape_of(settings)  # says if --layers is of no use
+    why = {name: SUITES[name].wants(where) for name in wanted}
+    if all(why.values()):
+        raise UsageError("SUITE", "; ".join(f"{name}: {reason}" for name, reason in why.items()))
+    if adapterhub_python is not None and not adapterhub_python.is_file():
+        raise UsageError("--adapterhub-python", f"there is no file {adapterhub_python}")
+    return settings
+
+
+def _known(option: str, wanted: list[str], known: Any) -> list[str]:
+    """What is wanted, in the order of what is known."""
+    if not wanted:
+        raise UsageError(option, f"names none: known are {', '.join(known)}")
+    for name in wanted:
+        if name not in known:
+            raise UsageError(option, f"there is no {name!r}: known are {', '.join(known)}")
+    return [name for name in known if name in wanted]
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UsageError("--device", f"{name!r} is of no use here: {first}") from error
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    (known,) = _known("--dtype", [name], dtypes)
+    return dtypes[known]
+
+
+def _write(result: Result, out: Path) -> list[Path]:
+    from ia3rt.bench.report import write_html
+    from ia3rt.bench.result import write_csv, write_json
+
+    stem = f"bench-{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}"
+    files = [out / f"{stem}.{ending}" for ending in ("json", "csv", "html")]
+    for write, file in zip((write_json, write_csv, write_html), files, strict=True):
+        write(result, file)
+    return files
+
+
+def _keeps(console: Console, result: Result, rules: Any) -> bool:
+    from ia3rt.bench.budget import check
+
+    broken, idle = check(result, rules)
+    for rule in idle:
+        console.print(Text(f"budget: not measured: {rule.suite}: {rule.case}: {rule.contender}", style="dim"))
+    for each in broken:
+        console.print(Text(f"budget: broken: {each}", style="red"), soft_wrap=True)
+    if len(idle) == len(rules):
+        console.print(Text("budget: broken: none of its rules was measured", style="red"))
+        return False
+    if not broken:
+        console.print(Text(f"budget: {len(rules) - len(idle)} of {len(rules)} rules measured, all kept", style="green"))
+    return not broken
+
+
+def _ours_failed(result: Result) -> bool:
+    from ia3rt.bench.contenders.registry import OURS
+
+    return any(name in OURS for case in result.cases for name in case.failed)

@@ -1,0 +1,1 @@
+"""What is compared: a file a contender. One registry."""

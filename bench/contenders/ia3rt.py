@@ -1,0 +1,85 @@
+"""ia3rt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import ia3rt
+from ia3rt.bench.adapters import DISTINCT
+from ia3rt.bench.contenders.subject import InProcess, LeftOut, Way
+from ia3rt.bench.machine import free_memory
+from ia3rt.bench.models import clone
+from ia3rt.bench.workshop import Workshop
+from ia3rt.sites import SiteKey
+
+
+class Ia3rt(InProcess):
+    """A patched model."""
+
+    def __init__(self, model: nn.Module, runtime: ia3rt.Runtime) -> None:
+        super().__init__(model)
+        self._runtime = runtime
+
+    def wear(self, names: Sequence[str]) -> None:
+        """set_adapter, with a list for several."""
+        self._runtime.set_adapter(names[0] if len(names) == 1 else list(names))
+
+    def mixed(self, ids: Tensor, worn: Sequence[str]) -> Way:
+        """One forward; saying what the rows wear is measured too."""
+
+        def run(_: int) -> Tensor:
+            self._runtime.route(worn)
+            return self._logits(ids)
+
+        return Way(run, lambda: run(0))
+
+    def add(self, vectors: dict[SiteKey, Tensor]) -> Way:
+        """add_adapter."""
+        return self._adding(lambda name: self._runtime.add_adapter(name, vectors), self._runtime.delete_adapter)
+
+    def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
+        """delete_adapter."""
+        return self._deleting(lambda name: self._runtime.add_adapter(name, vectors), self._runtime.delete_adapter)
+
+    def load(self, folder: Path) -> Way:
+        """load_adapter."""
+        return self._adding(lambda name: self._runtime.load_adapter(folder, name), self._runtime.delete_adapter)
+
+    def load_many(self, folders: dict[str, Path]) -> None:
+        """load_adapter of each; the bank grows as it needs to."""
+        for name, folder in folders.items():
+            self._runtime.load_adapter(folder, name)
+
+    def train(self, ids: Tensor, name: str) -> Way:
+        """train_adapter."""
+        self.model.train()
+        return self._training(ids, self._runtime.train_adapter(name))
+
+    def resident_bytes(self) -> int:
+        """The bytes of the whole bank, with the rows that are still free."""
+        table = self._runtime._bank.table
+        return table.numel() * table.element_size()
+
+
+def build(workshop: Workshop, names: Sequence[str]) -> tuple[nn.Module, ia3rt.Runtime]:
+    """A patched model that shares all weights, with these adapters."""
+    free, needed = free_memory(workshop.settings.device), 4 * workshop.adapters.numbers * len(names)
+    if free is not None and needed > free // 2:
+        raise LeftOut(f"{len(names):,} adapters take {needed / 1e9:,.1f} GB of the {free / 1e9:,.1f} GB that are free")
+    model = clone(workshop.model)
+    runtime = ia3rt.patch(model, capacity=len(names))
+    vectors = [workshop.adapters.vectors(name) for name in names[:DISTINCT]]
+    for position, name in enumerate(names):
+        if position < DISTINCT:
+            runtime.load_adapter(workshop.adapters.folder(name), name)
+        else:
+            runtime.add_adapter(name, vectors[position % DISTINCT])
+    return model, runtime
+
+
+def subject(workshop: Workshop, names: Sequence[str]) -> Ia3rt:
+    """A patched model with these adapters."""
+    return Ia3rt(*build(workshop, names))

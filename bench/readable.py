@@ -1,0 +1,58 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from ia3rt.bench.result import CaseResult, Measurement
+
+NOISY = "noise"
+
+
+def seconds(value: float) -> str:
+    """A time with three digits, in the unit that fits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size or unit == "µs":
+            return f"{_three(value / size)} {unit}"
+    raise AssertionError
+
+
+def size(value: float) -> str:
+    """Bytes with three digits, in the unit that fits."""
+    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= of:
+            return f"{_three(value / of)} {unit}"
+    return f"{value:.0f} B"
+
+
+def taken(case: CaseResult, value: float) -> str:
+    """What a case's contender took."""
+    return size(value) if case.unit == "bytes" else seconds(value)
+
+
+def rate(case: CaseResult, measured: Measurement) -> str:
+    """Units a second; empty where that says nothing."""
+    value = case.rate(measured)
+    return "" if value is None else f"{_three(value)} {case.unit}/s"
+
+
+def ratio(case: CaseResult, measured: Measurement) -> str:
+    """The ratio to the reference, or why it is not shown."""
+    if measured.contender == case.reference:
+        return "reference"
+    if measured.ratio is None:
+        return ""
+    return NOISY if measured.is_noise else f"{_three(measured.ratio.p50)} ×"
+
+
+def noise_reason(measured: Measurement) -> str:
+    """Why a ratio is not shown."""
+    assert measured.ratio is not None
+    return (
+        f"p20 … p80 of the ratio are {measured.ratio.p20:.3g} … {measured.ratio.p80:.3g}, "
+        f"{measured.spread:.0%} of its median apart"
+    )
+
+
+def _three(value: float) -> str:
+    if value >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"

@@ -1,0 +1,258 @@
+"""Runs the cases: builds the contenders, compares what they compute, warms up, and times them in turn."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import torch
+from torch import Tensor
+
+from ia3rt.bench.contenders.registry import CONTENDERS
+from ia3rt.bench.contenders.subject import Way
+from ia3rt.bench.interleaved import sample_interleaved
+from ia3rt.bench.machine import machine, versions
+from ia3rt.bench.models import title_of
+from ia3rt.bench.result import CaseResult, Measurement, Result
+from ia3rt.bench.settings import Effort, Settings
+from ia3rt.bench.suites.case import Case, Value, Ways, described
+from ia3rt.bench.suites.registry import SUITES
+from ia3rt.bench.workshop import Workshop
+from ia3rt.cli_errors import MissingPackageError
+from ia3rt.demo.inputs import quiet
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far two contenders' results may lie apart, as a share of their norm: another adapter's are at a tenth or more."""
+WARM_UPS = 8
+"""Rounds of warming up at most; fewer where the times no longer fall."""
+SETTLED = 0.9
+"""A round that takes more than this share of the fastest before it is no longer getting faster."""
+
+Clock = Callable[[], float]
+
+
+class OutOfTimeError(Exception):
+    """The run's deadline is too near for the case."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is called as a run goes on.
+
+    Attributes:
+        begins: with the number of cases.
+        case: with the suite and the case that begins.
+        done: with the suite and what a case gave; None where it was not run.
+    """
+
+    begins: Callable[[int], None] = lambda _: None
+    case: Callable[[str, str], None] = lambda *_: None
+    done: Callable[[CaseResult | None], None] = lambda _: None
+
+
+def run(settings: Settings, progress: Progress | None = None, clock: Clock = time.perf_counter) -> Result:
+    """Runs all cases of the settings' suites. Ctrl-C ends it early: what was measured is returned.
+
+    Raises:
+        UsageError: there is no such model.
+        MissingPackageError: transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingPackageError("the benchmarks need transformers: pip install 'ia3rt[bench]'")
+    progress = progress or Progress()
+    started = clock()
+    wanted = {name: SUITES[name].wants(settings.device) for name in settings.suites}
+    cases = [(name, case) for name, why in wanted.items() if why is None for case in SUITES[name].cases(settings.quick)]
+    progress.begins(len(cases))
+    with quiet(), Workshop(settings, CONTENDERS) as workshop:
+        result = _empty(settings, workshop)
+        result.not_run = {name: why for name, why in wanted.items() if why is not None}
+        end = None if settings.effort.deadline is None else started + settings.effort.deadline
+        for position, (suite, case) in enumerate(cases):
+            progress.case(suite, case.name)
+            measured = None
+            try:
+                measured = run_case(suite, case, workshop, end, clock)
+                result.cases.append(measured)
+            except OutOfTimeError:
+                result.not_run[f"{suite}: {case.name}"] = "the time of a quick run was up"
+            except KeyboardInterrupt:
+                for left_suite, left in cases[position:]:
+                    result.not_run[f"{left_suite}: {left.name}"] = "the run was stopped"
+                break
+            progress.done(measured)
+    return result
+
+
+def run_case(
+    suite: str, case: Case, workshop: Workshop, end: float | None = None, clock: Clock = time.perf_counter
+) -> CaseResult:
+    """Runs one case.
+
+    Raises:
+        OutOfTimeError: it would not end before `end`.
+    """
+    if end is not None and clock() > end:
+        raise OutOfTimeError
+    made = case.ways(workshop, workshop.settings.contenders)
+    drop_wrong(made, TOLERANCE.get(workshop.settings.dtype, 5e-2))
+    values = {name: way for name, way in made.ways.items() if isinstance(way, Value)}
+    ways = {name: way for name, way in made.ways.items() if isinstance(way, Way)}
+    reference = next((name for name in case.references if name in made.ways), "")
+    if values:
+        measurements = _read(values, reference)
+    else:
+        measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
+    return CaseResult(
+        suite=suite,
+        what=case.what,
+        parameters=dict(case.parameters),
+        name=case.name,
+        reference=reference,
+        unit=case.unit,
+        work=case.work,
+        measurements=measurements,
+        left_out=made.left_out,
+        failed=made.failed,
+    )
+
+
+def drop_wrong(made: Ways, tolerance: float) -> None:
+    """Moves the ways that raise, or whose result is not the first contender's, to `failed`: they are not timed."""
+    first: tuple[str, Tensor] | None = None
+    for name, way in list(made.ways.items()):
+        if isinstance(way, Value) or way.result is None:
+            continue
+        try:
+            result = way.result().detach().double().cpu()
+        except Exception as error:  # as in by_subject
+            made.failed[name] = described(error)
+            del made.ways[name]
+            continue
+        first = first or (name, result)
+        distance = _distance(result, first[1])
+        if not distance <= tolerance:
+            made.failed[name] = f"another result than {first[0]}'s: it is {distance:.2g} of its norm away"
+            del made.ways[name]
+
+
+def measure(
+    ways: Mapping[str, Way],
+    reference: str,
+    effort: Effort,
+    device: torch.device,
+    end: float | None = None,
+    clock: Clock = time.perf_counter,
+) -> list[Measurement]:
+    """Warms the ways up until they settle, and then times them in turn.
+
+    Raises:
+        OutOfTimeError: the least number of rounds would not end before `end`.
+    """
+    if not ways:
+        return []
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    turns = dict.fromkeys(ways, 1)
+
+    def repeated(name: str) -> Callable[[int], object]:
+        def run(turn: int) -> object:
+            first, result = turn * turns[name], None
+            for repeat in range(turns[name]):
+                result = ways[name].run(first + repeat)
+            return result
+
+        return run
+
+    def before(name: str) -> None:
+        if (prepare := ways[name].before) is not None:
+            prepare(turns[name])
+
+    def after(name: str) -> None:
+        if (restore := ways[name].after) is not None:
+            restore()
+
+    def sample(rounds: range) -> dict[str, list[float]]:
+        return sample_interleaved(
+            {name: repeated(name) for name in ways}, rounds, before=before, after=after, wait=wait, clock=clock
+        )
+
+    with _no_collection():
+        settled, whole = warm_up(sample, clock)
+        for name, seconds in settled.items():
+            turns[name] = max(1, round(effort.sample / max(seconds, 1e-9))) if seconds < effort.sample else 1
+        # What a round will take: what it took, with the repeats, and with what is done between the measurements.
+        expected = whole + sum((turns[name] - 1) * settled[name] for name in ways)
+        if end is not None and clock() + effort.least * expected > end:
+            raise OutOfTimeError
+        rounds = min(effort.most, max(effort.least, int(effort.seconds / max(expected, 1e-9))))
+        samples = sample(range(rounds))
+    per_run = {name: [seconds / turns[name] for seconds in taken] for name, taken in samples.items()}
+    return [
+        Measurement.of(name, taken, per_run[reference] if name != reference else None, turns[name], ways[name].note)
+        for name, taken in per_run.items()
+    ]
+
+
+def warm_up(
+    sample: Callable[[range], dict[str, list[float]]], clock: Clock = time.perf_counter
+) -> tuple[dict[str, float], float]:
+    """Runs rounds until they no longer get faster.
+
+    Returns:
+        The seconds of each way in its fastest round, and those of the last round as a whole.
+    """
+    fastest: dict[str, float] = {}
+    whole = 0.0
+    for turn in range(WARM_UPS):
+        start = clock()
+        taken = {name: seconds[0] for name, seconds in sample(range(turn, turn + 1)).items()}
+        whole = clock() - start
+        settled = bool(fastest) and all(seconds >= SETTLED * fastest[name] for name, seconds in taken.items())
+        fastest = {name: min(seconds, fastest.get(name, seconds)) for name, seconds in taken.items()}
+        if settled:
+            break
+    return fastest, whole
+
+
+def _read(values: Mapping[str, Value], reference: str) -> list[Measurement]:
+    base = [values[reference].number]
+    return [Measurement.of(name, [value.number], base if name != reference else None) for name, value in values.items()]
+
+
+def _distance(result: Tensor, truth: Tensor) -> float:
+    if result.shape != truth.shape:
+        return float("inf")
+    return float((result - truth).norm() / truth.norm().clamp_min(1e-12))
+
+
+def _empty(settings: Settings, workshop: Workshop) -> Result:
+    return Result(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=" ".join(["ia3rt", *sys.argv[1:]]),
+        model=title_of(settings),
+        device=str(settings.device),
+        dtype=str(settings.dtype).removeprefix("torch."),
+        adapter=workshop.adapters.numbers,
+        contenders=list(settings.contenders),
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A context in which Python does not collect garbage at a moment of its own choosing."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -1,0 +1,102 @@
+"""A case: one thing that all contenders do, and are compared in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
+from ia3rt.bench.workshop import Workshop
+
+UNADAPTED_FIRST = ("base", "merged", "peft", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
+"""Ratios of a forward are to the model without adapters."""
+PEFT_FIRST = ("peft", "merged", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
+"""Those of what only adapters have are to PEFT."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number that is read rather than timed."""
+
+    number: float
+
+
+@dataclass
+class Ways:
+    """How each contender does a case, by name; and why the others do not."""
+
+    ways: dict[str, Way | Value] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+        what: what is done, in a word or two; cases that differ in numbers only share it.
+        parameters: the numbers, by name.
+        ways: makes the contenders' ways.
+        references: which contender ratios are to: the first of these that is there.
+        work: how many of `unit` one run does; None where a rate says nothing.
+        unit: what they are; "bytes" where the ways are values.
+    """
+
+    what: str
+    parameters: Mapping[str, int | str]
+    ways: Callable[[Workshop, Sequence[str]], Ways]
+    references: Sequence[str] = UNADAPTED_FIRST
+    work: int | None = None
+    unit: str = "s"
+
+    @property
+    def name(self) -> str:
+        """The case in a line, such as `decode rows=8 length=32`."""
+        return " ".join([self.what, *(f"{name}={value}" for name, value in self.parameters.items())])
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases about one question.
+
+    Attributes:
+        name: as the command line has it.
+        about: what is measured, in a sentence.
+        cases: makes the cases; is told whether only the quick ones are wanted.
+        x: the parameter along the axis of its plots.
+        wants: says why a device is of no use for it; None where it is.
+    """
+
+    name: str
+    about: str
+    cases: Callable[[bool], Iterator[Case]]
+    x: str
+    wants: Callable[[torch.device], str | None] = lambda _: None
+
+
+def by_subject(
+    way: Callable[[Workshop, Subject], Way | Value], adapters: int = 4, purpose: str = ""
+) -> Callable[[Workshop, Sequence[str]], Ways]:
+    """The ways of contenders that all do it on a subject with so many adapters."""
+
+    def ways(workshop: Workshop, contenders: Sequence[str]) -> Ways:
+        made = Ways()
+        for name in contenders:
+            try:
+                made.ways[name] = way(workshop, workshop.subject(name, adapters, purpose))
+            except LeftOut as reason:
+                made.left_out[name] = str(reason)
+            except Exception as error:  # one contender's error must not end the others' run; it is named
+                made.failed[name] = described(error)
+        return made
+
+    return ways
+
+
+def described(error: BaseException) -> str:
+    """An error in a line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,55 @@
+"""A batch whose rows wear adapters by popularity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ia3rt.bench.contenders.subject import Subject, Way
+from ia3rt.bench.suites.case import Case, Suite, by_subject
+from ia3rt.bench.workshop import Workshop
+
+POPULARITY = ("identical", "distinct", "uniform", "zipf")
+LENGTH = 16
+
+
+def worn(popularity: str, rows: int, adapters: int) -> list[str]:
+    """The adapter of each row.
+
+    identical: one for all; distinct: another in each row; uniform: any, equally often; zipf: the k-th most popular in
+    proportion to 1/k.
+    """
+    generator = torch.Generator().manual_seed(rows)
+    if popularity == "identical":
+        chosen = torch.zeros(rows, dtype=torch.long)
+    elif popularity == "distinct":
+        chosen = torch.arange(rows) % adapters
+    else:
+        shares = torch.ones(adapters) if popularity == "uniform" else 1 / torch.arange(1, adapters + 1)
+        chosen = torch.multinomial(shares, rows, replacement=True, generator=generator)
+    return [f"a{position}" for position in chosen.tolist()]
+
+
+def _cases(quick: bool) -> Iterator[Case]:
+    adapters = 8 if quick else 64
+    for rows in (8,) if quick else (1, 4, 16, 64):
+        for popularity in POPULARITY:
+            yield _case(rows, popularity, worn(popularity, rows, adapters), adapters)
+
+
+def _case(rows: int, popularity: str, names: Sequence[str], adapters: int) -> Case:
+    def way(workshop: Workshop, subject: Subject) -> Way:
+        return subject.mixed(workshop.ids(rows, LENGTH), names)
+
+    parameters = {"rows": rows, "length": LENGTH}
+    return Case(popularity, parameters, by_subject(way, adapters), work=rows * LENGTH, unit="tokens")
+
+
+SUITE = Suite(
+    "mixed",
+    "A forward in which each row wears its own adapter: one for all, all distinct, uniform, or by Zipf's law. PEFT "
+    "knows one adapter for all rows, so it runs the rows of each adapter one after another.",
+    _cases,
+    x="rows",
+)
