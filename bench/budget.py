@@ -88,5 +88,6 @@ def _p20(case: CaseResult, rule: Rule) -> float | None:
         return None
     for measured in case.measurements:
         if measured.contender == rule.contender and measured.ratio is not None:
-            return measured.ratio.p20
+            ratio: float = measured.ratio.p20
+            return ratio
     return None

@@ -1,4 +1,4 @@
-"""The commands `ia3rt bench` and `ia3rt bench compare`: their options. What does the work is imported when asked for."""
+"""The commands `ia3rt bench` and `ia3rt bench compare`: their options. The work is done elsewhere."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def compare(before: Result, after: Result) -> list[Change]:
 
 
 def _changes(before: Result, after: Result) -> Iterator[Change]:
-    earlier = {key: measured for key, measured in _ratios(before)}
+    earlier = dict(_ratios(before))
     for key, now in _ratios(after):
         if key in earlier and earlier[key].ratio is not None and now.ratio is not None:
             name, reference, contender = key

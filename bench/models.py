@@ -40,10 +40,9 @@ def title_of(settings: Settings) -> str:
     """What the model is called in results; a model that is cut says so."""
     shape = shape_of(settings)
     if shape is None:
-        return settings.model
-    if shape.whole:
-        return f"{shape.name}, random weights"
-    return f"{shape.name}, {shape.layers} layers only, vocabulary {shape.vocabulary:,}, random weights"
+        return str(settings.model)
+    cut = "" if shape.whole else f", {shape.layers} layers only, vocabulary {shape.vocabulary:,}"
+    return f"{shape.name}{cut}, random weights"
 
 
 def build_model(settings: Settings) -> PreTrainedModel:

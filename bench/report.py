@@ -62,7 +62,8 @@ def _document(result: Result) -> Iterator[str]:
         cases = [case for case in result.cases if case.suite == name]
         yield f'<h2 id="{name}">{name}</h2><p>{_text(SUITES[name].about)}</p>'
         if plots := svg(cases, SUITES[name].x):
-            yield f'<img alt="{_text(name)}: plots of the table below" src="data:image/svg+xml;base64,{_encoded(plots)}">'
+            alternative = f"{name}: plots of the table below"
+            yield f'<img alt="{alternative}" src="data:image/svg+xml;base64,{_encoded(plots)}">'
         yield from _table(cases)
         for line in left_out(cases):
             yield f'<p class="dim">{_text(line)}</p>'
@@ -118,7 +119,7 @@ def _table(cases: Sequence[CaseResult]) -> Iterator[str]:
 
 
 def svg(cases: Sequence[CaseResult], x: str) -> bytes:
-    """The plots of a suite's cases: a panel for each thing done, a line or bar for each contender. Empty without any."""
+    """The plots of a suite's cases: a panel for each thing done, a line or bar for each contender. Or nothing."""
     figure = plot(cases, x)
     if figure is None:
         return b""

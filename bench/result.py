@@ -52,7 +52,8 @@ class Measurement:
         """The ratio's p20 … p80 as a share of its median."""
         if self.ratio is None or self.ratio.p80 == self.ratio.p20:
             return 0.0
-        return (self.ratio.p80 - self.ratio.p20) / self.ratio.p50
+        spread: float = (self.ratio.p80 - self.ratio.p20) / self.ratio.p50
+        return spread
 
     @property
     def is_noise(self) -> bool:
@@ -185,10 +186,8 @@ def read_json(file: Path) -> Result:
         raise ValueError(f"{file}: {error}") from error
 
 
-COLUMNS = (
-    ("suite", "case", "contender", "unit", "p20", "p50", "p80", "per_second")
-    + ("reference", "ratio_p20", "ratio_p50", "ratio_p80", "noise", "rounds", "turns", "note")
-)  # fmt: skip
+_RATIO = ("reference", "ratio_p20", "ratio_p50", "ratio_p80", "noise")
+COLUMNS = ("suite", "case", "contender", "unit", "p20", "p50", "p80", "per_second", *_RATIO, "rounds", "turns", "note")
 
 
 def write_csv(result: Result, file: Path) -> None:

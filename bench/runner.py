@@ -178,9 +178,11 @@ def measure(
             restore()
 
     def sample(rounds: range) -> dict[str, list[float]]:
-        return sample_interleaved(
-            {name: repeated(name) for name in ways}, rounds, before=before, after=after, wait=wait, clock=clock
+        timed = {name: repeated(name) for name in ways}
+        taken: dict[str, list[float]] = sample_interleaved(
+            timed, rounds, before=before, after=after, wait=wait, clock=clock
         )
+        return taken
 
     with _no_collection():
         settled, whole = warm_up(sample, clock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,8 +28,8 @@ class Effort:
     deadline: float | None = None
 
 
-QUICK = Effort(least=5, most=25, seconds=2.0, sample=0.005, deadline=95.0)
-FULL = Effort(least=15, most=100, seconds=20.0, sample=0.02)
+QUICK = Effort(least=5, most=25, seconds=2.0, sample=0.02, deadline=95.0)
+FULL = Effort(least=15, most=100, seconds=20.0, sample=0.05)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Settings:
     contenders: Sequence[str]
     model: str = "smollm2-135m"
     layers: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     quick: bool = False
     effort: Effort = FULL

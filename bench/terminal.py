@@ -47,7 +47,7 @@ def print_result(console: Console, result: Result) -> None:
     console.print(
         Text(
             f"{result.model}, {result.dtype} on {result.device} ({where}, {result.machine['cores']} cores, "
-            f"{result.machine['torch_threads']} threads). An adapter is {result.adapter:,} readable.",
+            f"{result.machine['torch_threads']} threads). An adapter is {result.adapter:,} numbers.",
             style="bold",
         )
     )

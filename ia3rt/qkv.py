@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ia3rt import ops
-from ia3rt.modules import Wearer, original_class
+from ia3rt.modules import How, Wearer, original_class
 from ia3rt.qkv_forms import Form, form_of, form_of_class, original_forward
+from ia3rt.sites import Side
 
 
 class IA3QKV(Wearer):
@@ -59,3 +60,14 @@ class IA3QKV(Wearer):
     def is_fused(cls, module: nn.Module) -> bool:
         """Whether its forward is one that the kernel takes the middle of."""
         return form_of(module) is not None
+
+    def ia3_how(self, side: Side, rows: int) -> How:
+        """The rotary embedding's kernel."""
+        from ia3rt.kernels.configs import rope_config  # not before: Triton may not be installed
+
+        assert self.ia3_form is not None
+        projection = getattr(self, self.ia3_form.projection)
+        q, *_ = self.ia3_form.parts(self, self.ia3_routing.tables.bank[self.ia3_out or 0])
+        config = rope_config(rows, q.shape[-1], next(projection.parameters()).dtype)
+        words = f"{config.block_m} rows × {config.group(q.shape[-2])} heads, {config.num_warps} warps"
+        return How("rope", words, "q, k and v are read and rotated here anyway: the vector costs no pass")

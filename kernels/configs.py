@@ -195,3 +195,43 @@ def gate_up_config(
         return LinearConfig(128, 128, 64, 8, num_warps, 3, piece=16, resident=1)
     # Two programs fit a processor where one sum leaves them the registers.
     return LinearConfig(128, 128, 64, 8, 8, 3, piece=64 if gated else 32, resident=1 if gated else 2)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How an attention kernel is built: rows and keys of a tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def build_options(self) -> dict[str, int]:
+        """Return the kernel's constants and Triton's options."""
+        return dict(
+            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+def attention_config(rows: int, D: int, dtype: torch.dtype, arch: str, *, masked: bool) -> AttentionConfig:
+    """Return the config of attention_kernel for blocks of `rows` query rows of D numbers; `masked` with a mask tensor."""
+    block_d = max(16, 1 << (D - 1).bit_length())
+    few = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if dtype == torch.float32:
+        return AttentionConfig(min(few, 32 if block_d > 64 else 64), 32 if block_d <= 128 else 16, 4, 1)
+    large = arch in DESCRIPTOR_ARCHS
+    if rows <= 64:
+        return AttentionConfig(few, 64 if block_d <= 128 else 32, 4, 3 if large else 2 if block_d <= 128 else 1)
+    if block_d > 128:
+        return AttentionConfig(128 if large else 64, 64 if large else 32, 8 if large else 4, 2 if large else 1)
+    return AttentionConfig(128, 64, 8, 3 if large and not masked else 2 if not arch.startswith("gfx") else 1)
+
+
+def attention_gradient_config(D: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
+    """Return the config of the kernels of attention's gradient: block_m queries and block_n keys."""
+    block_d = max(16, 1 << (D - 1).bit_length())
+    if dtype == torch.float32:
+        return AttentionConfig(32 if block_d <= 128 else 16, 32 if block_d <= 128 else 16, 4, 1)
+    if block_d > 128:
+        return AttentionConfig(32, 64, 8, 1)
+    return AttentionConfig(64, 64, 4 if block_d <= 64 else 8, 2 if arch in DESCRIPTOR_ARCHS else 1)

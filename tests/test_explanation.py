@@ -84,3 +84,23 @@ def test_printed_it_shows_each_kind_of_site_once():
 def test_a_plain_model_is_an_error():
     with pytest.raises(ValueError, match="patch"):
         ia3rt.explain(tiny_model())
+
+
+def test_a_fused_projection_is_explained_by_the_rotary_embedding(launched):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = Phi3ForCausalLM(config).eval()
+    ia3rt.patch(model, backend="triton")
+    logits(model, token_ids(1, 3))
+    entries = ia3rt.explain(model, 3).sites
+    assert {entry.kernel for entry in entries} == set(launched) == {"rope", "activation"}
+    assert "heads" in next(entry.config for entry in entries if entry.kernel == "rope")

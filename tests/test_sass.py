@@ -44,7 +44,7 @@ def test_each_launch_is_what_its_case_says(built) -> None:
             assert facts["registers"] <= MAX_REGISTERS, message
         if arch == "sm_90":
             assert facts["registers"] <= case.max_registers, message
-            assert facts["HGMMA"] > 0 or not case.wgmma, message
+            assert facts["HGMMA"] > 0 or not (case.wgmma or case.hgmma), message
             assert facts["wide_loads"] >= case.wide_loads, message
 
 

@@ -21,6 +21,8 @@ class Case:
     """Whether the tensor cores have to multiply."""
     wgmma: bool = False
     """Whether they have to by wgmma on sm_90, both operands in shared memory, in a loop that the scale leaves alone."""
+    hgmma: bool = False
+    """Whether they have to by wgmma on sm_90, of which some may read an operand from registers."""
     dots: int = 1
     """How many products a step of that loop adds up; each may wait once."""
     longer_loop: int = 0

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -16,11 +15,12 @@ from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.interleaved import Seconds
 from ia3rt.bench.workshop import Workshop
 
+MOST = 100  # as for PEFT
 WORKER = Path(__file__).with_name("adapterhub_worker.py")
 NOTE = "in a process of its own, which takes its time itself; l_ff is put at up_proj's output, where it is the same"
 
 
-class AdapterHub(Subject):
+class AdapterHub(Subject):  # type: ignore[misc]
     """A worker in AdapterHub's environment; a message a line to and fro.
 
     Args:
@@ -33,7 +33,7 @@ class AdapterHub(Subject):
 
     def __init__(self, workshop: Workshop, names: Sequence[str], python: Path) -> None:
         settings = workshop.settings
-        self._results = Path(workshop.folder.name) / "adapterhub.npy"
+        self._results = Path(workshop.folder.name) / "adapterhub.pt"
         self._worker = subprocess.Popen(
             [python, WORKER, workshop.saved_model(), str(settings.device), str(settings.dtype).removeprefix("torch.")],
             stdin=subprocess.PIPE,
@@ -80,7 +80,8 @@ class AdapterHub(Subject):
 
         def result() -> Tensor:
             self._ask(op="result", file=str(self._results))
-            return torch.from_numpy(numpy.load(self._results))
+            tensor: Tensor = torch.load(self._results, weights_only=True)
+            return tensor
 
         has_result = message["op"] != "switch" or message["ids"] is not None
         return Way(run, result if has_result else None, note=NOTE)
@@ -105,6 +106,8 @@ class AdapterHub(Subject):
 
 def subject(workshop: Workshop, names: Sequence[str]) -> AdapterHub:
     """A worker with these adapters."""
+    if len(names) > MOST:
+        raise LeftOut(f"it would add {len(names):,} adapters for minutes: it is timed with up to {MOST}")
     python = workshop.settings.adapterhub_python
     if python is None:
         raise LeftOut("it pins another transformers: give its own environment's Python with --adapterhub-python")

@@ -18,7 +18,6 @@ os.dup2(2, 1)  # what else is printed must not come between the answers
 sys.path.pop(0)  # the folder of this file: it holds modules that are called as packages are
 
 import adapters  # noqa: E402
-import numpy  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, DynamicCache  # noqa: E402
@@ -30,11 +29,15 @@ class Worker:
     """The model, and what `run` does."""
 
     def __init__(self, folder: str, device: str, dtype: str) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model: Any = model.to(device).eval()
         self.device = device
-        self.todo: Callable[[int], Any] = lambda turn: None
-        self.checked = self.todo
+        self.todo: Callable[[int], Any] = self.nothing
+        self.checked: Callable[[int], Any] = self.nothing
         adapters.init(self.model)
+
+    def nothing(self, turn: int) -> None:
+        return
 
     def start(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -71,8 +74,8 @@ class Worker:
         prompts = [(layer.keys, layer.values) for layer in cache.layers]
         last = tokens[:, -1:].contiguous()
 
-        def step(_: int) -> torch.Tensor:
-            for layer, (keys, values) in zip(cache.layers, prompts):
+        def step(_: int) -> Any:
+            for layer, (keys, values) in zip(cache.layers, prompts, strict=True):
                 layer.keys, layer.values = keys, values
             return self.model(input_ids=last, past_key_values=cache, use_cache=True).logits
 
@@ -102,7 +105,7 @@ class Worker:
         return {"seconds": time.perf_counter() - start}
 
     def result(self, file: str) -> None:
-        numpy.save(file, self.checked(1).float().cpu().numpy())
+        torch.save(self.checked(1).float().cpu(), file)
 
     def wait(self) -> None:
         if self.device.startswith("cuda"):

@@ -11,7 +11,7 @@ from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
 
 
-class Base(InProcess):
+class Base(InProcess):  # type: ignore[misc]
     """An unpatched model. Rows that should wear adapters wear none."""
 
     adapted = False

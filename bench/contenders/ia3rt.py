@@ -16,7 +16,7 @@ from ia3rt.bench.workshop import Workshop
 from ia3rt.sites import SiteKey
 
 
-class Ia3rt(InProcess):
+class Ia3rt(InProcess):  # type: ignore[misc]
     """A patched model."""
 
     def __init__(self, model: nn.Module, runtime: ia3rt.Runtime) -> None:
@@ -32,7 +32,8 @@ class Ia3rt(InProcess):
 
         def run(_: int) -> Tensor:
             self._runtime.route(worn)
-            return self._logits(ids)
+            logits: Tensor = self._logits(ids)
+            return logits
 
         return Way(run, lambda: run(0))
 

@@ -9,7 +9,7 @@ from ia3rt.bench.contenders.subject import Compiled
 from ia3rt.bench.workshop import Workshop
 
 
-class Ia3rtCompiled(Compiled, Ia3rt):
+class Ia3rtCompiled(Compiled, Ia3rt):  # type: ignore[misc]
     """A compiled patched model."""
 
 

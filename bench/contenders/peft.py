@@ -18,7 +18,7 @@ MOST = 100
 """Loading an adapter takes PEFT a part of a second, and more the more there are: nobody waits for thousands."""
 
 
-class Peft(InProcess):
+class Peft(InProcess):  # type: ignore[misc]
     """A PeftModel."""
 
     model: Any

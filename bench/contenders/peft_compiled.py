@@ -11,7 +11,7 @@ from ia3rt.bench.contenders.subject import Compiled, LeftOut, Way
 from ia3rt.bench.workshop import Workshop
 
 
-class PeftCompiled(Compiled, Peft):
+class PeftCompiled(Compiled, Peft):  # type: ignore[misc]
     """A compiled PeftModel. It compiles again for each set of adapters that it wears, once; here the warm-up did."""
 
     def mixed(self, ids: Tensor, worn: Sequence[str]) -> Way:

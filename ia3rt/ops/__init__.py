@@ -4,6 +4,7 @@
     torch.ops.ia3rt.linear       y = s_out ∘ (W (s_in ∘ x) + b)
     torch.ops.ia3rt.linear_pair  y_a = s_a ∘ (W_a x + b_a), y_b = s_b ∘ (W_b x + b_b)
     torch.ops.ia3rt.activation   y = s ∘ act(gate) ∘ up
+    torch.ops.ia3rt.attention    y = s_v ∘ softmax((s_k ∘ q) kᵀ) v
     torch.ops.ia3rt.gate_up      y = s ∘ act(W_gate x + b_gate) ∘ (W_up x + b_up)
 
 Triton runs what is on a GPU, and anything where TRITON_INTERPRET=1; reference.py runs the rest, and all of it where
@@ -12,6 +13,7 @@ not checked to be in range: they live on the device, and reading them would stal
 """
 
 from ia3rt.ops._activation import activation, activation_gradient
+from ia3rt.ops._attention import attention, attention_gradient
 from ia3rt.ops._dispatch import backend
 from ia3rt.ops._gate_up import gate_up
 from ia3rt.ops._linear import linear, linear_pair
@@ -21,6 +23,8 @@ from ia3rt.ops._scale import bank_gradient, scale
 __all__ = [
     "activation",
     "activation_gradient",
+    "attention",
+    "attention_gradient",
     "backend",
     "bank_gradient",
     "gate_up",

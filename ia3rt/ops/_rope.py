@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ia3rt.ops._checks import check_routing, check_rows
 from ia3rt.ops._dispatch import device_of, module
+from ia3rt.ops._op import custom_op
 from ia3rt.ops._scale import bank_gradient
 
 _Parts = tuple[Tensor, Tensor, Tensor]
@@ -80,7 +81,7 @@ def _new(*xs: Tensor) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in xs]
 
 
-@torch.library.custom_op("ia3rt::rope", mutates_args=())
+@custom_op("ia3rt::rope")
 def rope(
     q: Tensor,
     k: Tensor,
@@ -153,7 +154,7 @@ def _(
     return _new(q, k, v)
 
 
-@torch.library.custom_op("ia3rt::rope_gradient", mutates_args=())
+@custom_op("ia3rt::rope_gradient")
 def rope_gradient(
     dq: Tensor,
     dk: Tensor,
@@ -222,7 +223,7 @@ def _rope_backward(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None, ...]:
 rope.register_autograd(_rope_backward, setup_context=_save_rope)
 
 
-@torch.library.custom_op("ia3rt::rope_into_cache", mutates_args=("k_cache", "v_cache"))
+@custom_op("ia3rt::rope_into_cache", mutates_args=("k_cache", "v_cache"))
 def rope_into_cache(
     q: Tensor,
     k: Tensor,

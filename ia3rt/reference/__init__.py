@@ -15,6 +15,7 @@ from ia3rt.reference._activation import (
     activation,
     activation_gradient,
 )
+from ia3rt.reference._attention import attention, attention_gradient
 from ia3rt.reference._gate_up import gate_up
 from ia3rt.reference._linear import linear, linear_pair
 from ia3rt.reference._rope import rope, rope_gradient, rope_into_cache
@@ -27,6 +28,8 @@ __all__ = [
     "MixTable",
     "activation",
     "activation_gradient",
+    "attention",
+    "attention_gradient",
     "bank_gradient",
     "compose",
     "gate_up",

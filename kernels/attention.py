@@ -1,0 +1,208 @@
+"""o = s_v ∘ softmax(mask(softcap(scale · (s_k ∘ q) kᵀ))) v: flash attention, scaled by IA³'s vectors.
+
+This is Dao 2023, "FlashAttention-2", with IA³ (Liu et al. 2022, section 3.3) folded in. Values scaled by l give
+P (V ∘ l) = (P V) ∘ l, so s_v costs one multiply in the epilogue. Keys scaled by l give q (k ∘ l)ᵀ = (q ∘ l) kᵀ, so s_k
+goes into q; that is right only where no rotary embedding comes between the projection and this. s_k ∘ q is rounded to
+q's dtype, for the tensor cores. Scores, sums and s_v are fp32; p is rounded to v's dtype and o once.
+
+On sm_90 the products are wgmma's. q and k are read from shared memory; p, which was just computed, is in registers.
+Blocks of keys that every row sees are not masked: only the diagonal, and the ends of a window or of a padded range.
+
+Few query rows go to attention_decode.py, which shares the keys of a sequence among several programs.
+"""
+# Triton's decorator and its tensor language carry no types that mypy could check.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ia3rt.kernels.attention_decode import decode, splits_of
+from ia3rt.kernels.attention_tile import attend, finish
+from ia3rt.kernels.configs import arch_of, attention_config
+from ia3rt.kernels.scale import mix_size
+
+
+@triton.jit(do_not_specialize=["B", "Sq", "Skv", "window", "mix_size", "rows_per_mix", "stride_table"])
+def attention_kernel(
+    out_ptr,  # [B, Sq, Hq, D], contiguous
+    lse_ptr,  # fp32 [B, Hq, Sq], contiguous
+    q_ptr,  # [B, Hq, Sq, D]
+    k_ptr,  # [B, Hkv, Skv, D], or [pages, Hkv, page, D]
+    v_ptr,
+    mask_ptr,  # [B, Hq, Sq, Skv], int8 where it is boolean, or None
+    ranges_ptr,  # int32 [B, 2] or None
+    table_ptr,  # int32 [B, max pages] or None
+    l_k_ptr,
+    l_v_ptr,
+    mixes_ptr,
+    route_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask_strides,
+    stride_table,
+    page,
+    stride_l_k,
+    stride_l_v,
+    mix_size,
+    rows_per_mix,
+    B,
+    Hq,
+    Sq,
+    Skv,
+    scale,
+    softcap,
+    window,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,  # query heads of a KV head
+    GROUP: tl.constexpr,  # and how many of them a block of rows holds: 1 or all
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute one block of rows. Under a causal mask the last blocks have most to do, and go first."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    groups = Hq // GROUP
+    b, first_head = tl.program_id(1) // groups, tl.program_id(1) % groups * GROUP
+    hkv = first_head // HEADS
+    acc, most, total = attend(
+        block,
+        b,
+        hkv,
+        first_head,
+        0,
+        1,
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        mask_ptr,
+        ranges_ptr,
+        table_ptr,
+        l_k_ptr,
+        mixes_ptr,
+        route_ptr,
+        q_strides,
+        k_strides,
+        v_strides,
+        mask_strides,
+        stride_table,
+        page,
+        stride_l_k,
+        mix_size,
+        B,
+        rows_per_mix,
+        Sq,
+        Skv,
+        scale,
+        softcap,
+        window,
+        CAUSAL,
+        D,
+        PRECISION,
+        GROUP,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    finish(
+        acc,
+        most,
+        total,
+        b,
+        hkv,
+        first_head + rows % GROUP,
+        rows // GROUP,
+        out_ptr,
+        lse_ptr,
+        l_v_ptr,
+        mixes_ptr,
+        route_ptr,
+        stride_l_v,
+        mix_size,
+        B,
+        rows_per_mix,
+        Hq,
+        Sq,
+        D,
+        BLOCK_D,
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    table: Tensor | None,
+    l_k: Tensor | None,
+    l_v: Tensor | None,
+    mixes: Tensor,
+    route: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return o [B, Sq, Hq, D] in q.dtype and each row's logsumexp in base 2, fp32 [B, Hq, Sq].
+
+    Args:
+        q: [B, Hq, Sq, D], fp16, bf16 or fp32; any strides but for a contiguous last dimension, as k and v.
+        k: [B, Hkv, Skv, D] of q.dtype, Hq % Hkv == 0; or, with a table, [pages, Hkv, page, D].
+        v: as k.
+        mask: [B, Hq, Sq, Skv], any strides (0 broadcasts): bool, True where a query sees a key, or added to scores.
+        ranges: int32 [B, 2], contiguous: the keys (from, to) that each sequence has, which is padded on either side.
+        table: int32 [B, max pages], contiguous: a sequence's pages; then `ranges` says how many keys it has.
+        l_k: [capacity, Hkv * D], a site's slice of the bank, columns contiguous; or None.
+        l_v: the same.
+        mixes: int32 [slots, 2 + 2K], contiguous.
+        route: int32 [R], contiguous, B % R == 0: sequence b wears mix route[b // (B // R)].
+        scale: what q·k is multiplied by.
+        causal: whether query i sees only keys up to i + n − Sq, where n is Skv; with a table, the sequence's length.
+        window: how many keys back a query sees, itself included; not causal, as many ahead too. None for all.
+        softcap: scores become softcap · tanh(score / softcap); None for no cap.
+        out: both results, contiguous; made where None.
+
+    """
+    B, Hq, Sq, D = q.shape
+    Hkv = k.shape[1]
+    Skv = k.shape[2] if table is None else table.shape[1] * k.shape[2]
+    o, lse = out or (q.new_empty(B, Sq, Hq, D), q.new_empty((B, Hq, Sq), dtype=torch.float32))
+    if o.numel() == 0:
+        return o, lse
+    heads = Hq // Hkv
+    packs = Sq * heads <= 64
+    rows = Sq * heads if packs else Sq
+    config = attention_config(rows, D, q.dtype, arch_of(q.device), masked=mask is not None)
+    group = heads if packs else 1
+    grid = (triton.cdiv(Sq * group, config.block_m), B * Hq // group)
+    shared = (
+        *(q, k, v, None if mask is None else mask.view(torch.int8) if mask.dtype == torch.bool else mask),
+        *(ranges, table, l_k, l_v, mixes, route),
+        *(q.stride()[:3], k.stride()[:3], v.stride()[:3], (0, 0, 0, 0) if mask is None else mask.stride()),
+        *(0 if table is None else table.stride(0), k.shape[2]),
+        *(0 if l is None else l.stride(0) for l in (l_k, l_v)),  # noqa: E741
+        *(mix_size(mixes), B // route.numel(), B, Hq, Sq, Skv, scale, softcap, window),
+    )
+    constants = dict(
+        CAUSAL=causal,
+        D=D,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        HEADS=heads,
+        GROUP=group,
+        BLOCK_D=triton.next_power_of_2(D),
+        enable_fp_fusion=True,  # the default is not the same in every Triton
+        **config.build_options(),
+    )
+    splits = splits_of(grid[0] * grid[1], Skv, config.block_n, q.device) if packs else 1
+    if splits > 1:
+        decode(o, lse, splits, grid, shared, constants)
+    else:
+        attention_kernel[grid](o, lse, *shared, **constants)
+    return o, lse

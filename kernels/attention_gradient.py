@@ -1,0 +1,311 @@
+"""The gradient of attention (Dao 2023, "FlashAttention-2", section 3.1.2), given do for o = P v.
+
+    P = 2^(s − lse)    dv = Pᵀ do    ds = P ∘ (do vᵀ − delta)    dq = scale · ds k    dk = scale · dsᵀ q
+
+with delta = rowsum(do ∘ o), and ds further multiplied by 1 − (s / softcap)² where scores are capped. One kernel makes
+delta, one dk and dv for a block of keys, and one dq for a block of queries. P is computed twice, and in return nothing
+is added atomically: the query heads of a KV head are added up in their order.
+
+IA³'s vectors are not seen here. With q' = s_k ∘ q these are the gradients of q', and with do' = s_v ∘ do those of
+attention without s_v; the op multiplies and sums what is left.
+"""
+# Triton's decorator and its tensor language carry no types that mypy could check.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ia3rt.kernels.attention_tile import masked, scores, sees, span
+from ia3rt.kernels.configs import arch_of, attention_gradient_config
+
+
+@triton.jit(do_not_specialize=["rows"])
+def delta_kernel(
+    delta_ptr,  # fp32 [B, Hq, Sq]
+    do_ptr,  # [B, Sq, Hq, D], contiguous
+    o_ptr,
+    rows,  # B * Sq * Hq
+    Hq,
+    Sq,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute delta of one block of rows, which are those of o."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    at = row[:, None] * D + dims[None, :]
+    inside = (row < rows)[:, None] & (dims < D)[None, :]
+    do = tl.load(do_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    o = tl.load(o_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    head, token = row % Hq, row // Hq
+    tl.store(delta_ptr + (token // Sq * Hq + head) * Sq + token % Sq, tl.sum(do * o, 1), mask=row < rows)
+
+
+@triton.jit
+def _probabilities(
+    dots,
+    dps,
+    lse,
+    delta,
+    queries,
+    keys,
+    mask_ptr,
+    mask_rows,
+    stride_key,
+    start,
+    end,
+    shift,
+    Sq,
+    scale,
+    softcap,
+    window,
+    CAUSAL: tl.constexpr,
+):
+    """Return (P, ds) of q·k and do·v; queries, lse and delta broadcast against keys."""
+    s, capped = scores(dots, scale, softcap)
+    seen = sees(queries, keys, start, end, shift, window, CAUSAL) & (queries < Sq)
+    if mask_ptr is not None:
+        s = masked(s, mask_ptr, mask_rows, keys, stride_key, seen)
+    p = tl.where(seen, tl.exp2(s - lse), 0.0)
+    ds = p * (dps - delta)
+    if softcap is not None:
+        ds = ds * (1 - capped * capped)
+    return p, ds
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "window"])
+def key_gradient_kernel(
+    dk_ptr,  # [B, Hkv, Skv, D], contiguous
+    dv_ptr,
+    do_ptr,  # [B, Sq, Hq, D], contiguous
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    ranges_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask_strides,
+    Hq,
+    Sq,
+    Skv,
+    scale,
+    softcap,
+    window,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute dk and dv of one block of keys."""
+    Hkv = Hq // HEADS
+    b, hkv = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
+    first = tl.program_id(0) * BLOCK_N
+    keys, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    start, end, shift, _, _ = span(b, 0, 0, ranges_ptr, None, Sq, Skv, None, False)
+    own = (keys < Skv)[:, None] & (dims < D)[None, :]
+    wide_b = b.to(tl.int64)
+    k_rows = wide_b * k_strides[0] + hkv * k_strides[1] + keys.to(tl.int64) * k_strides[2]
+    v_rows = wide_b * v_strides[0] + hkv * v_strides[1] + keys.to(tl.int64) * v_strides[2]
+    k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    low, high = 0, Sq
+    if CAUSAL:
+        low = max(0, first - shift) // BLOCK_M * BLOCK_M
+    if window is not None:
+        high = min(Sq, first + BLOCK_N - 1 - shift + window)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(HEADS):
+        head = hkv * HEADS + member
+        for query in range(low, high, BLOCK_M):
+            queries = query + tl.arange(0, BLOCK_M)
+            there = (queries < Sq)[:, None] & (dims < D)[None, :]
+            q_rows = wide_b * q_strides[0] + head * q_strides[1] + queries.to(tl.int64) * q_strides[2]
+            q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
+            do_rows = ((wide_b * Sq + queries) * Hq + head) * D
+            do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=there, other=0.0)
+            of_row = (wide_b * Hq + head) * Sq + queries
+            lse = tl.load(lse_ptr + of_row, mask=queries < Sq, other=0.0)
+            delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
+            mask_rows = wide_b
+            if mask_ptr is not None:
+                mask_rows = (
+                    wide_b * mask_strides[0] + head * mask_strides[1] + queries.to(tl.int64) * mask_strides[2]
+                )[None, :]
+            p, ds = _probabilities(
+                tl.dot(k, tl.trans(q), input_precision=PRECISION),
+                tl.dot(v, tl.trans(do), input_precision=PRECISION),
+                lse[None, :],
+                delta[None, :],
+                queries[None, :],
+                keys[:, None],
+                mask_ptr,
+                mask_rows,
+                mask_strides[3],
+                start,
+                end,
+                shift,
+                Sq,
+                scale,
+                softcap,
+                window,
+                CAUSAL,
+            )
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    rows = (tl.program_id(1).to(tl.int64) * Skv + keys) * D
+    tl.store(dk_ptr + rows[:, None] + dims[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=own)
+    tl.store(dv_ptr + rows[:, None] + dims[None, :], dv.to(dv_ptr.dtype.element_ty), mask=own)
+
+
+@triton.jit(do_not_specialize=["Sq", "Skv", "window"])
+def query_gradient_kernel(
+    dq_ptr,  # [B, Hq, Sq, D], contiguous
+    do_ptr,  # and the rest as key_gradient_kernel
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    mask_ptr,
+    ranges_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask_strides,
+    Hq,
+    Sq,
+    Skv,
+    scale,
+    softcap,
+    window,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute dq of one block of queries. Under a causal mask the last blocks have most to do, and go first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, head = tl.program_id(1) // Hq, tl.program_id(1) % Hq
+    hkv = head // HEADS
+    queries, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    own = (queries < Sq)[:, None] & (dims < D)[None, :]
+    wide_b = b.to(tl.int64)
+    q_rows = wide_b * q_strides[0] + head * q_strides[1] + queries.to(tl.int64) * q_strides[2]
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    do_rows = ((wide_b * Sq + queries) * Hq + head) * D
+    do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    of_row = (wide_b * Hq + head) * Sq + queries
+    lse = tl.load(lse_ptr + of_row, mask=queries < Sq, other=0.0)
+    delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
+    mask_rows = wide_b
+    if mask_ptr is not None:
+        mask_rows = (wide_b * mask_strides[0] + head * mask_strides[1] + queries.to(tl.int64) * mask_strides[2])[
+            :, None
+        ]
+    last = min(Sq, first + BLOCK_M) - 1
+    start, end, shift, begin, stop = span(b, first, last, ranges_ptr, None, Sq, Skv, window, CAUSAL)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for key in range(max(begin, 0) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
+        keys = key + tl.arange(0, BLOCK_N)
+        there = (keys < end)[:, None] & (dims < D)[None, :]
+        k_rows = wide_b * k_strides[0] + hkv * k_strides[1] + keys.to(tl.int64) * k_strides[2]
+        v_rows = wide_b * v_strides[0] + hkv * v_strides[1] + keys.to(tl.int64) * v_strides[2]
+        k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=there, other=0.0)
+        _, ds = _probabilities(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION),
+            tl.dot(do, tl.trans(v), input_precision=PRECISION),
+            lse[:, None],
+            delta[:, None],
+            queries[:, None],
+            keys[None, :],
+            mask_ptr,
+            mask_rows,
+            mask_strides[3],
+            start,
+            end,
+            shift,
+            Sq,
+            scale,
+            softcap,
+            window,
+            CAUSAL,
+        )
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    rows = (tl.program_id(1).to(tl.int64) * Sq + queries) * D
+    tl.store(dq_ptr + rows[:, None] + dims[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=own)
+
+
+def attention_gradient(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return [dq, dk, dv], shaped as q, k and v and contiguous.
+
+    Args:
+        do: [B, Sq, Hq, D] of q.dtype, contiguous.
+        q: as attention's; with l_k, s_k ∘ q.
+        k: [B, Hkv, Skv, D], as attention's.
+        v: as k.
+        o: attention's result, which no l_v scaled; or any o and do whose product is that one's.
+        lse: attention's other result.
+        mask: as attention's, and so on.
+        ranges: as attention's.
+        scale: as attention's.
+        causal: as attention's.
+        window: as attention's.
+        softcap: as attention's.
+        out: the three results, contiguous; made where None.
+
+    """
+    B, Hq, Sq, D = q.shape
+    Hkv, Skv = k.shape[1:3]
+    dq, dk, dv = out or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    config = attention_gradient_config(D, q.dtype, arch_of(q.device))
+    block_d = triton.next_power_of_2(D)
+    delta = torch.empty_like(lse)
+    rows = B * Sq * Hq
+    delta_kernel[(triton.cdiv(rows, 16),)](
+        delta, do, o, rows, Hq, Sq, D=D, BLOCK_M=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True
+    )
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.int8)
+    strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], (0, 0, 0, 0) if mask is None else mask.stride())
+    shared = (do, q, k, v, lse, delta, mask, ranges, *strides, Hq, Sq, Skv, scale, softcap, window)
+    constants = dict(
+        CAUSAL=causal,
+        D=D,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        HEADS=Hq // Hkv,
+        BLOCK_D=block_d,
+        enable_fp_fusion=True,  # the default is not the same in every Triton
+        **config.build_options(),
+    )
+    key_gradient_kernel[(triton.cdiv(Skv, config.block_n), B * Hkv)](dk, dv, *shared, **constants)
+    query_gradient_kernel[(triton.cdiv(Sq, config.block_m), B * Hq)](dq, *shared, **constants)
+    return [dq, dk, dv]
