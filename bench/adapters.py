@@ -18,7 +18,7 @@ LOW, HIGH = 0.7, 1.4  # far enough from 1 that another adapter's logits are anot
 
 def names(count: int) -> tuple[str, ...]:
     """The names of the first adapters."""
-    return tuple(f"a{position}" for position in range(count))
+    return tuple(f"task{position}" for position in range(count))
 
 
 class AdapterSet:
@@ -47,7 +47,7 @@ class AdapterSet:
 
     def folder(self, name: str) -> Path:
         """The folder of an adapter's checkpoint."""
-        written = f"a{_distinct(name)}"
+        written = f"task{_distinct(name)}"
         folder = self._folder / written
         if not folder.exists():
             self._runtime.add_adapter(written, self.vectors(name), {"task_type": "CAUSAL_LM"})
@@ -57,4 +57,4 @@ class AdapterSet:
 
 
 def _distinct(name: str) -> int:
-    return int(name[1:]) % DISTINCT
+    return int(name.removeprefix("task")) % DISTINCT

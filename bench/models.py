@@ -41,7 +41,8 @@ def title_of(settings: Settings) -> str:
     shape = shape_of(settings)
     if shape is None:
         return str(settings.model)
-    cut = "" if shape.whole else f", {shape.layers} layers only, vocabulary {shape.vocabulary:,}"
+    layers = "1 layer" if shape.layers == 1 else f"{shape.layers} layers"
+    cut = "" if shape.whole else f", {layers} only, vocabulary {shape.vocabulary:,}"
     return f"{shape.name}{cut}, random weights"
 
 

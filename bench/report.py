@@ -29,7 +29,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2.5em; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; font-size: 0.9em }
-th, td { padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #eee }
+th, td { padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
 th { color: #555; font-weight: 600 } td.text, th.text { text-align: left }
 tr.first td { border-top: 1px solid #bbb } tr.ours td { font-weight: 600 }
 .noise { color: #999; cursor: help; text-decoration: underline dotted } .dim { color: #666; font-size: 0.9em }

@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -31,6 +31,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far two contenders' results may lie apart, as a share of their norm: another adapter's are at a tenth or more."""
 WARM_UPS = 8
 """Rounds of warming up at most; fewer where the times no longer fall."""
+FEWEST = 3
+"""Rounds that a case is given even where the run's deadline passes meanwhile."""
 SETTLED = 0.9
 """A round that takes more than this share of the fastest before it is no longer getting faster."""
 
@@ -86,6 +88,9 @@ def run(settings: Settings, progress: Progress | None = None, clock: Clock = tim
                 for left_suite, left in cases[position:]:
                     result.not_run[f"{left_suite}: {left.name}"] = "the run was stopped"
                 break
+            except Exception as error:  # out of memory, say: what else was measured must not be lost
+                measured = _case_result(suite, case, "", [], {}, {"the case": described(error)})
+                result.cases.append(measured)
             progress.done(measured)
     return result
 
@@ -109,18 +114,20 @@ def run_case(
         measurements = _read(values, reference)
     else:
         measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
-    return CaseResult(
-        suite=suite,
-        what=case.what,
-        parameters=dict(case.parameters),
-        name=case.name,
-        reference=reference,
-        unit=case.unit,
-        work=case.work,
-        measurements=measurements,
-        left_out=made.left_out,
-        failed=made.failed,
-    )
+    return _case_result(suite, case, reference, measurements, made.left_out, made.failed)
+
+
+def _case_result(
+    suite: str,
+    case: Case,
+    reference: str,
+    measurements: list[Measurement],
+    left_out: dict[str, str],
+    failed: dict[str, str],
+) -> CaseResult:
+    parameters = dict(case.parameters)
+    told = (suite, case.what, parameters, case.name, reference, case.unit, case.work)
+    return CaseResult(*told, measurements, left_out, failed)
 
 
 def drop_wrong(made: Ways, tolerance: float) -> None:
@@ -177,7 +184,16 @@ def measure(
         if (restore := ways[name].after) is not None:
             restore()
 
-    def sample(rounds: range) -> dict[str, list[float]]:
+    def in_time(rounds: int) -> Iterator[int]:
+        # When the machine became slower than it was in the warm-up.
+        begun = clock()
+        for turn in range(rounds):
+            late = end is not None and clock() > end
+            if turn >= (FEWEST if late else effort.least) and (late or clock() - begun > 2 * effort.seconds):
+                return
+            yield turn
+
+    def sample(rounds: Iterable[int]) -> dict[str, list[float]]:
         timed = {name: repeated(name) for name in ways}
         taken: dict[str, list[float]] = sample_interleaved(
             timed, rounds, before=before, after=after, wait=wait, clock=clock
@@ -193,7 +209,7 @@ def measure(
         if end is not None and clock() + effort.least * expected > end:
             raise OutOfTimeError
         rounds = min(effort.most, max(effort.least, int(effort.seconds / max(expected, 1e-9))))
-        samples = sample(range(rounds))
+        samples = sample(in_time(rounds))
     per_run = {name: [seconds / turns[name] for seconds in taken] for name, taken in samples.items()}
     return [
         Measurement.of(name, taken, per_run[reference] if name != reference else None, turns[name], ways[name].note)

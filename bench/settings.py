@@ -14,9 +14,9 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        least: rounds of a case at least.
+        least: rounds of a case at least, unless the deadline passes meanwhile.
         most: rounds of a case at most.
-        seconds: what a case's rounds should take together.
+        seconds: what a case's rounds should take together; at twice as many no further one begins.
         sample: the least seconds of one measurement; what is shorter is repeated within it.
         deadline: seconds after which the run begins no other case, and names those that are left; None for no end.
     """

@@ -19,6 +19,7 @@ from ia3rt.bench.result import NOISE, CaseResult, Result
 from ia3rt.bench.runner import Progress
 from ia3rt.bench.suites.registry import SUITES
 
+WIDE = 110  # columns that a terminal needs to show all percentiles
 STYLES = {"slower": "red", "faster": "green", "noise": "dim", "same": ""}
 
 
@@ -62,16 +63,16 @@ def _print_suite(console: Console, suite: str, cases: Sequence[CaseResult]) -> N
     table = Table(title=f"{suite}. {SUITES[suite].about}", title_justify="left", title_style="bold", box=box.ROUNDED)
     table.add_column("case")
     table.add_column("contender", no_wrap=True)
-    for title in ("p20", "p50", "p80", "rate", "ratio"):
+    shown = ("p20", "p50", "p80") if console.width >= WIDE else ("p50",)
+    for title in (*shown, "rate", "ratio"):
         table.add_column(title, justify="right", no_wrap=True)
     for case in cases:
         for position, measured in enumerate(case.measurements):
-            percentiles = (measured.taken.p20, measured.taken.p50, measured.taken.p80)
             ratio = readable.ratio(case, measured)
             table.add_row(
                 Text(case.name if position == 0 else ""),
                 Text(measured.contender, style="bold" if measured.contender in OURS else ""),
-                *(readable.taken(case, value) for value in percentiles),
+                *(readable.taken(case, getattr(measured.taken, percentile)) for percentile in shown),
                 readable.rate(case, measured),
                 Text(ratio, style="dim" if ratio == readable.NOISY else ""),
                 end_section=position == len(case.measurements) - 1,

@@ -1,6 +1,7 @@
-"""The cases of `ia3rt bench` as pytest-benchmark's: `python -m pytest bench [--model NAME] [-k "mixed and ia3rt"]`.
+"""The cases of `ia3rt bench` as pytest-benchmark's: `python -m pytest bench --dist no --model tiny -k mixed`.
 
-One contender at a time, so without ratios: for a developer who changes one thing, and wants its time again.
+One contender at a time, so without ratios: for a developer who changes one thing, and wants its time again. Without
+`--dist no` pytest-xdist switches the timing off.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def attention_forward(
         ValueError: the model asks for something that flash attention does not do.
 
     """
-    unsupported = [name for name in ("position_bias", "s_aux", "output_attentions", "head_mask") if _given(kwargs, name)]
+    unsupported = [
+        name for name in ("position_bias", "s_aux", "output_attentions", "head_mask") if _given(kwargs, name)
+    ]
     if dropout > 0:
         unsupported.append("dropout")
     if unsupported:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from ia3rt import ops
+from ia3rt import attention, ops
 from ia3rt.bank import Bank
 from ia3rt.modules import Wearer
 from ia3rt.routing import Backend
@@ -83,6 +85,9 @@ def _patch_plain(
             raise ValueError("the model is patched already: use the Runtime of the first patch(), or unpatch() it")
         if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names"):
             raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")
+    if "transformers" in sys.modules:
+        with suppress(ImportError):  # an early one, without a registry
+            attention.register()  # model.set_attn_implementation("ia3rt") works from now on
     sites = find_sites(model, target_modules, feedforward_modules, exclude_modules)
     weight = _first_weight(model, sites)
     chosen = _backend(backend, weight)

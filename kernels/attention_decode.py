@@ -180,7 +180,8 @@ def splits_of(programs: int, Skv: int, block_n: int, device: torch.device) -> in
 
     Each has at least four blocks of keys. It depends on the room for keys, not on their number, which is on the device.
     """
-    return max(1, min(processors_of(device) // programs, Skv // (4 * block_n)))
+    wanted: int = processors_of(device) // programs
+    return max(1, min(wanted, Skv // (4 * block_n)))
 
 
 def decode(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.attention_tile import masked, scores, sees, span
-from ia3rt.kernels.configs import arch_of, attention_gradient_config
+from ia3rt.kernels.configs import arch_of, attention_gradient_configs
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -286,7 +286,7 @@ def attention_gradient(
     B, Hq, Sq, D = q.shape
     Hkv, Skv = k.shape[1:3]
     dq, dk, dv = out or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    config = attention_gradient_config(D, q.dtype, arch_of(q.device))
+    of_keys, of_queries = attention_gradient_configs(D, q.dtype, arch_of(q.device), masked=mask is not None)
     block_d = triton.next_power_of_2(D)
     delta = torch.empty_like(lse)
     rows = B * Sq * Hq
@@ -304,8 +304,9 @@ def attention_gradient(
         HEADS=Hq // Hkv,
         BLOCK_D=block_d,
         enable_fp_fusion=True,  # the default is not the same in every Triton
-        **config.build_options(),
     )
-    key_gradient_kernel[(triton.cdiv(Skv, config.block_n), B * Hkv)](dk, dv, *shared, **constants)
-    query_gradient_kernel[(triton.cdiv(Sq, config.block_m), B * Hq)](dq, *shared, **constants)
+    grid = (triton.cdiv(Skv, of_keys.block_n), B * Hkv)
+    key_gradient_kernel[grid](dk, dv, *shared, **constants, **of_keys.build_options())
+    grid = (triton.cdiv(Sq, of_queries.block_m), B * Hq)
+    query_gradient_kernel[grid](dq, *shared, **constants, **of_queries.build_options())
     return [dq, dk, dv]

@@ -208,30 +208,41 @@ class AttentionConfig:
 
     def build_options(self) -> dict[str, int]:
         """Return the kernel's constants and Triton's options."""
-        return dict(
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def attention_config(rows: int, D: int, dtype: torch.dtype, arch: str, *, masked: bool) -> AttentionConfig:
-    """Return the config of attention_kernel for blocks of `rows` query rows of D numbers; `masked` with a mask tensor."""
+    """Return the config of attention_kernel for blocks of `rows` query rows of D numbers; `masked` by a mask tensor."""
     block_d = max(16, 1 << (D - 1).bit_length())
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if dtype == torch.float32:
-        return AttentionConfig(min(few, 32 if block_d > 64 else 64), 32 if block_d <= 128 else 16, 4, 1)
     large = arch in DESCRIPTOR_ARCHS
+    if dtype == torch.float32:  # exact products run on the FMA units, whose operands live in registers
+        return AttentionConfig(16 if block_d > 64 else min(few, 32), 32 if block_d <= 128 else 16, 4, 1)
     if rows <= 64:
         return AttentionConfig(few, 64 if block_d <= 128 else 32, 4, 3 if large else 2 if block_d <= 128 else 1)
+    if not large:
+        return AttentionConfig(128 if block_d <= 128 and not masked else 64, 32, 8, 1)
+    # Addresses of a mask, one a score, and a head padded to a power of two take registers too.
     if block_d > 128:
-        return AttentionConfig(128 if large else 64, 64 if large else 32, 8 if large else 4, 2 if large else 1)
-    return AttentionConfig(128, 64, 8, 3 if large and not masked else 2 if not arch.startswith("gfx") else 1)
+        return AttentionConfig(64, 32, 8, 2)
+    return AttentionConfig(128, 16 if masked else 32 if block_d != D or arch != "sm_90" else 64, 8, 2)
 
 
-def attention_gradient_config(D: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
-    """Return the config of the kernels of attention's gradient: block_m queries and block_n keys."""
+def attention_gradient_configs(
+    D: int, dtype: torch.dtype, arch: str, *, masked: bool
+) -> tuple[AttentionConfig, AttentionConfig]:
+    """Return the configs of the gradients of keys and of queries: block_m queries and block_n keys."""
     block_d = max(16, 1 << (D - 1).bit_length())
+    large = arch in DESCRIPTOR_ARCHS
     if dtype == torch.float32:
-        return AttentionConfig(32 if block_d <= 128 else 16, 32 if block_d <= 128 else 16, 4, 1)
+        size, warps = 32 if block_d <= 64 else 16, 8 if block_d > 64 else 4
+        return AttentionConfig(16, 32 if block_d <= 128 else 16, warps, 1), AttentionConfig(16, size, warps, 1)
     if block_d > 128:
-        return AttentionConfig(32, 64, 8, 1)
-    return AttentionConfig(64, 64, 4 if block_d <= 64 else 8, 2 if arch in DESCRIPTOR_ARCHS else 1)
+        rows = 16 if arch.startswith("gfx") else 32
+        return AttentionConfig(rows, 32, 8, 1), AttentionConfig(rows, 64 if large else 32, 8, 1)
+    warps, stages = 4 if block_d <= 64 else 8, 2 if large else 1
+    # Addresses of a mask take the registers of half a tile.
+    return (
+        AttentionConfig(32, 32 if masked else 64, warps, stages),
+        AttentionConfig(64, 64 if large else 32, warps, stages),
+    )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from ia3rt.bench import cli as bench_cli
 from ia3rt.bench.contenders import ia3rt as ours
 from ia3rt.bench.contenders import peft as theirs
 from ia3rt.bench.contenders.registry import CONTENDERS, OURS
@@ -24,6 +25,8 @@ from ia3rt.bench.suites.mixed import POPULARITY, worn
 from ia3rt.bench.suites.registry import SUITES
 from ia3rt.bench.workshop import Workshop
 from ia3rt.cli import app
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 CPU = torch.device("cpu")
 ONCE = Effort(least=1, most=1, seconds=0, sample=0)
@@ -99,10 +102,10 @@ def test_what_the_issue_asks_of_the_cases() -> None:
 
 
 def test_popularity() -> None:
-    assert set(worn("identical", 64, 64)) == {"a0"}
+    assert set(worn("identical", 64, 64)) == {"task0"}
     assert len(set(worn("distinct", 64, 64))) == 64
     uniform, zipf = worn("uniform", 64, 8), worn("zipf", 64, 8)
-    assert zipf.count("a0") > uniform.count("a0") and len(set(uniform)) == 8
+    assert zipf.count("task0") > uniform.count("task0") and len(set(uniform)) == 8
 
 
 def test_contenders_share_the_weights_that_they_do_not_change(workshop: Workshop) -> None:
@@ -113,7 +116,7 @@ def test_contenders_share_the_weights_that_they_do_not_change(workshop: Workshop
     pointers = {parameter.data_ptr() for parameter in workshop.subject("peft", 2).model.parameters()}
     assert set(base.values()) <= pointers
     before = {name: parameter.clone() for name, parameter in workshop.model.named_parameters()}
-    workshop.subject("merged", 2).wear(["a1"])
+    workshop.subject("merged", 2).wear(["task1"])
     assert all(torch.equal(parameter, before[name]) for name, parameter in workshop.model.named_parameters())
 
 
@@ -125,8 +128,8 @@ def test_the_merged_model_is_a_plain_one(workshop: Workshop) -> None:
 def test_all_contenders_wear_the_same_adapter(workshop: Workshop) -> None:
     """But for the base model; and another adapter's result is further away than the tolerance."""
     ids = workshop.ids(2, 5)
-    results = {name: workshop.subject(name, 2).prefill(ids, ["a1"]).result() for name in ("merged", "peft", "ia3rt")}
-    other = workshop.subject("ia3rt", 2).prefill(ids, ["a0"]).result()
+    results = {name: workshop.subject(name, 2).prefill(ids, ["task1"]).result() for name in ("merged", "peft", "ia3rt")}
+    other = workshop.subject("ia3rt", 2).prefill(ids, ["task0"]).result()
     made = Ways({name: Way(lambda _: None, lambda result=result: result) for name, result in results.items()})
     made.ways["other"] = Way(lambda _: None, lambda: other)
     drop_wrong(made, 5e-2)
@@ -135,7 +138,7 @@ def test_all_contenders_wear_the_same_adapter(workshop: Workshop) -> None:
 
 
 def test_peft_serves_a_mixed_batch_row_by_row_and_right(workshop: Workshop) -> None:
-    ids, names = workshop.ids(4, 5), ["a1", "a0", "a1", "a1"]
+    ids, names = workshop.ids(4, 5), ["task1", "task0", "task1", "task1"]
     mixed = workshop.subject("peft", 2).mixed(ids, names)
     assert "one after another" in mixed.note
     expected = torch.cat(
@@ -146,15 +149,15 @@ def test_peft_serves_a_mixed_batch_row_by_row_and_right(workshop: Workshop) -> N
 
 def test_a_step_in_the_cache_is_that_of_the_whole_prompt(workshop: Workshop) -> None:
     ids = workshop.ids(2, 6)
-    way = workshop.subject("ia3rt", 2).decode(ids, ["a0"])
-    whole = workshop.subject("ia3rt", 2).prefill(torch.cat([ids, ids[:, -1:]], dim=1), ["a0"]).result()
+    way = workshop.subject("ia3rt", 2).decode(ids, ["task0"])
+    whole = workshop.subject("ia3rt", 2).prefill(torch.cat([ids, ids[:, -1:]], dim=1), ["task0"]).result()
     for _ in range(2):  # the cache is the same each time
         torch.testing.assert_close(way.result(), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_result_is_not_timed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     wear = ours.Ia3rt.wear
-    monkeypatch.setattr(ours.Ia3rt, "wear", lambda self, names: wear(self, ["a1"]))
+    monkeypatch.setattr(ours.Ia3rt, "wear", lambda self, names: wear(self, ["task1"]))
     result = run_case("forward", quick_cases("forward")[0], workshop)
     assert "another result than merged's" in result.failed["ia3rt"]
     assert "ia3rt" not in [measurement.contender for measurement in result.measurements]
@@ -221,6 +224,15 @@ def test_there_are_as_many_rounds_as_the_time_allows() -> None:
     assert len(FakeMachine().measure({"base": 1e-3}, effort)["base"].samples) == 50
 
 
+def test_a_machine_that_becomes_slower_gets_fewer_rounds() -> None:
+    effort = Effort(least=5, most=100, seconds=10, sample=0)
+    slow = lambda turn: 1.0 if turn < 6 else 10.0  # noqa: E731
+    assert len(FakeMachine().measure({"base": slow}, effort)["base"].samples) == 8
+    stalls = lambda turn: 1.0 if turn < 2 else 100.0  # noqa: E731
+    assert len(FakeMachine().measure({"base": stalls}, effort)["base"].samples) == 5
+    assert len(FakeMachine().measure({"base": stalls}, effort, end=50.0)["base"].samples) == 3
+
+
 def test_the_warm_up_goes_on_while_times_fall() -> None:
     times = iter([100.0, 10.0, 1.0, 1.0, 1.0])
     machine = FakeMachine()
@@ -238,13 +250,13 @@ def test_what_a_measurement_adds_is_gone_after_it(workshop: Workshop) -> None:
     for name in ("ia3rt", "peft"):
         subject = workshop.subject(name, 2)
         ways = {
-            "base": subject.load(workshop.adapters.folder("a0")),
-            "add": subject.add(workshop.adapters.vectors("a0")),
-            "delete": subject.delete(workshop.adapters.vectors("a0")),
+            "base": subject.load(workshop.adapters.folder("task0")),
+            "add": subject.add(workshop.adapters.vectors("task0")),
+            "delete": subject.delete(workshop.adapters.vectors("task0")),
         }
         measure(ways, "base", Effort(least=2, most=2, seconds=0, sample=1e-9), CPU)
         kept = subject._runtime.adapters if name == "ia3rt" else list(subject.model.peft_config)
-        assert kept == ["a0", "a1"]
+        assert kept == ["task0", "task1"]
 
 
 def test_a_quick_run_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +281,24 @@ def test_a_stopped_run_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch) -
     assert result.not_run == {"two: stop n=1": "the run was stopped"}
 
 
+def test_a_case_that_breaks_is_a_failure_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object) -> Ways:
+        raise MemoryError("no\nroom")
+
+    cases = [Case("break", {"n": 1}, breaks), Case("value", {"n": 1}, lambda *_: Ways({"base": Value(1.0)}))]
+    monkeypatch.setitem(SUITES, "two", Suite("two", "", lambda _: iter(cases), "n"))
+    result = run(dataclasses.replace(SETTINGS, suites=["two"]))
+    assert result.failures == ["two: break n=1: the case: MemoryError: no"]
+    assert [case.what for case in result.cases] == ["break", "value"]
+    assert bench_cli._ours_failed(result)
+
+
+def test_compiling_without_a_compiler_is_left_out(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(LeftOut, match="no-such-compiler"):
+        CONTENDERS["ia3rt-compiled"](workshop, ["task0"])
+
+
 def test_left_out_is_no_failure(workshop: Workshop) -> None:
     def way(*_: object) -> Way:
         raise LeftOut("for a reason")
@@ -280,9 +310,9 @@ def test_left_out_is_no_failure(workshop: Workshop) -> None:
 def test_too_many_adapters_for_the_memory(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "free_memory", lambda _: 4 * 320 * 3)
     with pytest.raises(LeftOut, match="GB"):
-        ours.build(workshop, ["a0", "a1"])
+        ours.build(workshop, ["task0", "task1"])
     with pytest.raises(LeftOut, match="up to 100"):
-        theirs.build(workshop, [f"a{i}" for i in range(101)])
+        theirs.build(workshop, [f"task{i}" for i in range(101)])
 
 
 def test_a_model_that_is_cut_says_so() -> None:
@@ -335,7 +365,7 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("ia3rt.bench.settings.QUICK", ONCE)
     result = bench("forward", "memory", "--model", "tiny", "--against", "ia3rt,base,peft", "--quick", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "prefill rows=1 length=32" in result.output and "ia3rt" in result.output
+    assert "prefill rows=1 length=16" in result.output and "ia3rt" in result.output
     by_ending = {file.suffix: file for file in tmp_path.iterdir()}
     assert set(by_ending) == {".json", ".csv", ".html"}
     plain = json.loads(by_ending[".json"].read_text())

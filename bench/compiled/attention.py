@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def _attention(
     attention(q, kv, kv, mask, ranges, table, None, l_v, *routing(B), *options)
 
 
-SMOL = dict(Hq=9, Hkv=3, D=64)
+SMOL: dict[str, Any] = dict(Hq=9, Hkv=3, D=64)
 
 CASES: dict[str, Case] = {
     "attention, prefill": Case(partial(_attention, 4, 2048, 2048), hgmma=True),

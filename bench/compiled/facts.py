@@ -34,10 +34,11 @@ def facts_of(arch: str, kernel: Any) -> Facts:
 
 
 def _amd_facts(assembly: str) -> Facts:
-    spills = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly)
     registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
-    assert registers
-    return {"registers": int(registers[1]), "spills": sum(map(int, spills)), "matrix": assembly.count("v_mfma")}
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    assert registers and scratch
+    # Scalar registers spill to vector ones, vector registers to scratch memory.
+    return {"registers": int(registers[1]), "spills": int(scratch[1]), "matrix": assembly.count("v_mfma")}
 
 
 def _cuobjdump(option: str, file: str) -> str:

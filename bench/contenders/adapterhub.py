@@ -41,9 +41,13 @@ class AdapterHub(Subject):  # type: ignore[misc]
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self._ask(op="start", threads=torch.get_num_threads())
-        for name in names:
-            self._ask(op="add", name=name, folder=str(workshop.adapters.folder(name)))
+        try:
+            self._ask(op="start", threads=torch.get_num_threads())
+            for name in names:
+                self._ask(op="add", name=name, folder=str(workshop.adapters.folder(name)))
+        except BaseException:
+            self.close()
+            raise
 
     def prefill(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """A forward."""
@@ -106,9 +110,9 @@ class AdapterHub(Subject):  # type: ignore[misc]
 
 def subject(workshop: Workshop, names: Sequence[str]) -> AdapterHub:
     """A worker with these adapters."""
-    if len(names) > MOST:
-        raise LeftOut(f"it would add {len(names):,} adapters for minutes: it is timed with up to {MOST}")
     python = workshop.settings.adapterhub_python
     if python is None:
         raise LeftOut("it pins another transformers: give its own environment's Python with --adapterhub-python")
+    if len(names) > MOST:
+        raise LeftOut(f"it would add {len(names):,} adapters for minutes: it is timed with up to {MOST}")
     return AdapterHub(workshop, names, python)

@@ -56,7 +56,6 @@ class Ia3rt(InProcess):  # type: ignore[misc]
 
     def train(self, ids: Tensor, name: str) -> Way:
         """train_adapter."""
-        self.model.train()
         return self._training(ids, self._runtime.train_adapter(name))
 
     def resident_bytes(self) -> int:

@@ -57,7 +57,6 @@ class Peft(InProcess):  # type: ignore[misc]
 
     def train(self, ids: Tensor, name: str) -> Way:
         """The adapter's parameters, as set_adapter leaves them."""
-        self.model.train()
         self.model.set_adapter(name)
         return self._training(ids, [parameter for parameter in self.model.parameters() if parameter.requires_grad])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -208,9 +210,10 @@ class InProcess(Subject):
         added: list[str] = []
 
         def before(turns: int) -> None:
-            for _ in range(turns):
-                added.append(f"added{len(added)}")
-                add(added[-1])
+            while len(added) < turns:
+                name = f"added{len(added)}"
+                add(name)
+                added.append(name)
 
         def run(turn: int) -> None:
             delete(added.pop())
@@ -219,6 +222,7 @@ class InProcess(Subject):
 
     def _training(self, ids: Tensor, parameters: Sequence[torch.nn.Parameter]) -> Way:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        self.model.train()
 
         def loss() -> Tensor:
             value: Tensor = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
@@ -229,7 +233,13 @@ class InProcess(Subject):
             optimizer.step()
             optimizer.zero_grad()
 
-        return Way(run, lambda: loss().detach().reshape(1))
+        def result() -> Tensor:
+            self.model.eval()  # no dropout
+            value = loss().detach().reshape(1)
+            self.model.train()
+            return value
+
+        return Way(run, result)
 
 
 class Compiled:
@@ -243,6 +253,9 @@ class Compiled:
 
     def compile(self, model: Any) -> None:
         """Compiles the forward, when it is first called."""
+        compiler = os.environ.get("CXX", "g++")
+        if next(model.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
+            raise LeftOut(f"torch.compile needs a C++ compiler, and there is no {compiler}")
         config: Any = torch._dynamo.config
         config.recompile_limit = config.accumulated_recompile_limit = 1024
         config.fail_on_recompile_limit_hit = True

@@ -78,13 +78,27 @@ class Suite:
 
 
 def by_subject(
-    way: Callable[[Workshop, Subject], Way | Value], adapters: int = 4, purpose: str = ""
+    way: Callable[[Workshop, Subject], Way | Value],
+    adapters: int = 4,
+    purpose: str = "",
+    without: Mapping[str, str] | None = None,
 ) -> Callable[[Workshop, Sequence[str]], Ways]:
-    """The ways of contenders that all do it on a subject with so many adapters."""
+    """The ways of contenders that all do it on a subject with so many adapters.
+
+    Args:
+        way: makes one of them.
+        adapters: how many the subject holds.
+        purpose: see `Workshop.subject`.
+        without: contenders that are left out, and why.
+    """
+    reasons = without or {}
 
     def ways(workshop: Workshop, contenders: Sequence[str]) -> Ways:
         made = Ways()
         for name in contenders:
+            if name in reasons:
+                made.left_out[name] = reasons[name]
+                continue
             try:
                 made.ways[name] = way(workshop, workshop.subject(name, adapters, purpose))
             except LeftOut as reason:

@@ -10,16 +10,16 @@ from ia3rt.bench.workshop import Workshop
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    for rows, length in [(1, 32)] if quick else [(1, 128), (1, 512), (8, 128), (1, 2048)]:
+    for rows, length in [(1, 16)] if quick else [(1, 128), (1, 512), (8, 128), (1, 2048)]:
         yield _case("prefill", rows, length, rows * length)
-    for rows, length in [(1, 32), (8, 32)] if quick else [(1, 128), (4, 128), (16, 128), (64, 128), (1, 2048)]:
+    for rows, length in [(1, 16)] if quick else [(1, 128), (4, 128), (16, 128), (64, 128), (1, 2048)]:
         yield _case("decode", rows, length, rows)
 
 
 def _case(what: str, rows: int, length: int, tokens: int) -> Case:
     def way(workshop: Workshop, subject: Subject) -> Way:
         timed = subject.prefill if what == "prefill" else subject.decode
-        return timed(workshop.ids(rows, length), ["a0"])
+        return timed(workshop.ids(rows, length), ["task0"])
 
     return Case(what, {"rows": rows, "length": length}, by_subject(way), work=tokens, unit="tokens")
 

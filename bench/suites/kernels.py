@@ -12,7 +12,7 @@ from ia3rt.bench.layer_times import captured, loop
 from ia3rt.bench.layers.case import ROWS, UNADAPTED
 from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.shapes import SHAPES, Shape
-from ia3rt.bench.suites.case import Case, Suite, Ways
+from ia3rt.bench.suites.case import Case, Suite, Ways, described
 from ia3rt.bench.workshop import Workshop
 
 TURNS = 20  # runs in one graph: over weights that take turns, since a model's other layers would empty the cache
@@ -31,8 +31,12 @@ def _case(layer: layers.case.Case, rows: int, mode: str) -> Case:
         made = Ways()
         with torch.no_grad():
             for name, way in layer.ways(_shape(workshop), rows, settings.device, settings.dtype).items():
-                run = (captured if mode == "graph" else loop)(way, TURNS)[0]
-                made.ways[name] = Way(lambda _, run=run: _without_gradients(run))
+                try:
+                    run = (captured if mode == "graph" else loop)(way, TURNS)[0]
+                except Exception as error:  # as in by_subject
+                    made.failed[name] = described(error)
+                else:
+                    made.ways[name] = Way(lambda _, run=run: _without_gradients(run))
         return made
 
     return Case(layer.name, {"rows": rows, "mode": mode}, ways, references=(UNADAPTED,), work=TURNS * rows, unit="rows")

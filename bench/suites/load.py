@@ -13,7 +13,7 @@ ADAPTERS = 4
 
 def _cases(quick: bool) -> Iterator[Case]:
     def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.load(workshop.adapters.folder("a0"))
+        return subject.load(workshop.adapters.folder("task0"))
 
     yield Case("load", {"adapters": ADAPTERS}, by_subject(way, ADAPTERS), references=PEFT_FIRST)
 

@@ -10,13 +10,13 @@ from ia3rt.bench.workshop import Workshop
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    for rows, length in [(2, 16)] if quick else [(4, 128), (16, 128)]:
+    for rows, length in [(1, 8)] if quick else [(4, 128), (16, 128)]:
         yield _case(rows, length)
 
 
 def _case(rows: int, length: int) -> Case:
     def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.train(workshop.ids(rows, length), "a0")
+        return subject.train(workshop.ids(rows, length), "task0")
 
     # A purpose for each: its adapters have been trained, and others' must not have been.
     ways = by_subject(way, 1, f"train {rows} {length}")

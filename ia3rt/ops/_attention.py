@@ -24,7 +24,9 @@ def _check_attention(
     softcap: float | None,
 ) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must be [batch, heads, length, D]")
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must be [batch, heads, length, D]"
+        )
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     B, Hq, Sq, D = q.shape
@@ -199,7 +201,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 def _for_query_heads(l: Tensor, heads: int, D: int) -> Tensor:  # noqa: E741
     """Return l [capacity, Hkv * D] as [capacity, heads * D]: each KV head's part for each of its query heads."""
-    grouped = l.unflatten(1, (-1, 1, D))
+    grouped = l.reshape(l.shape[0], -1, 1, D)
     return grouped.expand(-1, -1, heads // grouped.shape[1], -1).flatten(1)
 
 
@@ -207,13 +209,14 @@ def _bank_gradient(dy: Tensor, x: Tensor, l: Tensor, mixes: Tensor, route: Tenso
     """Return dl for y = s ∘ x, both [B, Sq, Hq, D]: the sum over the query heads of each KV head."""
     heads, D = x.shape[2:]
     wide = _for_query_heads(l, heads, D)
-    dl = bank_gradient(dy.flatten(2), x.flatten(2), wide, mixes, route)
+    dl: Tensor = bank_gradient(dy.flatten(2), x.flatten(2), wide, mixes, route)
     return dl.view(l.shape[0], l.shape[1] // D, -1, D).sum(2).flatten(1)
 
 
 def _scaled(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa: E741
     """Return s ∘ x for x [B, Sq, Hq, D] and l [capacity, Hkv * D]."""
-    return scale(x.flatten(2), _for_query_heads(l, *x.shape[2:]), mixes, route).view(x.shape)
+    y: Tensor = scale(x.flatten(2), _for_query_heads(l, *x.shape[2:]), mixes, route)
+    return y.view(x.shape)
 
 
 def _attention_backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:

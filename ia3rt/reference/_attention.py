@@ -54,7 +54,7 @@ def _scores(
         seen = seen & (keys > places - window) & (keys < places + window)
     if mask is not None:
         s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
-    return s.masked_fill(~seen, -math.inf), capped
+    return s.masked_fill(~seen | (s == -math.inf), -math.inf), capped  # which stops the gradient of what is −inf
 
 
 def attention(
@@ -119,5 +119,5 @@ def attention_gradient(
         ds = ds * (1 - (capped / softcap).square())
     ds = ds.to(q.dtype)
     dk, dv = ds.transpose(2, 3) @ q * scale, p.to(q.dtype).transpose(2, 3) @ do
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
+    dk, dv = (x.view(x.shape[0], -1, groups, *x.shape[2:]).sum(2) for x in (dk, dv))
     return [ds @ heads_k * scale, dk, dv]

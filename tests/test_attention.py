@@ -1,0 +1,230 @@
+import pytest
+import torch
+from bar import GUARD, assert_meets_bar
+from torch import Tensor
+from workloads import POPULARITY, popularity, random_bank, random_mixes
+
+from ia3rt import ops, reference
+from ia3rt.kernels.attention import attention
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPACITY, SLOTS = 12, 9
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+
+
+class Layer:
+    """Queries, keys and values as transformers passes them, transposed views; and a bank for the keys and values."""
+
+    def __init__(
+        self, device, dtype=torch.float32, *, B=2, Hq=4, Hkv=2, Sq=19, Skv=37, D=16, route="distinct", longest=2
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(Sq + Skv + D)
+        self.device, self.dtype, self.D, self.Sq, self.Skv = device, dtype, D, Sq, Skv
+        self.q = self.randn(B, Sq, Hq, D).transpose(1, 2)
+        self.k, self.v = self.randn(B, Skv, 2, Hkv, D).permute(2, 0, 3, 1, 4)
+        self.l_k, self.l_v = (random_bank(CAPACITY, Hkv * D, self.generator, before=3).to(device) for _ in range(2))
+        self.mixes = random_mixes(SLOTS, CAPACITY, longest, self.generator).to(device)
+        self.route = popularity(route, B, SLOTS, self.generator).to(device)
+        self.mask = self.ranges = self.table = None
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+
+    def ranged(self, *ranges: tuple[int, int]) -> "Layer":
+        self.ranges = torch.tensor(ranges, dtype=torch.int32, device=self.device)
+        return self
+
+    def options(self, causal: bool, window: int | None, softcap: float | None) -> tuple:
+        return self.D**-0.5, causal, window, softcap
+
+    def run(self, op, dtype, *options, gradients=True) -> list[Tensor]:
+        bank_dtype = torch.promote_types(dtype, torch.float32)
+        inputs = [x.to(dtype).detach() for x in (self.q, self.k, self.v)]
+        inputs += [bank.to(bank_dtype).detach() for bank in (self.l_k, self.l_v) if bank is not None]
+        inputs = [x.requires_grad_() if gradients else x for x in inputs]
+        q, k, v, *banks = inputs
+        l_k = banks.pop(0) if self.l_k is not None else None
+        l_v = banks.pop(0) if self.l_v is not None else None
+        o, lse = op(q, k, v, self.mask, self.ranges, self.table, l_k, l_v, self.mixes, self.route, *options)
+        if not gradients:
+            return [o, lse]
+        do = torch.linspace(-1, 2, o.numel(), device=o.device).to(self.dtype).to(dtype).view(o.shape)
+        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
+
+    def check(self, causal=False, window=None, softcap=None, gradients=True) -> None:
+        """Compare the op and its gradients with the reference and its autograd."""
+        options = self.options(causal, window, softcap)
+        ours = self.run(ops.attention, self.dtype, *options, gradients=gradients)
+        theirs = self.run(reference.attention, self.dtype, *options, gradients=gradients)
+        truths = self.run(reference.attention, torch.float64, *options, gradients=gradients)
+        if not gradients:  # logsumexps, some infinite: in fp32 whatever the dtype
+            lse, _, truth = ours.pop(), theirs.pop(), truths.pop()
+            rough = 1e-5 if self.dtype == torch.float32 else 0.05
+            torch.testing.assert_close(lse.double(), truth, rtol=rough, atol=rough)
+        for y, in_torch, truth in zip(ours, theirs, truths, strict=True):
+            assert_meets_bar(y, in_torch, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_dtypes(causal, dtype, device) -> None:
+    Layer(device, dtype).check(causal)
+
+
+@pytest.mark.parametrize("Sq", [1, 2, 7, 16, 33, 64, 129])
+def test_rows(Sq, device) -> None:
+    B = 1 if Sq > 2 else 4  # of few numbers, the largest error of torch's is small by chance
+    Layer(device, Sq=Sq, Skv=130, B=B).check(causal=True, gradients=Sq in (7, 129))
+
+
+@pytest.mark.parametrize("D", [16, 64, 80, 96, 128, 256])
+def test_head_sizes(D, device) -> None:
+    Layer(device, torch.bfloat16, D=D, Hq=2, Hkv=1, Sq=9, Skv=20).check(causal=True)
+
+
+@pytest.mark.parametrize(("Hq", "Hkv"), [(3, 3), (6, 2), (5, 1)])
+def test_heads(Hq, Hkv, device) -> None:
+    for Sq in (1, 40):
+        Layer(device, Hq=Hq, Hkv=Hkv, Sq=Sq).check(causal=Sq < 37, gradients=Sq == 40)
+
+
+@pytest.mark.parametrize("Sq", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_shared_keys_of_a_decoded_token(causal, Sq, device) -> None:
+    """Long enough that several programs share them; some of these then see none."""
+    Layer(device, torch.float16, B=1, Hkv=1, Sq=Sq, Skv=1030).ranged((500, 900)).check(causal, gradients=False)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0, 50.0])
+@pytest.mark.parametrize(("causal", "window"), [(True, 5), (True, 70), (False, 9)])
+def test_windows_and_caps(causal, window, softcap, device) -> None:
+    Layer(device, Sq=90, Skv=100, B=1, Hq=2, Hkv=1).check(causal, window, softcap)
+
+
+@pytest.mark.parametrize("Sq", [1, 40])
+def test_padding_on_either_side(Sq, device) -> None:
+    layer = Layer(device, B=3, Sq=Sq, Skv=80).ranged((0, 80), (33, 80), (0, 51))
+    layer.check(causal=True)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "by head"])
+def test_masks(kind, device) -> None:
+    layer = Layer(device, torch.bfloat16)
+    shape = (2, 4 if kind == "by head" else 1, 19, 37)
+    mask = torch.rand(shape, generator=layer.generator) < 0.6
+    mask[1, :, 3] = False
+    layer.mask = mask.to(device) if kind != "additive" else (layer.randn(*shape).masked_fill(~mask, float("-inf")))
+    layer.check()
+    assert not layer.run(ops.attention, torch.bfloat16, *layer.options(False, None, None))[0][1, 3].any()
+
+
+def test_rows_that_see_no_key_are_zero(device) -> None:
+    layer = Layer(device, Sq=40, Skv=30).ranged((0, 0), (5, 9))
+    layer.check(causal=True)
+    o, lse = layer.run(ops.attention, torch.float32, *layer.options(True, None, None), gradients=False)
+    assert not o[0].any() and (lse[0] == float("inf")).all()
+
+
+@pytest.mark.parametrize("Sq", [1, 5, 70])
+def test_pages(Sq, device) -> None:
+    """A table with pages in any order, of which some are of no sequence, is the same as the keys in their order."""
+    layer = Layer(device, Sq=Sq, Skv=48).ranged((0, 48), (0, 21))
+    expected = layer.run(reference.attention, torch.float64, *layer.options(False, None, None), gradients=False)
+    pages = torch.randperm(11, generator=layer.generator)[:6].view(2, 3)
+    for name in "kv":
+        cache = torch.full((11, 16, 2, 16), float("nan"), device=device)
+        cache[pages] = getattr(layer, name).transpose(1, 2).unflatten(1, (3, 16))
+        setattr(layer, name, cache)
+    layer.table = pages.to(device, torch.int32)
+    paged = layer.run(ops.attention, torch.float32, *layer.options(False, None, None), gradients=False)
+    torch.testing.assert_close(paged[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+    for name in "kv":
+        setattr(layer, name, getattr(layer, name).nan_to_num())  # what is not there is not read by the kernel only
+    layer.ranges[0, 1] = 40
+    causal = layer.options(True, None, None)
+    ours = layer.run(ops.attention, torch.float32, *causal, gradients=False)
+    theirs = layer.run(lambda *a: reference.attention(*a[:1], *(x.transpose(1, 2) for x in a[1:3]), *a[3:]),
+                       torch.float64, *causal, gradients=False)  # fmt: skip
+    torch.testing.assert_close(ours[0].double(), theirs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", POPULARITY)
+def test_popularity(name, device) -> None:
+    for Sq, longest in ((1, 8), (20, 2)):
+        layer = Layer(device, B=5, Hq=2, Hkv=1, Sq=Sq, Skv=20, route=name, longest=longest)
+        layer.check(gradients=Sq == 20)
+
+
+@pytest.mark.parametrize("absent", [("l_k",), ("l_v",), ("l_k", "l_v")])
+def test_no_vectors(absent, device) -> None:
+    layer = Layer(device, torch.float16)
+    for name in absent:
+        setattr(layer, name, None)
+    layer.check()
+
+
+def test_nothing_is_written_beside_the_output(device) -> None:
+    layer = Layer(device, D=24)
+    layer.l_k = layer.l_v = None
+    o, lse = (torch.full((n + 2 * GUARD,), float("nan"), device=device) for n in (2 * 19 * 4 * 24, 2 * 4 * 19))
+    outs = o[GUARD:-GUARD].view(2, 19, 4, 24), lse[GUARD:-GUARD].view(2, 4, 19)
+    options = layer.options(True, None, None)
+    attention(layer.q, layer.k, layer.v, *(None,) * 5, layer.mixes, layer.route, *options, out=outs)
+    for buffer, out in zip((o, lse), outs, strict=True):
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all() and not out.isnan().any()
+
+
+def test_the_reference_is_torchs_attention(device) -> None:
+    layer = Layer(device)
+    o, _ = reference.attention(
+        layer.q, layer.k, layer.v, *(None,) * 5, layer.mixes, layer.route, *layer.options(False, None, None)
+    )
+    theirs = torch.nn.functional.scaled_dot_product_attention(layer.q, layer.k, layer.v, enable_gqa=True)
+    torch.testing.assert_close(o, theirs.transpose(1, 2))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_gradient_formulas(softcap, torch_backend) -> None:
+    """In fp64, of the op whose backward is written by hand, by finite differences."""
+    layer = Layer("cpu", torch.float64, Sq=4, Skv=5, D=3)
+    layer.ranged((0, 5), (2, 5))
+    inputs = [x.detach().double().requires_grad_() for x in (layer.q, layer.k, layer.v, layer.l_k, layer.l_v)]
+
+    def run(q, k, v, l_k, l_v):
+        options = layer.options(True, 3, softcap)
+        return ops.attention(q, k, v, None, layer.ranges, None, l_k, l_v, layer.mixes, layer.route, *options)[0]
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_opcheck(device) -> None:
+    layer = Layer(device, Sq=5, Skv=6)
+    inputs = [x.detach().requires_grad_() for x in (layer.q, layer.k, layer.v, layer.l_k, layer.l_v)]
+    arguments = (*inputs[:3], None, None, None, *inputs[3:], layer.mixes, layer.route)
+    torch.library.opcheck(torch.ops.ia3rt.attention, (*arguments, *layer.options(True, 3, 2.0)))
+
+
+def test_results_repeat(device) -> None:
+    layer = Layer(device, torch.bfloat16, Sq=1, Skv=600, B=1)
+    first, second = (layer.run(ops.attention, torch.bfloat16, *layer.options(False, None, None)) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=torch.ones(2, 3, 37, 16), v=torch.ones(2, 3, 37, 16)), "heads"),
+        (dict(v=torch.ones(2, 2, 36, 16)), r"\[batch, heads, length, D\]"),
+        (dict(mask=torch.ones(2, 1, 19, 36)), "mask"),
+        (dict(ranges=torch.ones(2, 2)), "ranges"),
+        (dict(table=torch.ones(2, 3, dtype=torch.int32)), "table|heads"),
+        (dict(l_v=torch.ones(3, 31)), "l_v"),
+    ],
+)
+def test_errors(changes, message) -> None:
+    layer = Layer("cpu")
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    with pytest.raises(ValueError, match=message):
+        layer.run(ops.attention, torch.float32, *layer.options(False, 5, None))
