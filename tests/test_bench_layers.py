@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ia3rt.bench.layer_times import predicted, time_layers
+from ia3rt.bench.layers import attention
 from ia3rt.bench.layers.case import BY_ROW, FUSED, PEFT, SEPARATE, UNADAPTED
 from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.roofline import H100, Card, Work, seconds
@@ -35,14 +36,18 @@ def test_the_key_value_projections_move_what_they_must():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_way_computes_the_same(name):
+def test_every_way_computes_the_same(name, monkeypatch):
     """But for the vectors, which differ between ours and PEFT's, and which the unadapted layer lacks."""
+    monkeypatch.setattr(attention, "PAST", 70)
     ways = CASES[name].ways(TINY, 5, CPU, torch.float32)
-    results = {way: flattened(run(0)) for way, run in ways.items() if way in (FUSED, BY_ROW, SEPARATE)}
-    assert torch.allclose(results[FUSED], results[SEPARATE], atol=1e-4)
-    assert torch.allclose(results[BY_ROW][0], results[SEPARATE][0], atol=1e-4)  # row 0 wears what all wear there
-    assert not torch.allclose(results[BY_ROW], results[SEPARATE], atol=1e-2)
-    assert not torch.allclose(flattened(ways[UNADAPTED](0)), results[SEPARATE], atol=1e-2)
+    fused, by_row, separate, unadapted = (flattened(ways[way](0)) for way in (FUSED, BY_ROW, SEPARATE, UNADAPTED))
+
+    def differ(one: torch.Tensor, other: torch.Tensor) -> float:
+        return ((one - other).abs().max() / other.abs().max()).item()
+
+    assert differ(fused, separate) < 1e-5
+    assert differ(by_row[:1], separate[:1]) < 1e-5  # row 0 wears what all wear there
+    assert differ(by_row, separate) > 1e-2 < differ(unadapted, separate)
 
 
 def flattened(result) -> torch.Tensor:
