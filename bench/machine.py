@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -99,6 +101,11 @@ def _lines(file: str) -> list[str]:
 
 
 def _reset_peak() -> bool:
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before is used again, and nothing seems to grow
+    except AttributeError:  # not glibc
+        return False
     try:
         Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM becomes what is resident now
     except OSError:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ia3rt.bench.contenders.registry import CONTENDERS
 from ia3rt.bench.contenders.subject import Way
-from ia3rt.bench.interleaved import sample_interleaved
+from ia3rt.bench.interleaved import Seconds, sample_interleaved
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.models import title_of
 from ia3rt.bench.result import CaseResult, Measurement, Result
@@ -169,10 +169,12 @@ def measure(
 
     def repeated(name: str) -> Callable[[int], object]:
         def run(turn: int) -> object:
-            first, result = turn * turns[name], None
+            first, own = turn * turns[name], 0.0
             for repeat in range(turns[name]):
                 result = ways[name].run(first + repeat)
-            return result
+                if isinstance(result, Seconds):
+                    own += result
+            return Seconds(own) if own else None
 
         return run
 
@@ -239,7 +241,7 @@ def warm_up(
 
 
 def _read(values: Mapping[str, Value], reference: str) -> list[Measurement]:
-    base = [values[reference].number]
+    base = [values[reference].number] if reference else None
     return [Measurement.of(name, [value.number], base if name != reference else None) for name, value in values.items()]
 
 

@@ -40,7 +40,7 @@ class Case:
         what: what is done, in a word or two; cases that differ in numbers only share it.
         parameters: the numbers, by name.
         ways: makes the contenders' ways.
-        references: which contender ratios are to: the first of these that is there.
+        references: which contender ratios are to: the first of these that is there; none without any.
         work: how many of `unit` one run does; None where a rate says nothing.
         unit: what they are; "bytes" where the ways are values.
     """

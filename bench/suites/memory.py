@@ -28,7 +28,8 @@ def _peak(count: int) -> Case:
         return Value(grown)
 
     ways = by_subject(value, 1, f"memory {count}")
-    return Case("peak while loading", {"adapters": count}, ways, references=PEFT_FIRST, unit="bytes")
+    # No ratio: it is one sample, and the system counts in pages.
+    return Case("peak while loading", {"adapters": count}, ways, references=(), unit="bytes")
 
 
 def _resident(count: int) -> Case:
