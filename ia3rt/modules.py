@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ia3rt import eager, ops
 from ia3rt.autocast import autocast
+from ia3rt.quantised import Quantised, is_gptq, read_gptq, read_torchao
 from ia3rt.sites import Side
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class Wearer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the bank follow `model.to(device)`."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.ia3_follow(next(self.parameters()).device)
+        self.ia3_follow(next(chain(self.parameters(), self.buffers())).device)
         return result
 
     @classmethod
@@ -81,6 +84,9 @@ class IA3Layer(Wearer):
             if weight is not None:
                 y = None if self.ia3_pair is None else self.ia3_pair.forward(self, x)
                 return self._fused(x, weight, bias) if y is None else y
+            quantised = quantised_weight(self)
+            if quantised is not None:
+                return self._fused_quantised(x, quantised)
         if self.ia3_in is not None:
             x = eager.scale_input(x, routing.composed.scales[self.ia3_in], routing.tokens)
         y = super().forward(x, *args, **kwargs)
@@ -91,7 +97,7 @@ class IA3Layer(Wearer):
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:
         """Whether its weight is one that the kernels read."""
-        return dense_weight(module)[0] is not None
+        return dense_weight(module)[0] is not None or quantised_weight(module) is not None
 
     def ia3_how(self, side: Side, rows: int) -> How:
         """As `forward` chooses."""
@@ -99,6 +105,10 @@ class IA3Layer(Wearer):
             where = "in place in its output" if side == "out" else "in a copy of its input"
             return How("multiplication", "", f"the module runs as it is; the vector is multiplied {where}")
         weight, _ = dense_weight(self)
+        quantised = quantised_weight(self)
+        if quantised is not None:
+            where = "the vector is in the epilogue" if side == "out" else "x is scaled in a pass before"
+            return How("linear_quantised", quantised.kind, f"the weight is dequantised in registers; {where}")
         if weight is None:
             return How("multiplication", "", "the module runs as it is: no kernel reads a weight of its kind")
         if ops.backend(weight) == "torch":
@@ -119,14 +129,33 @@ class IA3Layer(Wearer):
         )
 
 
+    def _fused_quantised(self, x: Tensor, weight: Quantised) -> Tensor:
+        tables = self.ia3_routing.tables
+        l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]
+        l_out = None if self.ia3_out is None else tables.bank[self.ia3_out]
+        stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]
+        return ops.linear_quantised(  # type: ignore[no-any-return]
+            x, *stored, bias, l_in, l_out, tables.mixes, tables.route, weight.kind, weight.group_size
+        )
+
+
 def dense_weight(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The layer's weight as [out, in] and its bias, where a kernel can read them; None where they are quantised."""
     original = original_class(type(layer))
     if original is nn.Linear:
-        return layer.weight, layer.bias  # type: ignore[return-value]
+        # A subclass of Tensor, such as torchao's, is no matrix that a kernel could read at its address.
+        is_plain = type(layer.weight) in (Tensor, nn.Parameter, FakeTensor)
+        return (layer.weight, layer.bias) if is_plain else (None, None)  # type: ignore[return-value]
     if original.__name__ == "Conv1D":
         return layer.weight.t(), layer.bias  # type: ignore[operator, return-value]
     return None, None
+
+
+def quantised_weight(layer: nn.Module) -> Quantised | None:
+    """What the layer holds, where it is quantised and the kernels compute with its format."""
+    if original_class(type(layer)) is nn.Linear:
+        return read_torchao(layer.weight)  # type: ignore[arg-type]
+    return read_gptq(layer) if is_gptq(layer) else None
 
 
 def original_class(cls: type) -> type:

@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
+from ia3rt.quantised import is_gptq
+
 Side: TypeAlias = Literal["in", "out"]
 SiteKey: TypeAlias = "tuple[str, Side]"
 ModuleNames: TypeAlias = "str | Collection[str]"
@@ -68,6 +70,8 @@ def module_widths(module: nn.Module) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         in_features, out_features = module.get_parameter("weight").shape  # transformers' Conv1D keeps W transposed
         return in_features, out_features
+    if is_gptq(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]
     return None
 
 
@@ -142,8 +146,8 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     widths = module_widths(modules[path])
     if widths is None:
         raise ValueError(
-            f"module {path!r} is a {type(modules[path]).__name__}, which wears no vector: only nn.Linear and "
-            "transformers' Conv1D do"
+            f"module {path!r} is a {type(modules[path]).__name__}, which wears no vector: only nn.Linear, "
+            "transformers' Conv1D and GPTQ's layers do"
         )
     if "forward" in vars(modules[path]) and "_old_forward" not in vars(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")

@@ -246,3 +246,34 @@ def attention_gradient_configs(
         AttentionConfig(32, 32 if masked else 64, warps, stages),
         AttentionConfig(64, 64 if large else 32, warps, stages),
     )
+
+
+def linear_quantised_config(
+    rows: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    arch: str,
+    processors: int,
+    kind: str,
+    group_size: int,
+    *,
+    per_row: bool,
+) -> LinearConfig:
+    """Return the config of linear_quantised.py's kernel for x [rows, K] and y [rows, N].
+
+    A step along K is no longer than a group, so that each needs one row of scales, where a group has at least 16.
+    """
+    stages = 2 if arch.startswith("gfx") else 3
+    if dtype == torch.float32:
+        block_m, num_warps = (16, 4) if rows <= 16 else (64, 8)
+        config = LinearConfig(block_m, 64, 16 if rows > 16 else 32, 8, num_warps, num_stages=2, piece=64)
+    elif rows <= 64:
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        config = LinearConfig(block_m, 64, 128 if rows <= 32 else 64, 1, num_warps=4, num_stages=stages, piece=64)
+    else:
+        config = LinearConfig(128, 128, 64, 8, 8, stages, piece=16 if per_row else 64)
+    if group_size >= 16:
+        # The largest power of two that divides the group.
+        config = replace(config, block_k=max(16, min(config.block_k, group_size & -group_size)))
+    return replace(config, splits=_splits(config, rows, N, K, processors)) if rows <= 64 else config

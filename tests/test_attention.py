@@ -83,7 +83,9 @@ def test_head_sizes(D, device) -> None:
     Layer(device, torch.bfloat16, D=D, Hq=2, Hkv=1, Sq=9, Skv=20).check(causal=True)
 
 
-@pytest.mark.parametrize(("Hq", "Hkv"), [(3, 3), (6, 2), (5, 1)])
+@pytest.mark.parametrize(
+    ("Hq", "Hkv"), [(6, 2), *(pytest.param(*heads, marks=pytest.mark.slow) for heads in ((3, 3), (5, 1)))]
+)
 def test_heads(Hq, Hkv, device) -> None:
     for Sq in (1, 40):
         Layer(device, Hq=Hq, Hkv=Hkv, Sq=Sq).check(causal=Sq < 37, gradients=Sq == 40)
@@ -96,13 +98,13 @@ def test_shared_keys_of_a_decoded_token(causal, Sq, device) -> None:
     Layer(device, torch.float16, B=1, Hkv=1, Sq=Sq, Skv=1030).ranged((500, 900)).check(causal, gradients=False)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0, 50.0])
+@pytest.mark.parametrize("softcap", [None, 2.0, pytest.param(50.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("causal", "window"), [(True, 5), (True, 70), (False, 9)])
 def test_windows_and_caps(causal, window, softcap, device) -> None:
     Layer(device, Sq=90, Skv=100, B=1, Hq=2, Hkv=1).check(causal, window, softcap)
 
 
-@pytest.mark.parametrize("Sq", [1, 40])
+@pytest.mark.parametrize("Sq", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_padding_on_either_side(Sq, device) -> None:
     layer = Layer(device, B=3, Sq=Sq, Skv=80).ranged((0, 80), (33, 80), (0, 51))
     layer.check(causal=True)

@@ -269,7 +269,9 @@ def op_inputs(
     return tensors, [*attention.tables(3), mix_table(mixes).to(device), route, interleaved]
 
 
-@pytest.mark.parametrize(("R", "by_head"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow), (6, False)])
+@pytest.mark.parametrize(
+    ("R", "by_head"), [(1, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, True), (6, False)))]
+)
 def test_opcheck(R, by_head, device) -> None:
     tensors, fixed = op_inputs(device, R=R, by_head=by_head)
     if R == 1:
@@ -288,6 +290,7 @@ def test_opcheck_in_torch() -> None:
     torch.library.opcheck(ops.rope.op, (*tensors, *fixed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("R", "interleaved"), [(1, False), (6, True)])
 def test_gradcheck(R, interleaved) -> None:
     tensors, fixed = op_inputs(torch.device("cpu"), torch.float64, R, interleaved)

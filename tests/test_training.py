@@ -42,7 +42,7 @@ def peft_trained(family: str, model: nn.Module, names: str) -> tuple[peft.PeftMo
 
 
 @pytest.mark.parametrize("names", ["a", "ab"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_follows_pefts_step_for_step(family, backend, names):
     model = tiny_model(family)

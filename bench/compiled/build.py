@@ -17,10 +17,10 @@ PLAIN = ", no scale"
 
 def all_cases() -> dict[str, Case]:
     """Return every case, by its name. Imports the kernels."""
-    from ia3rt.bench.compiled import activation, attention, gate_up, linear, rope
+    from ia3rt.bench.compiled import activation, attention, gate_up, linear, quantised, rope
 
     cases: dict[str, Case] = {}
-    for operation in (linear, activation, gate_up, rope, attention):
+    for operation in (linear, activation, gate_up, rope, attention, quantised):
         cases |= operation.CASES
     return cases
 

@@ -2,6 +2,7 @@
 
     torch.ops.ia3rt.scale        y = s ∘ x
     torch.ops.ia3rt.linear       y = s_out ∘ (W (s_in ∘ x) + b)
+    torch.ops.ia3rt.linear_quantised  the same of a weight that stays quantised
     torch.ops.ia3rt.linear_pair  y_a = s_a ∘ (W_a x + b_a), y_b = s_b ∘ (W_b x + b_b)
     torch.ops.ia3rt.activation   y = s ∘ act(gate) ∘ up
     torch.ops.ia3rt.attention    y = s_v ∘ softmax((s_k ∘ q) kᵀ) v
@@ -17,6 +18,7 @@ from ia3rt.ops._attention import attention, attention_gradient
 from ia3rt.ops._dispatch import backend
 from ia3rt.ops._gate_up import gate_up
 from ia3rt.ops._linear import linear, linear_pair
+from ia3rt.ops._quantised import linear_quantised
 from ia3rt.ops._rope import rope, rope_gradient, rope_into_cache
 from ia3rt.ops._scale import bank_gradient, scale
 
@@ -30,6 +32,7 @@ __all__ = [
     "gate_up",
     "linear",
     "linear_pair",
+    "linear_quantised",
     "rope",
     "rope_gradient",
     "rope_into_cache",

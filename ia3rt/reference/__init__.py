@@ -18,6 +18,7 @@ from ia3rt.reference._activation import (
 from ia3rt.reference._attention import attention, attention_gradient
 from ia3rt.reference._gate_up import gate_up
 from ia3rt.reference._linear import linear, linear_pair
+from ia3rt.reference._quantised import dequantise, linear_quantised
 from ia3rt.reference._rope import rope, rope_gradient, rope_into_cache
 from ia3rt.reference._scale import MixTable, bank_gradient, compose, scale, split_mixes
 
@@ -32,9 +33,11 @@ __all__ = [
     "attention_gradient",
     "bank_gradient",
     "compose",
+    "dequantise",
     "gate_up",
     "linear",
     "linear_pair",
+    "linear_quantised",
     "rope",
     "rope_gradient",
     "rope_into_cache",
