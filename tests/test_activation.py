@@ -1,15 +1,14 @@
 import pytest
 import torch
 from bar import Guarded, assert_meets_bar
+from grid import DTYPES, ROWS
 from torch import Tensor
 from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
 
 from ia3rt import reference
 from ia3rt.kernels.activation import activation, activation_gradient
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = tuple(reference.ACTIVATIONS)
-ROWS = (1, 2, 7, 16, 33, 64, 129)
 CAPACITY = 12
 
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 from bar import GUARD, assert_meets_bar
+from grid import DTYPES, ROWS
 from torch import Tensor
 from workloads import POPULARITY, popularity, random_bank, random_mixes
 
 from ia3rt import ops, reference
 from ia3rt.kernels.attention import attention
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPACITY, SLOTS = 12, 9
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -72,7 +72,7 @@ def test_dtypes(causal, dtype, device) -> None:
     Layer(device, dtype).check(causal)
 
 
-@pytest.mark.parametrize("Sq", [1, 2, 7, 16, 33, 64, 129])
+@pytest.mark.parametrize("Sq", ROWS)
 def test_rows(Sq, device) -> None:
     B = 1 if Sq > 2 else 4  # of few numbers, the largest error of torch's is small by chance
     Layer(device, Sq=Sq, Skv=130, B=B).check(causal=True, gradients=Sq in (7, 129))

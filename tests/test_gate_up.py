@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bar import Guarded, assert_meets_bar
+from grid import DTYPES, ROWS
 from torch import Tensor
 from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
 
@@ -12,9 +13,7 @@ from ia3rt.kernels.gate_up import gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors
 from ia3rt.kernels.tuned import LinearConfig
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = tuple(reference.ACTIVATIONS)
-ROWS = (1, 2, 7, 16, 33, 64, 129)
 CAPACITY = 12
 TENSORS = ("gate", "bias_gate", "up", "bias_up", "l")
 
@@ -159,7 +158,7 @@ def test_how_configs_are_chosen() -> None:
     assert config(16, N=1536).block_n == 16 and config(16, N=14336).block_n == 32  # at least a tile a processor
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(
     ("routed", "transposed", "gated"), [(1, False, True), (1, True, False), (70, True, True), (140, False, False)]
 )

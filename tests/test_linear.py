@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bar import Guarded, assert_meets_bar
+from grid import DTYPES, ROWS
 from torch import Tensor
 from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
 
@@ -15,8 +16,6 @@ from ia3rt.kernels.linear_plan import fuses_input
 from ia3rt.kernels.linear_tma import fits_descriptors
 from ia3rt.kernels.tuned import LinearConfig
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROWS = (1, 2, 7, 16, 33, 64, 129)
 CAPACITY = 12
 
 
@@ -161,7 +160,7 @@ def descriptor_config(rows: int, N: int, per_row: bool, device: torch.device) ->
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(
     ("routed", "transposed", "bias"), [(1, False, True), (1, True, False), (70, True, True), (140, False, True)]
 )

@@ -82,6 +82,7 @@ def test_an_activation_that_the_kernel_does_not_know_is_left_to_torch(launches) 
     ("name", "layer", "side", "width"),
     [("llama", "gate_proj", "out", 48), ("llama", "up_proj", "in", 32), ("phi3", "gate_up_proj", "out", 96)],
 )
+@pytest.mark.slow
 def test_a_vector_at_a_first_matrix_turns_it_off_for_that_mlp(name, layer, side, width, launches) -> None:
     runtime = fused(make(name))
     logits(runtime.model, IDS)

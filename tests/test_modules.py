@@ -170,8 +170,9 @@ def test_the_kernels_follow_autocast(folders, fuse_gate_up):
     assert 1e-3 < errors[1] <= 2 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_under_torch_compile_batches_of_other_sizes_compile_nothing(folders, backend, routed):
     runtime = patched(folders, backend=backend)
     compilations = first = 0

@@ -77,6 +77,7 @@ def install(python, *arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_wheel(environment, sources, tmp_path):
     run(
         sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", sources, cwd=tmp_path
@@ -87,6 +88,7 @@ def test_wheel(environment, sources, tmp_path):
     assert "demo" in run(environment.parent / "ia3rt", "--help", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_editable_install(environment, sources, tmp_path):
     install(environment, "--editable", sources, cwd=tmp_path)
     assert run(environment, "-c", CHECK, cwd=tmp_path) == str(sources / "ia3rt" / "__init__.py")

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -171,4 +172,9 @@ def _refused(message):
 
 
 TestPrograms = Programs.TestCase
-TestPrograms.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+TestPrograms.settings = settings(max_examples=10, stateful_step_count=15, deadline=None)
+
+
+@pytest.mark.slow
+class TestMorePrograms(TestPrograms):
+    settings = settings(max_examples=50, stateful_step_count=20, deadline=None)

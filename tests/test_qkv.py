@@ -123,6 +123,7 @@ def test_each_row_of_a_mixed_batch_is_pefts_row(pair):
         assert_close(mixed[row], peft_logits(wrapped, spec)[row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_rounds_no_more_than_peft(family, dtype, tmp_path):
     model = make(family, dtype)
@@ -197,6 +198,7 @@ def test_under_torch_compile_switching_compiles_nothing(pair):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_vectors_and_the_model(family, tmp_path):
     model = make(family)
     wrapped = with_peft(model, family)
@@ -213,6 +215,7 @@ def test_gradients_reach_the_vectors_and_the_model(family, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_attention_is_the_one_of_the_models_config(family, implementation, tmp_path):
     """With dropout, in training: the same random numbers."""
@@ -271,6 +274,7 @@ def test_a_projection_may_be_of_any_class(family, tmp_path):
     assert_close(logits(fused.model, IDS), logits(expected.model, IDS))
 
 
+@pytest.mark.slow
 def test_a_projection_may_wear_an_input_vector_too(family):
     model = make(family)
     runtime = ia3rt.patch(model, backend="triton")
