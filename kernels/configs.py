@@ -270,7 +270,8 @@ def linear_quantised_config(
         config = LinearConfig(block_m, 64, 16 if rows > 16 else 32, 8, num_warps, num_stages=2, piece=64)
     elif rows <= 64:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        config = LinearConfig(block_m, 64, 128 if rows <= 32 else 64, 1, num_warps=4, num_stages=stages, piece=64)
+        block_k = 128 if rows <= 32 and not kind.startswith("gptq") else 64  # its words take registers to unpack
+        config = LinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=stages, piece=64)
     else:
         config = LinearConfig(128, 128, 64, 8, 8, stages, piece=16 if per_row else 64)
     if group_size >= 16:

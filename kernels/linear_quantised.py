@@ -1,0 +1,199 @@
+"""y = s_out ∘ (W_q (s_in ∘ x) + b): a linear layer whose weight is kept quantised, and stays so.
+
+The weight is dequantised in registers; it is never written anywhere in another dtype. With q the stored values, g the
+size of a group of neighbours along K:
+
+    int8     W[n, k] = q[n, k] scale[n]                              q int8 [N, K]
+    fp8      W[n, k] = q[n, k] scale[n]                              q e4m3fn [N, K]
+    int4     W[n, k] = q[n, k] scale[k / g, n] + zero[k / g, n]      q -8…7, the lower nibble first, int8 [N, K/2]
+    gptq     W[n, k] = scale[h, n] (q[n, k] - z[h, n] - 1)           q 0…15, int32 [K/8, N], z int32 [K/g, N/8], the
+                                                                     lowest nibble first; h = g_idx[k], or k / g
+    gptq_v2  the same without the - 1
+
+The first three are torchao's plain layouts, the others GPTQ's, as AutoGPTQ and GPTQModel store it (Frantar et al.
+2022). A scale that belongs to a channel multiplies the fp32 sum, as s_out does, so that an output vector costs no
+rounding of the weight. A group's is applied to the tile of W, which is rounded to the dtype of x, for the tensor cores.
+
+s_in has a pass of its own before. Up to 64 rows, programs share the sum of a tile, as in linear.py.
+"""
+# Triton's decorator and its tensor language carry no types that mypy could check.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ia3rt.kernels.configs import arch_of, linear_quantised_config, processors_of
+from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
+from ia3rt.kernels.linear_sum import add_partials
+from ia3rt.kernels.linear_tile import Layer, finish, tile_of
+from ia3rt.kernels.scale import load_slots, mix_size, scale
+from ia3rt.kernels.tuned import LinearConfig
+
+
+@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+def linear_quantised_kernel(
+    x_ptr,  # [M, K], columns contiguous
+    weight_ptr,
+    scales_ptr,
+    zeros_ptr,  # or None
+    groups_ptr,  # or None
+    bias_ptr,  # [N] or None
+    l_out_ptr,  # [capacity, N], columns contiguous, or None
+    y_ptr,  # [M, N], contiguous
+    partial_ptr,  # fp32 [programs along axis 1, M, N], which is written instead of y; or None
+    mixes_ptr,
+    route_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_l_out,
+    group_size,
+    mix_size,
+    rows_per_mix,
+    UNIFORM: tl.constexpr,
+    KIND: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Compute one tile of y; or, where there are several programs along axis 1, a share of its sum."""
+    row, col = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
+    slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+    begin, end = 0, K
+    if partial_ptr is not None:
+        share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        begin = tl.program_id(1) * share
+        end = min(K, begin + share)
+
+    x_rows = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
+        w = load_values(weight_ptr, k, cols, N, K, stride_w, KIND, BLOCK_K)
+        if zeros_ptr is not None:
+            w = scale_values(w, scales_ptr, zeros_ptr, groups_ptr, k, cols, N, K, group_size, KIND, ONE_GROUP, PLUS_ONE)
+        acc = tl.dot(x, w.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)
+    if zeros_ptr is None:
+        acc *= tl.load(scales_ptr + cols % N).to(tl.float32)[None, :]
+
+    if partial_ptr is not None:
+        partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]
+        tl.store(partial_ptr + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+    else:
+        finish(
+            acc,
+            row,
+            col,
+            y_ptr,
+            bias_ptr,
+            l_out_ptr,
+            stride_l_out,
+            mixes_ptr,
+            mix_size,
+            slots,
+            M,
+            N,
+            PIECE,
+            BY_DESCRIPTOR=False,
+        )
+
+
+def linear_quantised(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    groups: Tensor | None,
+    bias: Tensor | None,
+    l_in: Tensor | None,
+    l_out: Tensor | None,
+    mixes: Tensor,
+    route: Tensor,
+    kind: str,
+    group_size: int,
+    out: Tensor | None = None,
+    config: LinearConfig | None = None,
+) -> Tensor:
+    """Return s_out ∘ (W_q (s_in ∘ x) + b) in x.dtype.
+
+    Args:
+        x: [M, K], fp16, bf16 or fp32; any row stride, columns contiguous.
+        weight: q, as `kind` packs it; any row stride, columns contiguous.
+        scales: [N], or [K / group_size, N]; contiguous, any floating dtype.
+        zeros: None, or [K / group_size, N], or int32 [K / group_size, N / 8]; contiguous.
+        groups: g_idx, int32 [K], or None.
+        bias: [N], contiguous, or None.
+        l_in: [capacity, K], the input site's slice of the bank; any row stride, columns contiguous; or None.
+        l_out: [capacity, N], the same for the output site; or None.
+        mixes: int32 [slots, 2 + 2K], contiguous.
+        route: int32 [R], contiguous, M % R == 0.
+        kind: one of the above.
+        group_size: g; 0 where a scale belongs to a channel.
+        out: [M, N] of x.dtype, contiguous; made where None.
+        config: block sizes; chosen by shape and device where None.
+
+    """
+    (M, K), N = x.shape, scales.shape[-1]
+    y = x.new_empty((M, N)) if out is None else out
+    if M == 0:
+        return y
+    if l_in is not None:
+        x = scale(x, l_in, mixes, route)
+    arch, uniform = arch_of(x.device), route.numel() == 1
+    if config is None:
+        config = linear_quantised_config(
+            M, N, K, x.dtype, arch, processors_of(x.device), kind, group_size, per_row=not uniform
+        )
+    layout = kind.removesuffix("_v2")
+    if kind == "fp8":
+        weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch) else "fp8_bits"
+    splits = config.splits
+    partial = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
+    linear_quantised_kernel[(config.tiles(M, N), splits)](
+        x,
+        weight,
+        scales,
+        zeros,
+        groups,
+        bias,
+        l_out,
+        y,
+        partial,
+        mixes,
+        route,
+        M,
+        N,
+        K,
+        x.stride(0),
+        weight.stride(0),
+        0 if l_out is None else l_out.stride(0),
+        group_size,
+        mix_size(mixes),
+        M // route.numel(),
+        UNIFORM=uniform,
+        KIND=layout,
+        ONE_GROUP=group_size > 0 and groups is None and group_size % config.block_k == 0,
+        PLUS_ONE=kind == "gptq",
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        **config.build_options(),
+    )
+    if partial is not None:
+        add_partials([Layer(weight, bias, l_out, y)], partial, mixes, route)
+    return y
+
+
+def _converts_fp8(arch: str) -> bool:
+    """Return whether Triton converts e4m3fn there; elsewhere the kernel moves the bits itself."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 89
