@@ -128,7 +128,6 @@ class IA3Layer(Wearer):
             *autocast(x, weight, bias), l_in, l_out, tables.mixes, tables.route
         )
 
-
     def _fused_quantised(self, x: Tensor, weight: Quantised) -> Tensor:
         tables = self.ia3_routing.tables
         l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]

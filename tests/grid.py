@@ -1,4 +1,4 @@
-"""The dtypes and numbers of rows that the kernels' tests run over; float16 goes bfloat16's way, so it is for -m slow."""
+"""The dtypes and numbers of rows that kernels are tested with. float16 goes bfloat16's way: it is for -m slow."""
 
 import pytest
 import torch

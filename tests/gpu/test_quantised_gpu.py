@@ -13,7 +13,7 @@ KINDS = ("int8", "fp8", "int4", "gptq", "gptq_v2")
 
 
 class Layer:
-    """Any bits are a weight; what they stand for is the reference's to say, which the small tests hold to the formats."""
+    """Any bits are a weight: what they stand for, the reference says, which the small tests hold to the formats."""
 
     def __init__(self, kind: str, N: int, K: int, dtype: torch.dtype, g: int = 128, act_order: bool = False) -> None:
         self.generator = torch.Generator().manual_seed(N)
