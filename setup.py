@@ -57,6 +57,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "setuptools>=77",
+            "torchao>=0.16",
             "transformers>=5",
         ],
     },

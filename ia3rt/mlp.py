@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ia3rt import eager, ops
 from ia3rt.autocast import autocast
-from ia3rt.modules import How, Wearer, dense_weight, original_class
+from ia3rt.modules import How, Wearer, computing_tensor, dense_weight, original_class
 from ia3rt.sites import Side
 
 # What the kernel computes, by the class of the activation module; transformers' and torch's names.
@@ -197,7 +197,7 @@ class IA3MLP(Wearer):
         form, routing = self.ia3_form, self.ia3_routing
         assert form is not None
         activation = getattr(self, form.activation)
-        kind, weight = _KINDS.get(type(activation).__name__), getattr(self, form.down).weight
+        kind, weight = _KINDS.get(type(activation).__name__), computing_tensor(getattr(self, form.down))
         if routing.backend == "torch" or kind is None:
             known = "" if routing.backend == "torch" else f"; no kernel knows {type(activation).__name__}"
             return How(

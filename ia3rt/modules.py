@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +51,7 @@ class Wearer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the bank follow `model.to(device)`."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.ia3_follow(next(chain(self.parameters(), self.buffers())).device)
+        self.ia3_follow(computing_tensor(self).device)
         return result
 
     @classmethod
@@ -155,6 +154,12 @@ def quantised_weight(layer: nn.Module) -> Quantised | None:
     if original_class(type(layer)) is nn.Linear:
         return read_torchao(layer.weight)  # type: ignore[arg-type]
     return read_gptq(layer) if is_gptq(layer) else None
+
+
+def computing_tensor(module: nn.Module) -> Tensor:
+    """A parameter or buffer that says where a module computes, and in what; GPTQ's layers have buffers only."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return next((tensor for tensor in tensors if tensor.dtype.is_floating_point), tensors[0])
 
 
 def original_class(cls: type) -> type:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ia3rt import attention, ops
 from ia3rt.bank import Bank
-from ia3rt.modules import Wearer
+from ia3rt.modules import Wearer, computing_tensor
 from ia3rt.routing import Backend
 from ia3rt.runtime import Runtime
 from ia3rt.sites import ModuleNames, Site, find_sites
@@ -108,7 +108,7 @@ def _adopt(runtime: Runtime, taken: TakenOver) -> None:
 
 
 def _first_weight(model: nn.Module, sites: list[Site]) -> Tensor:
-    weights = [next(model.get_submodule(site.path).parameters()) for site in sites]
+    weights = [computing_tensor(model.get_submodule(site.path)) for site in sites]
     devices = sorted({str(weight.device) for weight in weights})
     if len(devices) > 1:
         raise ValueError(f"the model's sites lie on several devices {devices}: ia3rt needs them on one")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ia3rt import ops
-from ia3rt.modules import How, Wearer, original_class
+from ia3rt.modules import How, Wearer, computing_tensor, original_class
 from ia3rt.qkv_forms import Form, form_of, form_of_class, original_forward
 from ia3rt.sites import Side
 
@@ -68,6 +68,6 @@ class IA3QKV(Wearer):
         assert self.ia3_form is not None
         projection = getattr(self, self.ia3_form.projection)
         q, *_ = self.ia3_form.parts(self, self.ia3_routing.tables.bank[self.ia3_out or 0])
-        config = rope_config(rows, q.shape[-1], next(projection.parameters()).dtype)
+        config = rope_config(rows, q.shape[-1], computing_tensor(projection).dtype)
         words = f"{config.block_m} rows × {config.group(q.shape[-2])} heads, {config.num_warps} warps"
         return How("rope", words, "q, k and v are read and rotated here anyway: the vector costs no pass")
