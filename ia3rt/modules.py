@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from ia3rt import eager, ops
 from ia3rt.autocast import autocast
 from ia3rt.quantised import Quantised, is_gptq, read_gptq, read_torchao
-from ia3rt.sites import Side
+from ia3rt.sites import Side, module_widths
 
 if TYPE_CHECKING:
     from ia3rt.pair import Pair
@@ -106,8 +106,15 @@ class IA3Layer(Wearer):
         weight, _ = dense_weight(self)
         quantised = quantised_weight(self)
         if quantised is not None:
+            from ia3rt.kernels.linear_quantised import plan  # not before: Triton may not be installed
+
+            widths = module_widths(self)
+            assert widths is not None
+            x = computing_tensor(self).new_empty(rows, widths[0])
+            config = plan(x, widths[1], quantised.kind, quantised.group_size, self._is_uniform)
             where = "the vector is in the epilogue" if side == "out" else "x is scaled in a pass before"
-            return How("linear_quantised", quantised.kind, f"the weight is dequantised in registers; {where}")
+            why = f"{quantised.kind} is dequantised in registers; {where}"
+            return How("linear_quantised", config.in_words(), why)
         if weight is None:
             return How("multiplication", "", "the module runs as it is: no kernel reads a weight of its kind")
         if ops.backend(weight) == "torch":
@@ -116,8 +123,12 @@ class IA3Layer(Wearer):
 
         x, size = weight.new_empty(rows, weight.shape[1]), (self.ia3_routing.tables.mixes.shape[1] - 2) // 2
         paired = side == "out" and self.ia3_pair is not None and self.ia3_pair.in_order
-        config, why = explain(x, weight, side, size, self.ia3_routing.route.index is None, 1 + paired)
+        config, why = explain(x, weight, side, size, self._is_uniform, 1 + paired)
         return How("linear_pair" if paired else "linear", config, why)
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self.ia3_routing.route.index is None
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tables = self.ia3_routing.tables

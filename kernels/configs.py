@@ -248,6 +248,7 @@ def attention_gradient_configs(
     )
 
 
+@functools.lru_cache(4096)
 def linear_quantised_config(
     rows: int,
     N: int,

@@ -151,14 +151,11 @@ def linear_quantised(
         return y
     if l_in is not None:
         x = scale(x, l_in, mixes, route)
-    arch, uniform = arch_of(x.device), route.numel() == 1
-    if config is None:
-        config = linear_quantised_config(
-            M, N, K, x.dtype, arch, processors_of(x.device), kind, group_size, per_row=not uniform
-        )
+    uniform = route.numel() == 1
+    config = config or plan(x, N, kind, group_size, uniform)
     layout = kind.removesuffix("_v2")
     if kind == "fp8":
-        weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch) else "fp8_bits"
+        weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(x.device)) else "fp8_bits"
     splits = config.splits
     partial = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
     linear_quantised_kernel[(config.tiles(M, N), splits)](
@@ -192,6 +189,22 @@ def linear_quantised(
     if partial is not None:
         add_partials([Layer(weight, bias, l_out, y)], partial, mixes, route)
     return y
+
+
+def plan(x: Tensor, N: int, kind: str, group_size: int, uniform: bool) -> LinearConfig:
+    """Return the config of a launch for x [M, K] and y [M, N]; `uniform` says that all rows wear one mix."""
+    config: LinearConfig = linear_quantised_config(
+        x.shape[0],
+        N,
+        x.shape[1],
+        x.dtype,
+        arch_of(x.device),
+        processors_of(x.device),
+        kind,
+        group_size,
+        per_row=not uniform,
+    )
+    return config
 
 
 def _converts_fp8(arch: str) -> bool:

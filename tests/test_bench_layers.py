@@ -1,10 +1,13 @@
 """The registry of a layer's operations, its roofline, and what times them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from ia3rt.bench import markdown
+from ia3rt.bench.document import roofline_table
 from ia3rt.bench.layer_times import predicted, time_layers
 from ia3rt.bench.layers import attention
 from ia3rt.bench.layers.case import BY_ROW, FUSED, PEFT, SEPARATE, UNADAPTED
@@ -64,3 +67,17 @@ def test_times_are_ratios_to_the_unadapted_layer():
         assert (time.case, time.rows, time.mode) == (case.name, 2, "eager")
         assert 0 < time.p20 <= time.p50 <= time.p80
         assert math.isclose(time.ratio, time.p50 / base.p50)
+
+
+def test_the_documented_roofline_is_that_of_the_cases():
+    documented = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text("utf-8")
+    assert roofline_table() in documented, "run python -m ia3rt.bench document"
+
+
+def test_a_table_needs_its_place(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text("a\n<!-- sizes -->\nold\n<!-- end of sizes -->\nb\n")
+    markdown.replace(file, "sizes", markdown.table(["x", "y"], [[1, 2]]))
+    assert file.read_text() == "a\n<!-- sizes -->\n| x | y |\n| --- | ---: |\n| 1 | 2 |\n<!-- end of sizes -->\nb\n"
+    with pytest.raises(ValueError, match="no place for times"):
+        markdown.replace(file, "times", "")

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ia3rt.bench.compiled.build import PLAIN, all_cases
+from ia3rt.bench.document import compiled_table
 
 SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # sm_80: as sm_86 has
 MAX_REGISTERS = 240
@@ -46,6 +48,13 @@ def test_each_launch_is_what_its_case_says(built) -> None:
             assert facts["registers"] <= case.max_registers, message
             assert facts["HGMMA"] > 0 or not (case.wgmma or case.hgmma), message
             assert facts["wide_loads"] >= case.wide_loads, message
+
+
+def test_the_documented_table_is_what_was_built(built) -> None:
+    arch, kernels = built
+    if arch == "sm_90":
+        documented = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text("utf-8")
+        assert compiled_table(kernels) in documented, "run python -m ia3rt.bench document"
 
 
 def test_a_scale_leaves_the_main_loop_of_wgmma_as_it_is(built) -> None:
