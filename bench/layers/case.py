@@ -69,12 +69,11 @@ def vectors_bytes(width: int, rows: int, by_row: bool) -> float:
     return 4.0 * width * (min(rows, SLOTS) if by_row else 1)
 
 
-def peft_layers(layers: Any, feedforward: list[str]) -> Any:
-    """Return a module whose linear children wear an IA³ adapter of PEFT's."""
+def peft_layers(layers: Any, targets: list[str], feedforward: list[str]) -> Any:
+    """Return a module whose linear children of these names wear an IA³ adapter of PEFT's."""
     import peft
 
-    names = [name for name, child in layers.named_modules() if isinstance(child, torch.nn.Linear)]
-    config = peft.IA3Config(target_modules=names, feedforward_modules=feedforward)
+    config = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
     wrapped = peft.inject_adapter_in_model(config, layers)
     for name, parameter in wrapped.named_parameters():
         if "ia3_l" in name:

@@ -61,7 +61,7 @@ def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> 
     layers = [_Projections(shape, inputs) for _ in range(copies)]
     x, l_k, l_v = inputs.randn(rows, shape.hidden), inputs.site(shape.kv_width), inputs.site(shape.kv_width)
     routings = {count: inputs.routing(count) for count in (1, rows)}
-    adapted = [peft_layers(_Projections(shape, inputs), []) for _ in range(copies)]
+    adapted = [peft_layers(_Projections(shape, inputs), ["k_proj", "v_proj"], []) for _ in range(copies)]
     compiled = torch.compile(lambda layer, x: layer(x), dynamic=False)
 
     def fused(turn: int, count: int) -> object:
