@@ -64,6 +64,9 @@ CASES: dict[str, Case] = {
     "decode, input site, 16 rows": Case(partial(_linear, 16, 16, N=8192, longest=2, side="in")),
     "decode, input site, 32 rows": Case(partial(_linear, 32, 32, longest=1, side="in")),
     "decode, input site, fp32": Case(partial(_linear, 16, 16, longest=2, dtype=torch.float32, side="in"), matrix=False),
+    "prefill, SmolLM2's k and v": Case(partial(_linear, 4096, 4, N=192, K=576, pair=True), wgmma=True),
+    "decode, SmolLM2's k and v": Case(partial(_linear, 16, 16, N=192, K=576, pair=True)),
+    "prefill, SmolLM2's down_proj": Case(partial(_linear, 4096, 1, N=576, K=1536), wgmma=True),
     "scale, uniform": Case(partial(_scale, 1), matrix=False),
     "scale, one mix a row": Case(partial(_scale, 4096), matrix=False),
 }
