@@ -22,6 +22,7 @@ class ComposedMixes:
     def __init__(self) -> None:
         self.scales: tuple[Tensor, ...] = ()
         self._buffer = torch.empty(0, 0)
+        self._rows: tuple[Tensor, ...] = ()
         self._table: Tensor | None = None
 
     @classmethod
@@ -54,14 +55,16 @@ class ComposedMixes:
         if bank.table is not self._table or count != len(self._buffer):
             self._table = bank.table
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
+            self._rows = self._buffer.unbind()
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
             self.scales = torch.split(shaped, bank.widths, dim=-1)
-        composed = self._buffer
-        if rows is not None:
+        if rows is None:
+            for out, mix in zip(self._rows, mixes, strict=True):
+                compose_into(out, bank.table, mix)
+        else:
             composed = self._buffer.new_empty(len(mixes), bank.total_width)
-        for out, mix in zip(composed, mixes, strict=True):
-            compose_into(out, bank.table, mix)
-        if rows is not None:
+            for out, mix in zip(composed, mixes, strict=True):
+                compose_into(out, bank.table, mix)
             torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Mix:
         if spec is None:
             return BASE
         if isinstance(spec, str):
-            return cls((spec,))
+            return _single(spec)
         if isinstance(spec, Mapping):
             return cls(tuple(spec), tuple(spec.values()), "linear")
         if isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
@@ -102,6 +103,12 @@ class Mix:
         return "1 + " + " + ".join(
             f"{weight:g} ({name} - 1)" for name, weight in zip(self.adapters, self.weights, strict=True)
         )
+
+
+@functools.lru_cache(1024)
+def _single(name: str) -> Mix:
+    # Checking a mix takes a tenth of switching to it, and most switches are to one of a few adapters.
+    return Mix((name,))
 
 
 MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, float] | None"
