@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn import functional as F
 
 from ia3rt import eager, ops
 from ia3rt.autocast import autocast
@@ -72,26 +73,40 @@ class IA3Layer(Wearer):
     """
 
     ia3_pair: Pair | None = None
+    _is_linear: ClassVar[bool]
+
+    def __init_subclass__(cls) -> None:
+        """Looks at the original class once, when the drop-in class is made."""
+        super().__init_subclass__()
+        cls._is_linear = original_class(cls) is nn.Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """s_out ∘ layer(s_in ∘ x); the layer's bias is scaled too (Liu et al. 2022)."""
         routing = self.ia3_routing
-        if self.ia3_in is None and self.ia3_out is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if routing.backend == "triton":
-            weight, bias = dense_weight(self)
-            if weight is not None:
-                y = None if self.ia3_pair is None else self.ia3_pair.forward(self, x)
-                return self._fused(x, weight, bias) if y is None else y
-            quantised = quantised_weight(self)
-            if quantised is not None:
-                return self._fused_quantised(x, quantised)
+            fused = self._by_kernel(x)
+            if fused is not None:
+                return fused
         if self.ia3_in is not None:
             x = eager.scale_input(x, routing.composed.scales[self.ia3_in], routing.tokens)
-        y = super().forward(x, *args, **kwargs)
+        parameters = self._parameters
+        weight = parameters.get("weight") if self._is_linear else None
+        # What nn.Linear does, but for the ways that nn.Module goes to find its weight: they cost more than the scale.
+        y = super().forward(x, *args, **kwargs) if weight is None else F.linear(x, weight, parameters["bias"])
         if self.ia3_out is not None:
             eager.scale_output_(y, routing.composed.scales[self.ia3_out], routing.tokens)
-        return y  # type: ignore[no-any-return]
+        return y
+
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        """The result by the Triton backend; None where no kernel fits, or nothing is scaled."""
+        if self.ia3_in is None and self.ia3_out is None:
+            return None
+        weight, bias = dense_weight(self)
+        if weight is not None:
+            y = None if self.ia3_pair is None else self.ia3_pair.forward(self, x)
+            return self._fused(x, weight, bias) if y is None else y
+        quantised = quantised_weight(self)
+        return None if quantised is None else self._fused_quantised(x, quantised)
 
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:
@@ -131,21 +146,20 @@ class IA3Layer(Wearer):
         return self.ia3_routing.route.index is None
 
     def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        tables = self.ia3_routing.tables
-        l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]
-        l_out = None if self.ia3_out is None else tables.bank[self.ia3_out]
-        return ops.linear(  # type: ignore[no-any-return]
-            *autocast(x, weight, bias), l_in, l_out, tables.mixes, tables.route
-        )
+        return ops.linear(*autocast(x, weight, bias), *self._worn())  # type: ignore[no-any-return]
 
     def _fused_quantised(self, x: Tensor, weight: Quantised) -> Tensor:
+        stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]
+        return ops.linear_quantised(  # type: ignore[no-any-return]
+            x, *stored, bias, *self._worn(), weight.kind, weight.group_size
+        )
+
+    def _worn(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """What the kernels read of the bank for input and output, the mixes, and the route."""
         tables = self.ia3_routing.tables
         l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]
         l_out = None if self.ia3_out is None else tables.bank[self.ia3_out]
-        stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]
-        return ops.linear_quantised(  # type: ignore[no-any-return]
-            x, *stored, bias, l_in, l_out, tables.mixes, tables.route, weight.kind, weight.group_size
-        )
+        return l_in, l_out, tables.mixes, tables.route
 
 
 def dense_weight(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ia3rt import mlp, qkv_forms
+from ia3rt import mlp_forms, qkv_forms
 from ia3rt.mlp import IA3MLP
 from ia3rt.modules import IA3Layer, Wearer
 from ia3rt.qkv import IA3QKV
@@ -26,7 +26,7 @@ def wearer_of(modules: Mapping[str, nn.Module], site: Site, backend: Backend) ->
     if "forward" in vars(around) and "_old_forward" not in vars(around):
         return layer, IA3Layer
     if site.side == "in":
-        form = mlp.form_of(around)
+        form = mlp_forms.form_of(around)
         return (around, IA3MLP) if form is not None and form.down == name else (layer, IA3Layer)
     attention = qkv_forms.form_of(around) if backend == "triton" else None
     return (around, IA3QKV) if attention is not None and attention.projection == name else (layer, IA3Layer)

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import ia3rt
-from ia3rt.mlp import FORMS, IA3MLP, form_of
+from ia3rt.mlp import IA3MLP
+from ia3rt.mlp_forms import FORMS, form_of
 from ia3rt.modules import IA3Layer
 
 IDS = token_ids()
