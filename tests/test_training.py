@@ -13,6 +13,12 @@ import ia3rt
 BACKENDS = ["torch", "triton"]
 
 
+def assert_same_gradient(given, expected):
+    """To a share of the gradient's own size, as that can be small."""
+    assert expected.norm() > 0
+    assert (given - expected).norm() <= 1e-5 * expected.norm()
+
+
 def batches(count: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(1, VOCABULARY, (3, 9), generator=generator) for _ in range(count)]
@@ -211,7 +217,7 @@ def test_two_forwards_before_a_backward(backend):
         model(ids)
     (first + loss(["b", "b"])).backward()
     for parameter, one, other in zip(parameters, *separate, strict=True):
-        assert torch.allclose(parameter.grad, one + other, atol=1e-6)
+        assert_same_gradient(parameter.grad, one + other)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -239,7 +245,7 @@ def test_a_training_step_compiles_to_one_graph():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(ids, labels=ids).loss.backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
-        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+        assert_same_gradient(parameter.grad, gradient)
 
 
 def test_the_trainer_trains_it(tmp_path):
