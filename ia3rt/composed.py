@@ -58,13 +58,10 @@ class ComposedMixes:
             self._rows = self._buffer.unbind()
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
             self.scales = torch.split(shaped, bank.widths, dim=-1)
-        if rows is None:
-            for out, mix in zip(self._rows, mixes, strict=True):
-                compose_into(out, bank.table, mix)
-        else:
-            composed = self._buffer.new_empty(len(mixes), bank.total_width)
-            for out, mix in zip(composed, mixes, strict=True):
-                compose_into(out, bank.table, mix)
+        composed = self._buffer if rows is None else self._buffer.new_empty(len(mixes), bank.total_width)
+        for out, mix in zip(self._rows if rows is None else composed, mixes, strict=True):
+            compose_into(out, bank.table, mix)
+        if rows is not None:
             torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
 
 

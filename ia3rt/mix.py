@@ -105,11 +105,11 @@ class Mix:
         )
 
 
+MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, float] | None"
+BASE = Mix(())
+
+
 @functools.lru_cache(1024)
 def _single(name: str) -> Mix:
     # Checking a mix takes a tenth of switching to it, and most switches are to one of a few adapters.
     return Mix((name,))
-
-
-MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, float] | None"
-BASE = Mix(())
