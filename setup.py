@@ -25,6 +25,8 @@ setup(
         "ia3rt.demo",
         "ia3rt.ops",
         "ia3rt.reference",
+        "ia3rt.serving",
+        "ia3rt.serving.vllm",
         "ia3rt.kernels",
         "ia3rt.bench",
         "ia3rt.bench.compiled",
@@ -60,6 +62,10 @@ setup(
             "torchao>=0.16",
             "transformers>=5",
         ],
+        "vllm": ["vllm>=0.32,<0.33"],
     },
-    entry_points={"console_scripts": ["ia3rt=ia3rt.cli:app"]},
+    entry_points={
+        "console_scripts": ["ia3rt=ia3rt.cli:app"],
+        "vllm.general_plugins": ["ia3rt = ia3rt.serving.vllm:register"],
+    },
 )

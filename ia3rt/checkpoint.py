@@ -55,11 +55,35 @@ def read_checkpoint(
         FileNotFoundError: there is no adapter_config.json, or no weights beside it.
         ValueError: the adapter is of another PEFT type, or its files are damaged or hold something else.
     """
-    folder = Path(path_or_hub_id) / (subfolder or "")
-    if not Path(path_or_hub_id).is_dir():
-        folder = _download(str(path_or_hub_id), revision, subfolder, token)
+    folder = local_folder(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
     config = _read_config(folder / CONFIG_NAME)
     return Checkpoint(_read_vectors(folder, config), config)
+
+
+def local_folder(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The folder that holds an adapter's files, downloaded where it is no folder here; arguments as `read_checkpoint`.
+
+    Raises:
+        FileNotFoundError: it is neither a folder nor a repository that the Hub gave.
+    """
+    if Path(path_or_hub_id).is_dir():
+        return Path(path_or_hub_id) / (subfolder or "")
+    return _download(str(path_or_hub_id), revision, subfolder, token)
+
+
+def is_ia3(folder: Path) -> bool:
+    """Whether a folder's adapter_config.json says that it holds an IA³ adapter."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == "IA3"
 
 
 def write_checkpoint(

@@ -1,0 +1,1 @@
+"""ia3rt inside inference engines. Importing this package imports no engine."""

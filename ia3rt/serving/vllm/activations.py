@@ -1,0 +1,79 @@
+"""MLPs whose second layer's input is scaled where the activation forms it, known by what their forward compiles to."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ia3rt.serving.vllm.layers import IA3RowParallelLinear
+from ia3rt.serving.vllm.slots import activation_slots, scale_slots_
+
+KINDS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
+"""What the kernel computes, by the class of vLLM's activation."""
+
+
+def _llama(self, x):  # type: ignore[no-untyped-def]
+    x, _ = self.gate_up_proj(x)
+    x = maybe_fused_act_quant(self.act_fn, x, self.down_proj)  # type: ignore[name-defined]  # noqa: F821
+    x, _ = self.down_proj(x)
+    return x
+
+
+def _qwen(self, x):  # type: ignore[no-untyped-def]
+    gate_up, _ = self.gate_up_proj(x)
+    x = self.act_fn(gate_up)
+    x, _ = self.down_proj(x)
+    return x
+
+
+_FORMS = (_llama, _qwen)
+
+
+class ScaledActivation(nn.Module):
+    """vLLM's activation with the vector of the layer behind it.
+
+    Args:
+        activation: SiluAndMul, say.
+        down: the layer behind it.
+        kind: what the activation computes, as kernels/activation.py calls it.
+    """
+
+    def __init__(self, activation: nn.Module, down: IA3RowParallelLinear, kind: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.kind = kind
+        self._down = [down]  # in a list: the model has the layer already
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes act(gate) ∘ up ∘ l.
+
+        Args:
+            x: [..., 2 width], gate before up.
+        """
+        down = self._down[0]
+        slots, table = down.ia3_slots, down.ia3_tables.get("in")
+        if slots is None or table is None:
+            plain: Tensor = self.activation(x)
+            return plain
+        if x.is_cuda:
+            fused: Tensor = activation_slots(x, table, slots.index, slots.state, slots.mixes, self.kind)
+            return fused
+        y: Tensor = self.activation(x)
+        scale_slots_(y, 0, table, slots.index, slots.state, slots.mixes)
+        return y
+
+
+def scale_in_activations(model: nn.Module) -> None:
+    """Moves input vectors into the activations before their layers, where the MLP's forward is known."""
+    for mlp in list(model.modules()):
+        down, activation = getattr(mlp, "down_proj", None), getattr(mlp, "act_fn", None)
+        kind = KINDS.get(type(activation).__name__)
+        exact = getattr(activation, "approximate", "none") == "none"
+        if isinstance(down, IA3RowParallelLinear) and kind is not None and exact and _is_known(type(mlp)):
+            mlp.act_fn = ScaledActivation(activation, down, kind)  # type: ignore[arg-type]
+            down.ia3_input_scaled = True
+
+
+def _is_known(mlp: type) -> bool:
+    code = getattr(mlp.forward, "__code__", None)  # type: ignore[attr-defined]
+    known = [(form.__code__.co_code, form.__code__.co_names) for form in _FORMS]
+    return code is not None and (code.co_code, code.co_names) in known

@@ -1,0 +1,171 @@
+"""What vLLM's OpenAI server does about IA³ adapters and mixes: loading, listing, and finding what a request means.
+
+Each function stands for a method of vLLM's, which `install` puts it in front of; what concerns no IA³ adapter goes on
+to that method.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.request import LoRARequest
+from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
+
+from ia3rt.checkpoint import is_ia3
+from ia3rt.serving.vllm import metrics
+from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
+from ia3rt.serving.vllm.names import MixNameError, parse, spelled
+from ia3rt.serving.vllm.requests import adapter_request, is_stored, mix_request, public_name, store_root
+from ia3rt.serving.vllm.store import store
+
+
+class UnknownAdapterError(ValueError):
+    """A mix of an adapter that is not loaded."""
+
+
+def install() -> None:
+    """Puts the functions of this file in front of vLLM's methods."""
+    for owner, name, made in (
+        (OpenAIServingModels, "load_lora_adapter", _load_lora_adapter),
+        (OpenAIServingModels, "show_available_models", _show_available_models),
+        (OpenAIServingModels, "model_name", _model_name),
+        (BaseServing, "_check_model", _check_model),
+        (BaseServing, "_maybe_get_adapters", _maybe_get_adapters),
+        (FilesystemResolver, "_get_lora_req_from_path", _get_lora_req_from_path),
+    ):
+        setattr(owner, name, made(getattr(owner, name)))
+
+
+def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
+    """The request for the mix that `name` means, or None where it means something else.
+
+    Args:
+        models: vLLM's OpenAIServingModels, which knows the loaded adapters.
+        name: a request's `model`.
+
+    Raises:
+        MixNameError: it begins as a mix and goes on as none, or an adapter in it is a LoRA.
+        UnknownAdapterError: an adapter in it is not loaded.
+    """
+    loaded: dict[str, LoRARequest] = models.lora_requests
+    if not name or name in loaded or models.is_base_model(name):
+        return None
+    mix = parse(name)
+    if mix is None:
+        return None
+    for adapter in mix.adapters:
+        if adapter not in loaded:
+            raise UnknownAdapterError(f"The mix `{name}` needs adapter `{adapter}`, which is not loaded.")
+        if not is_stored(loaded[adapter]):
+            raise MixNameError(f"The mix `{name}` has adapter `{adapter}`, which is a LoRA: only IA³ adapters mix.")
+    return mix_request(mix, {adapter: loaded[adapter].lora_path for adapter in mix.adapters})
+
+
+def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        """POST /v1/load_lora_adapter and --lora-modules."""
+        if not request.lora_path or not await asyncio.to_thread(_holds_ia3, request.lora_path):
+            return await original(self, request, base_model_name)
+        name = request.lora_name
+        async with self.lora_resolver_lock[name]:
+            refused = await self._check_load_lora_adapter_request(request)
+            if refused is not None:
+                return refused
+            try:
+                folder = await asyncio.to_thread(store, request.lora_path, store_root())
+                first = self.__dict__.setdefault("ia3rt_first", {}).setdefault(name, folder)
+                made = adapter_request(name, folder, is_first=first == folder)
+                if base_model_name is not None and self.is_base_model(base_model_name):
+                    made.base_model_name = base_model_name
+                await self.engine_client.add_lora(made)
+            except Exception as error:  # of any kind: the worker's come as vLLM wraps them
+                metrics.REFUSED.inc()
+                return create_error_response(_sentence(error), "BadRequestError", HTTPStatus.BAD_REQUEST)
+            self.lora_requests[name] = made
+        metrics.watch(self.engine_client)
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    return load_lora_adapter
+
+
+def _show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def show_available_models(self: Any) -> Any:
+        """GET /v1/models."""
+        shown = await original(self)
+        for card in shown.data:
+            card.id = public_name(card.id)
+        return shown
+
+    return show_available_models
+
+
+def _model_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    def model_name(self: Any, lora_request: LoRARequest | None = None) -> str:
+        """The name that an answer gives as its model."""
+        return public_name(original(self, lora_request))
+
+    return model_name
+
+
+def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def check_model(self: Any, request: Any) -> Any:
+        """None where what the request names is served, or an error; a body's mix becomes the name of its model."""
+        try:
+            body = (getattr(request, "model_extra", None) or {}).get(FIELD)
+            if body is not None:
+                if not self._is_model_supported(request.model):
+                    raise MixNameError(f"With {FIELD}, model must be the base model, not `{request.model}`.")
+                request.model = spelled(read_merged_adapters(body))
+            if requested_mix(self.models, request.model) is not None:
+                return None
+        except UnknownAdapterError as error:
+            return self.create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
+        except MixNameError as error:
+            return self.create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST, "model")
+        return await original(self, request)
+
+    return check_model
+
+
+def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    def maybe_get_adapters(self: Any, request: Any, supports_default_mm_loras: bool = False) -> LoRARequest | None:
+        """What the engine is told about the request's adapter."""
+        made = requested_mix(self.models, request.model)
+        if made is None:
+            made = original(self, request, supports_default_mm_loras)
+        metrics.count(made)
+        return made
+
+    return maybe_get_adapters
+
+
+def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def get_lora_req_from_path(
+        self: Any, lora_name: str, lora_path: str, base_model_name: str
+    ) -> LoRARequest | None:
+        """What vLLM's resolvers, of a folder or the Hub, found under a name."""
+        found: LoRARequest | None = await original(self, lora_name, lora_path, base_model_name)
+        if found is None and is_ia3(Path(lora_path)):
+            folder = await asyncio.to_thread(store, lora_path, store_root())
+            found = adapter_request(lora_name, folder, is_first=False)
+        return found
+
+    return get_lora_req_from_path
+
+
+def _holds_ia3(path: str) -> bool:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return is_ia3(Path(get_adapter_absolute_path(path)))
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, without the traceback that vLLM appends to a worker's error."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,187 @@
+"""vLLM's linear layers with LoRA, which can wear an IA³ vector as well, in the same batch.
+
+A slot holds a LoRA or an IA³ mix. Tokens with a LoRA are multiplied by ones here, and tokens with a mix get nothing
+from LoRA's part, so that neither disturbs the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from vllm.lora.layers import (
+    ColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+from ia3rt.serving.vllm.slots import TokenSlots, scale_slots_, scaled_slots
+
+Side: TypeAlias = Literal["in", "out"]
+
+
+class IA3Layer(BaseLinearLayerWithLoRA):
+    """What a layer needs to wear IA³ vectors; the classes below mix it into vLLM's.
+
+    Attributes:
+        ia3_tables: by side, float32 [slots + 1, width of this rank's share]; a side that nothing uses has none, and
+            costs nothing.
+        ia3_slots: which slot each token wears; None until the manager sets it.
+        ia3_input_scaled: whether the activation before this layer has applied the input's vector already.
+    """
+
+    ia3_tables: dict[Side, Tensor]
+    ia3_slots: TokenSlots | None = None
+    ia3_input_scaled = False
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        """Makes LoRA's buffers, and no table yet."""
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        self.ia3_tables = {}
+        self.ia3_capacity = max_loras
+
+    def ia3_widths(self, side: Side) -> tuple[int, ...]:
+        """The lengths of the vectors that a checkpoint may have here, one for each layer that is packed into this one.
+
+        Empty where the layer can wear none on that side: packed layers share their input.
+        """
+        if side == "out":
+            return self._output_widths()
+        return (self.base_layer.input_size,) if self.n_slices == 1 else ()
+
+    def _output_widths(self) -> tuple[int, ...]:
+        return (self.base_layer.output_size,)
+
+    def ia3_table(self, side: Side) -> Tensor:
+        """The table of a side, made where it is missing."""
+        if side not in self.ia3_tables:
+            width = self.input_size if side == "in" else sum(self._shares())
+            self.ia3_tables[side] = torch.ones(self.ia3_capacity + 1, width, device=self.device)
+        return self.ia3_tables[side]
+
+    def set_ia3(self, slot: int, vectors: dict[Side, list[Tensor | None]]) -> None:
+        """Fills a slot.
+
+        Args:
+            slot: the row.
+            vectors: by side, a whole vector or None for each of `ia3_widths`; this rank takes its share.
+        """
+        for side in vectors:
+            self.ia3_table(side)
+        for side, table in self.ia3_tables.items():
+            table[slot] = 1.0
+            if side not in vectors:
+                continue
+            if side == "in":
+                (vector,) = vectors["in"]
+                assert vector is not None
+                table[slot].copy_(self._share("a", vector.view(1, -1)).view(-1))
+                continue
+            start = 0
+            for share, vector in zip(self._shares(), self._output_shares(vectors["out"]), strict=True):
+                if vector is not None:
+                    table[slot, start : start + share].copy_(vector.view(-1))
+                start += share
+
+    def _share(self, matrix: Literal["a", "b"], vector: Tensor) -> Tensor:
+        # vLLM's own slicing for tensor parallelism: an input vector is cut as LoRA's A is, an output vector as B.
+        if self.tp_size == 1:
+            return vector
+        cut: Tensor = (self.slice_lora_a if matrix == "a" else self.slice_lora_b)(vector)
+        return cut
+
+    def _shares(self) -> tuple[int, ...]:
+        """The widths of this rank's shares of the output."""
+        return tuple(self.output_slices)
+
+    def _output_shares(self, vectors: list[Tensor | None]) -> list[Tensor | None]:
+        (vector,) = vectors
+        assert vector is not None
+        return [self._share("b", vector.view(-1, 1))]
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's product with what the tokens wear.
+
+        Args:
+            x: [tokens, in] or [1, tokens, in].
+            bias: [out], inside the scale.
+        """
+        slots, tables = self.ia3_slots, self.ia3_tables
+        if slots is None or not tables:
+            plain: Tensor = super().apply(x, bias)
+            return plain
+        if "in" in tables and not self.ia3_input_scaled and (torch.compiler.is_compiling() or slots.state[0]):
+            x = scaled_slots(x, tables["in"], slots.index, slots.state, slots.mixes)
+        output: Tensor = super().apply(x, bias)
+        if "out" in tables:
+            scale_slots_(output, 0, tables["out"], slots.index, slots.state, slots.mixes)
+        return output
+
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+        if self.ia3_slots is not None and not self.ia3_slots.lora and not torch.compiler.is_compiling():
+            return output
+        added: Tensor = super()._apply_lora_to_output(x, output)
+        return added
+
+
+class _PackedIA3Layer(IA3Layer):
+    """A layer that stands for several of the checkpoint's, such as qkv_proj for q_proj, k_proj and v_proj."""
+
+    def _output_shares(self, vectors: list[Tensor | None]) -> list[Tensor | None]:
+        columns = [None if vector is None else vector.view(-1, 1) for vector in vectors]
+        if self.tp_size == 1:
+            return columns
+        shares: list[Tensor | None] = self.slice_lora_b(columns)
+        return shares
+
+    def _output_widths(self) -> tuple[int, ...]:
+        return tuple(self.output_sizes)
+
+
+class IA3ColumnParallelLinear(IA3Layer, ColumnParallelLinearWithLoRA):
+    """ColumnParallelLinear, or a MergedColumnParallelLinear that the checkpoint holds as one layer."""
+
+
+class IA3QKVParallelLinear(IA3Layer, QKVParallelLinearWithLoRA):
+    """QKVParallelLinear that the checkpoint holds as one layer."""
+
+    def _output_widths(self) -> tuple[int, ...]:
+        return (self.q_proj_total_size + 2 * self.kv_proj_total_size,)
+
+
+class IA3MergedColumnParallelLinear(_PackedIA3Layer, MergedColumnParallelLinearWithLoRA):
+    """MergedColumnParallelLinear, such as gate_up_proj."""
+
+
+class IA3MergedQKVParallelLinear(_PackedIA3Layer, MergedQKVParallelLinearWithLoRA):
+    """QKVParallelLinear of q_proj, k_proj and v_proj."""
+
+    def _output_widths(self) -> tuple[int, ...]:
+        # Not output_sizes: those count a key head as often as ranks share it.
+        base = self.base_layer
+        key = base.total_num_kv_heads * base.head_size
+        return (base.total_num_heads * base.head_size, key, key)
+
+
+class IA3RowParallelLinear(IA3Layer, RowParallelLinearWithLoRA):
+    """RowParallelLinear, such as down_proj."""
+
+
+class IA3ReplicatedLinear(IA3Layer, ReplicatedLinearWithLoRA):
+    """ReplicatedLinear."""
+
+
+CLASSES: dict[type, type] = {
+    ColumnParallelLinearWithLoRA: IA3ColumnParallelLinear,
+    MergedColumnParallelLinearWithLoRA: IA3MergedColumnParallelLinear,
+    QKVParallelLinearWithLoRA: IA3QKVParallelLinear,
+    MergedQKVParallelLinearWithLoRA: IA3MergedQKVParallelLinear,
+    RowParallelLinearWithLoRA: IA3RowParallelLinear,
+    ReplicatedLinearWithLoRA: IA3ReplicatedLinear,
+}
+"""Our class for each of vLLM's."""

@@ -1,0 +1,69 @@
+"""What Prometheus is told, in vLLM's own /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.lora.request import LoRARequest
+from vllm.v1.worker.worker_base import WorkerBase
+
+from ia3rt.serving.vllm.requests import kind
+
+SECONDS = 5.0
+"""How old the workers' numbers may be while requests come in."""
+
+REQUESTS = Counter("ia3rt:requests", "Requests that wear IA³, by what they wear.", ["kind"])
+REFUSED = Counter("ia3rt:loads_refused", "IA³ adapters that could not be loaded.")
+SLOTS = Gauge("ia3rt:slots", "Slots for adapters of either kind.", multiprocess_mode="mostrecent")
+RESIDENT = Gauge("ia3rt:slots_resident", "Slots that hold an IA³ adapter or mix.", multiprocess_mode="mostrecent")
+LOADS = Counter("ia3rt:loads", "IA³ adapters and mixes that the first worker read and composed.")
+LOAD_SECONDS = Counter("ia3rt:load_seconds", "Seconds that this took.")
+EVICTIONS = Counter("ia3rt:evictions", "IA³ adapters and mixes that lost their slot to another.")
+_FROM_WORKERS = {"loads": LOADS, "load_seconds": LOAD_SECONDS, "evictions": EVICTIONS}
+
+
+def count(request: LoRARequest | None) -> None:
+    """Counts a request, where it wears IA³."""
+    worn = None if request is None else kind(request)
+    if worn is not None:
+        REQUESTS.labels(worn).inc()
+        _Watch.is_stale = True
+
+
+def watch(engine: Any) -> None:
+    """Keeps what the workers count up to date, from now on."""
+    _Watch.is_stale = True
+    if _Watch.task is None or _Watch.task.done():
+        _Watch.task = asyncio.get_running_loop().create_task(_follow(engine))
+
+
+def install() -> None:
+    """Gives vLLM's workers the method that `watch` asks them for."""
+    WorkerBase.ia3rt_counts = _counts
+
+
+class _Watch:
+    task: asyncio.Task[None] | None = None
+    is_stale = False
+
+
+def _counts(worker: Any) -> dict[str, float]:
+    """What this worker's manager has counted."""
+    manager = worker.model_runner.lora_manager
+    return {**manager.ia3_counts, **manager._adapter_manager.ia3_counts()}
+
+
+async def _follow(engine: Any) -> None:
+    last: dict[str, float] = {}
+    while True:
+        if _Watch.is_stale:
+            _Watch.is_stale = False
+            now = (await engine.collective_rpc("ia3rt_counts"))[0]
+            SLOTS.set(now["slots"])
+            RESIDENT.set(now["resident"])
+            for name, counter in _FROM_WORKERS.items():
+                counter.inc(max(0.0, now[name] - last.get(name, 0.0)))
+            last = now
+        await asyncio.sleep(SECONDS)

@@ -1,0 +1,106 @@
+"""Mixes as a request names them: `a*b`, `mix:a*0.7+b*0.3`, `delta:a*0.5`.
+
+    product  =  name "*" name { "*" name }
+    sum      =  ( "mix:" | "delta:" ) term { "+" term }
+    term     =  name [ "*" weight ]
+
+`a*b` wears both adapters at once, as PEFT does with both active; their order does not matter. `mix:` is PEFT's
+weighted sum, `delta:` the weighted sum of what the adapters change (mix.py). A weight left out is 1. A name is
+anything without `*`, `+`, `:` and white space; an adapter that has such a name is served, but not mixed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ia3rt.mix import CombinationType, Mix
+
+MOST = 64
+"""Adapters in one mix at most: a name of any length is one cheap request."""
+_PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
+_NAME = re.compile(r"[^*+:\s]+")
+
+
+class MixNameError(ValueError):
+    """A name that means to be a mix and is none."""
+
+
+def parse(name: str) -> Mix | None:
+    """The mix that a request's `model` names, or None where it names no mix but, say, an adapter.
+
+    Raises:
+        MixNameError: it begins as a mix and goes on as none.
+    """
+    for prefix, kind in _PREFIXES.items():
+        if name.startswith(prefix):
+            return _sum(name, name[len(prefix) :], kind)
+    if "*" not in name:
+        return None
+    return _made(name, [_adapter(name, part) for part in name.split("*")], None, "product")
+
+
+def canonical(mix: Mix) -> Mix:
+    """The one way to write `mix`: adapters in alphabetical order, each once where the weights of one add up."""
+    if mix.weights is None:
+        return Mix(tuple(sorted(mix.adapters)))
+    weights: dict[str, float] = {}
+    for adapter, weight in sorted(zip(mix.adapters, mix.weights, strict=True)):
+        weights[adapter] = weights.get(adapter, 0.0) + weight
+    return Mix(tuple(weights), tuple(weights.values()), mix.combination_type)
+
+
+def spelled(mix: Mix) -> str:
+    """The name of `mix`; `parse` reads it back, to the bit of each weight."""
+    if mix.weights is None:
+        return "*".join(mix.adapters)
+    prefix = next(prefix for prefix, kind in _PREFIXES.items() if kind == mix.combination_type)
+    terms = zip(mix.adapters, mix.weights, strict=True)
+    return prefix + "+".join(f"{adapter}*{weight!r}" for adapter, weight in terms)
+
+
+def check_size(name: str, adapters: int) -> None:
+    """Raises MixNameError where a mix has more adapters than MOST."""
+    if adapters > MOST:
+        raise MixNameError(f"{_short(name)!r} mixes {adapters} adapters: {MOST} is the most")
+
+
+def _sum(name: str, terms: str, kind: CombinationType) -> Mix:
+    adapters: list[str] = []
+    weights: list[float] = []
+    # The sign of an exponent, as in 1e+2, joins no terms.
+    for term in re.split(r"(?<![*.\d][eE])\+", terms):
+        adapter, star, weight = term.partition("*")
+        adapters.append(_adapter(name, adapter))
+        weights.append(_weight(name, weight) if star else 1.0)
+    return _made(name, adapters, weights, kind)
+
+
+def _made(name: str, adapters: list[str], weights: list[float] | None, kind: CombinationType) -> Mix:
+    check_size(name, len(adapters))
+    try:
+        return Mix(tuple(adapters), None if weights is None else tuple(weights), kind)
+    except ValueError as error:
+        raise MixNameError(f"{_short(name)!r} is no mix: {error}") from error
+
+
+def _adapter(name: str, part: str) -> str:
+    if not _NAME.fullmatch(part.strip()):
+        raise MixNameError(
+            f"{_short(name)!r} is no mix: {part!r} is no adapter's name. Write a*b for a product, mix:a*0.7+b*0.3 for "
+            "a weighted sum"
+        )
+    return part.strip()
+
+
+def _weight(name: str, part: str) -> float:
+    try:
+        return float(part)
+    except ValueError as error:
+        raise MixNameError(
+            f"{_short(name)!r} is no mix: the weight {part!r} is no number. Write mix:a*0.7+b*0.3; a product, a*b, has "
+            "no weights and no prefix"
+        ) from error
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "…"

@@ -1,0 +1,74 @@
+"""What a LoRARequest's path says to the workers: a folder with one adapter, or a mix of several.
+
+A request reaches the workers, which are other processes, as a name, a number and this path; and vLLM makes the path
+part of the prefix cache's key. So a mix is all there: what its folders, named by content, are, and how they combine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ia3rt.bank import Bank
+from ia3rt.checkpoint import is_ia3, read_checkpoint
+from ia3rt.composed import composed_vectors
+from ia3rt.mix import Mix
+from ia3rt.sites import Site
+
+_PREFIX = "ia3rt-mix:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a slot's numbers come from.
+
+    Attributes:
+        mix: of adapters' names.
+        folders: where each of these adapters' checkpoint is.
+    """
+
+    mix: Mix
+    folders: Mapping[str, str]
+
+    def path(self) -> str:
+        """The path of a LoRARequest that means this."""
+        if self.mix.weights is None and len(self.mix.adapters) == 1:
+            return self.folders[self.mix.adapters[0]]
+        told = dict(vars(self.mix), folders=dict(self.folders))
+        return _PREFIX + json.dumps(told, sort_keys=True)
+
+    @classmethod
+    def of(cls, path: str, name: str) -> Source | None:
+        """What a LoRARequest's name and path mean; None where they are no IA³ adapter's, but a LoRA's."""
+        mix = cls.mix_of(path)
+        if mix is not None:
+            return cls(mix, json.loads(path[len(_PREFIX) :])["folders"])
+        return cls(Mix((name,)), {name: path}) if is_ia3(Path(path)) else None
+
+    @staticmethod
+    def mix_of(path: str) -> Mix | None:
+        """The mix that a path means, or None where it is a folder."""
+        if not path.startswith(_PREFIX):
+            return None
+        told = json.loads(path[len(_PREFIX) :])
+        return Mix(told["adapters"], told["weights"], told["combination_type"])
+
+    def vectors(self) -> dict[Site, Tensor]:
+        """Reads the adapters and composes them: float32 [width] by site, of the sites where any of them acts.
+
+        Raises:
+            FileNotFoundError: a folder is not there.
+            ValueError: a file is damaged, an adapter acts at no site, or two of them have other widths at one.
+        """
+        bank = Bank([], torch.device("cpu"), torch.float32, len(self.folders))
+        for name, folder in self.folders.items():
+            read = read_checkpoint(folder).vectors
+            known = bank.sites
+            vectors = {known.get(key) or Site(*key, tensor.numel()): tensor for key, tensor in read.items()}
+            bank.add(name, vectors)
+        return composed_vectors(bank, bank.resolve(self.mix))

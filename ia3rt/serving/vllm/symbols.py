@@ -1,0 +1,122 @@
+"""What the plugin needs of vLLM beyond its documented API, and the check that it is still there.
+
+vLLM has no interface for another kind of adapter, so the plugin extends classes that vLLM may change at any time. It
+then has to say so when it is loaded, and not serve something wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import NamedTuple
+
+TESTED = ((0, 32), (0, 33))
+"""Versions of vLLM from the first (inclusive) to the second (exclusive) are those that the tests ran on."""
+
+
+class Symbol(NamedTuple):
+    """A name, and the parameters that it must take in this order, if it is called or overridden."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] | None = None
+
+
+SYMBOLS = (
+    Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
+    Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls"),
+    Symbol("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager"),
+    Symbol("vllm.lora.model_manager", "DEFAULT_LANGUAGE_WRAPPER_KEY"),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_merged_loras_inplace", ("self", "lora_model")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._set_adapter_mapping", ("self", "mapping")),
+    Symbol(
+        "vllm.lora.model_manager",
+        "LRUCacheLoRAModelManager.create_dummy_lora",
+        ("self", "lora_id", "rank", "embedding_modules"),
+    ),
+    Symbol("vllm.lora.layers", "LoRAMapping", ("index_mapping", "prompt_mapping", "is_prefill", "type")),
+    Symbol("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.apply", ("self", "x", "bias")),
+    Symbol("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA._apply_lora_to_output", ("self", "x", "output")),
+    Symbol(
+        "vllm.lora.layers.base_linear",
+        "BaseLinearLayerWithLoRA.create_lora_weights",
+        ("self", "max_loras", "lora_config", "model_config"),
+    ),
+    Symbol("vllm.lora.layers", "ColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b")),
+    Symbol("vllm.lora.layers", "MergedColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b")),
+    Symbol("vllm.lora.layers", "MergedQKVParallelLinearWithLoRA.can_replace_layer"),
+    Symbol("vllm.lora.layers", "QKVParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b")),
+    Symbol("vllm.lora.layers", "RowParallelLinearWithLoRA.slice_lora_a", ("self", "lora_a")),
+    Symbol("vllm.lora.layers", "ReplicatedLinearWithLoRA.can_replace_layer"),
+    Symbol("vllm.lora.utils", "_all_lora_classes"),
+    Symbol("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
+    Symbol("vllm.lora.request", "LoRARequest"),
+    Symbol("vllm.exceptions", "LoRAAdapterNotFoundError"),
+    Symbol("vllm.model_executor.models.utils", "PPMissingLayer"),
+    Symbol("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
+    Symbol("vllm.entrypoints.serve", "create_error_response"),
+    Symbol("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", ("self", "request")),
+    Symbol(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._maybe_get_adapters",
+        ("self", "request", "supports_default_mm_loras"),
+    ),
+    Symbol(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels.load_lora_adapter",
+        ("self", "request", "base_model_name"),
+    ),
+    Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request")),
+    Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", ("self",)),
+    Symbol(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels._check_load_lora_adapter_request",
+        ("self", "request"),
+    ),
+    Symbol(
+        "vllm.plugins.lora_resolvers.filesystem_resolver",
+        "FilesystemResolver._get_lora_req_from_path",
+        ("self", "lora_name", "lora_path", "base_model_name"),
+    ),
+)
+
+
+class ChangedVLLMError(ImportError):
+    """The installed vLLM is not as the plugin knows it."""
+
+
+def check_symbols() -> None:
+    """Looks every name up.
+
+    Raises:
+        ChangedVLLMError: with a sentence that says which one has changed, and which versions were tested.
+    """
+    for symbol in SYMBOLS:
+        where = f"{symbol.module}.{symbol.name}"
+        try:
+            found = importlib.import_module(symbol.module)
+            for part in symbol.name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise ChangedVLLMError(f"ia3rt cannot serve IA³ adapters in {_version()}: it has no {where}") from error
+        if symbol.parameters is not None:
+            given = tuple(inspect.signature(found).parameters)  # type: ignore[arg-type]
+            if given != symbol.parameters:
+                raise ChangedVLLMError(
+                    f"ia3rt cannot serve IA³ adapters in {_version()}: {where} takes ({', '.join(given)}), not "
+                    f"({', '.join(symbol.parameters)})"
+                )
+
+
+def is_tested(version: str) -> bool:
+    """Whether a version of vLLM, such as "0.32.0+cpu", is one that the tests ran on."""
+    numbers = version.split("+")[0].split(".")[:2]
+    return all(part.isdigit() for part in numbers) and TESTED[0] <= tuple(map(int, numbers)) < TESTED[1]
+
+
+def _version() -> str:
+    import vllm
+
+    first, last = (".".join(map(str, version)) for version in TESTED)
+    return f"vLLM {vllm.__version__} (tested: from {first} to before {last})"
