@@ -41,7 +41,10 @@ class IA3Layer(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Makes LoRA's buffers, and no table yet."""
-        super().create_lora_weights(max_loras, lora_config, model_config)
+        # vLLM's operations on a CPU read row -1 for tokens without a LoRA, and so add the last slot's: it has to be one
+        # that stays zero.
+        spare = 1 if torch.device(self.device).type == "cpu" else 0
+        super().create_lora_weights(max_loras + spare, lora_config, model_config)
         self.ia3_tables = {}
         self.ia3_capacity = max_loras
 

@@ -1,0 +1,51 @@
+"""What the tests of a real server share: a model, adapters, the truth about both, and the server."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ADAPTERS = [f"a{number:02d}" for number in range(32)]
+# Fewer slots than adapters, and less room in the cache behind them: adapters lose their places and are read again.
+OPTIONS = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
+OPTIONS += ["--max-loras", "6", "--max-cpu-loras", "12", "--block-size", "32", "--max-num-seqs", "16"]
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore = ["test_layers.py", "test_server.py", "test_symbols.py"]  # run in an environment of their own
+else:
+    from server import Server
+    from truth import Truth, make_lora, save_smollm2
+
+    @pytest.fixture(scope="session")
+    def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("smollm2")
+        save_smollm2(folder)
+        return folder
+
+    @pytest.fixture(scope="session")
+    def truth(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+        truth = Truth(model, tmp_path_factory.mktemp("adapters"))
+        for seed, name in enumerate([*ADAPTERS, "other"]):
+            truth.make_adapter(name, seed)
+        make_lora(model, truth.folder / "lora")
+        return truth
+
+    @pytest.fixture(scope="session")
+    def starting(model: Path, truth: Truth, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+        """The server, which takes a minute to be up: the truth is computed meanwhile."""
+        modules = [f"{name}={truth.folder / name}" for name in (*ADAPTERS, "lora")]
+        server = Server(model, [*OPTIONS, "--lora-modules", *modules], tmp_path_factory.mktemp("server"))
+        server.start()
+        yield server
+        server.kill()
+
+    @pytest.fixture
+    def server(starting: Server) -> Server:
+        starting.wait()
+        return starting

@@ -1,0 +1,213 @@
+"""IA³ through vLLM's OpenAI server: every greedy answer is compared with HF + PEFT's, in float32."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from conftest import ADAPTERS
+from safetensors.torch import load_file, save_file
+from server import Server
+from truth import NEW_TOKENS, Truth, lora_answers
+
+SUM = "mix:a03*0.7+a04*0.3"
+MIXES = ["a00*a01", "a02*a01*a05", SUM, "mix:a06*1.5+a07*-0.5"]
+BAD = ["nobody", "a00*nobody", "mix:a00*much", "mix:", "a00**a01", "mix:a00*nan", "a00*lora", "*"]
+
+
+@pytest.fixture(scope="module")
+def expected(starting: Server, truth: Truth, model: Path) -> dict[str, list[list[int]]]:
+    """The truth by the request's model; first that each adapter changes the answers, so that a mix-up would show."""
+    answers = {"base": truth.answers(), "lora": lora_answers(model, truth.folder / "lora", truth.prompts)}
+    answers |= {name: truth.answers(name) for name in ADAPTERS}
+    answers["a00*a01"] = truth.answers("a00", "a01")
+    answers["a02*a01*a05"] = truth.answers("a01", "a02", "a05")
+    answers[SUM] = truth.answers("a03", "a04", weights=[0.7, 0.3])
+    answers["mix:a06*1.5+a07*-0.5"] = truth.answers("a06", "a07", weights=[1.5, -0.5])
+    distinct = {json.dumps(tokens) for tokens in answers.values()}
+    assert len(distinct) == len(answers)
+    return answers
+
+
+def client(server: Server) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+async def ask(api: openai.AsyncOpenAI, model: str, prompt: list[int], **extra: object) -> list[int]:
+    body = {"return_token_ids": True, "ignore_eos": True, **extra}
+    answer = await api.completions.create(
+        model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, extra_body=body
+    )
+    return answer.choices[0].model_extra["token_ids"]
+
+
+def say(server: Server, model: str, prompt: list[int], **extra: object) -> list[int]:
+    async def once() -> list[int]:
+        async with client(server) as api:
+            return await ask(api, model, prompt, **extra)
+
+    return asyncio.run(once())
+
+
+def post(server: Server, path: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, timeout=120)
+
+
+def sentence(response: httpx.Response) -> str:
+    message = response.json()["error"]["message"]
+    assert "\n" not in message and "Traceback" not in message
+    return message
+
+
+def test_many_at_once(server, truth, expected) -> None:
+    """64 requests at a time over everything, while others are loaded, unloaded and refused."""
+    prompts = truth.prompts.tolist()
+    work = list(itertools.product([*ADAPTERS, *MIXES * 3, *["base"] * 6, *["lora"] * 6], range(len(prompts))))
+    random.Random(0).shuffle(work)
+    wrong: list[str] = []
+    statuses: list[int] = []
+
+    async def load() -> None:
+        work_left = asyncio.Event()
+
+        async def answers(api: openai.AsyncOpenAI) -> None:
+            while work:
+                name, row = work.pop()
+                if await ask(api, name, prompts[row]) != expected[name][row]:
+                    wrong.append(f"{name} {row}")
+
+        async def disturb(api: openai.AsyncOpenAI) -> None:
+            for turn in itertools.count():
+                if work_left.is_set():
+                    return
+                name = f"extra{turn}"
+                await http.post(
+                    "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(truth.folder / "other")}
+                )
+                await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+                with pytest.raises(openai.APIStatusError) as refused:
+                    await ask(api, BAD[turn % len(BAD)], prompts[0])
+                statuses.append(refused.value.status_code)
+
+        async with client(server) as api, httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            disturbing = asyncio.create_task(disturb(api))
+            await asyncio.gather(*(answers(api) for _ in range(64)))
+            work_left.set()
+            await disturbing
+
+    asyncio.run(load())
+    assert wrong == []
+    assert statuses and set(statuses) <= {400, 404}
+    assert server.is_up()
+
+
+def test_equal_mixes_are_one(server, truth, expected) -> None:
+    prompt, tokens = truth.prompts[0].tolist(), expected[SUM][0]
+    assert say(server, "mix: a04*0.3 + a03*0.7".replace(" ", ""), prompt) == tokens
+    body = {"ids": ["a04", "a03"], "weights": [0.3, 0.7], "merge_strategy": "linear"}
+    assert say(server, "base", prompt, merged_adapters=body) == tokens
+    product = {"ids": ["a01", "a00"], "merge_strategy": "product"}
+    assert say(server, "base", prompt, merged_adapters=product) == expected["a00*a01"][0]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"ids": ["a00"], "merge_strategy": "ties"}, "ties"),
+        ({"ids": ["a00"], "weights": [1, 2]}, "weights"),
+        ({"ids": [], "weights": []}, "ids"),
+        ({"ids": ["a00"], "wieghts": [1]}, "wieghts"),
+        (7, "merged_adapters"),
+    ],
+)
+def test_a_body_that_means_no_mix_is_refused(server, body, told) -> None:
+    response = post(server, "/v1/completions", model="base", prompt="x", max_tokens=1, merged_adapters=body)
+    assert response.status_code == 400 and told in sentence(response)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_name_that_means_no_mix_is_refused(server, name) -> None:
+    response = post(server, "/v1/completions", model=name, prompt="x", max_tokens=1)
+    assert response.status_code in (400, 404) and name in sentence(response)
+
+
+def test_adapters_that_cannot_be_served_are_refused(server, truth, tmp_path) -> None:
+    good = truth.folder / "other"
+    config = (good / "adapter_config.json").read_text()
+    vectors = load_file(good / "adapter_model.safetensors")
+    key = next(key for key in vectors if "layers.3" in key and "k_proj" in key)
+    made = {
+        "wide": ({**vectors, key: torch.ones(999, 1)}, "model.layers.3.self_attn.k_proj"),
+        "deep": ({**vectors, key.replace("layers.3.", "layers.300."): vectors[key].clone()}, "layers.300"),
+        "nan": ({**vectors, key: vectors[key] * float("nan")}, "NaN"),
+    }
+    for name, (tensors, told) in made.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(config)
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        response = post(server, "/v1/load_lora_adapter", lora_name=name, lora_path=str(tmp_path / name))
+        assert response.status_code == 400 and told in sentence(response) and name in sentence(response)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "adapter_config.json").write_text(config)
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"cut")
+    response = post(server, "/v1/load_lora_adapter", lora_name="cut", lora_path=str(tmp_path / "cut"))
+    assert response.status_code == 400 and "damaged" in sentence(response)
+    names = {card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]}
+    assert names == {"base", "lora", *ADAPTERS}
+
+
+def test_a_name_loaded_again_means_the_new_numbers(server, truth) -> None:
+    """In the same folder, with a prompt that fills blocks of the prefix cache."""
+    prompt = truth.prompts.reshape(1, -1).repeat(1, 4)
+    old, new = truth.answers("a00", prompts=prompt)[0], truth.answers("other", prompts=prompt)[0]
+    folder = truth.folder / "again"
+    (truth.folder / "a00").rename(folder)
+    try:
+        assert post(server, "/v1/load_lora_adapter", lora_name="again", lora_path=str(folder)).status_code == 200
+        ids = prompt[0].tolist()
+        before = server.metrics()
+        assert [say(server, "again", ids) for _ in range(2)] == [old, old]
+        hits = [name for name in before if name.startswith("vllm:prefix_cache_hits_total")]
+        assert sum(server.metrics()[name] - before[name] for name in hits) > 0
+        other = load_file(truth.folder / "other" / "adapter_model.safetensors")
+        kept = load_file(folder / "adapter_model.safetensors")
+        save_file(other, folder / "adapter_model.safetensors")
+        response = post(server, "/v1/load_lora_adapter", lora_name="again", lora_path=str(folder), load_inplace=True)
+        assert response.status_code == 200
+        assert say(server, "again", ids) == new
+        save_file(kept, folder / "adapter_model.safetensors")
+        assert post(server, "/v1/unload_lora_adapter", lora_name="again").status_code == 200
+        assert post(server, "/v1/load_lora_adapter", lora_name="again", lora_path=str(folder)).status_code == 200
+        assert say(server, "again", ids) == old
+        assert post(server, "/v1/unload_lora_adapter", lora_name="again").status_code == 200
+    finally:
+        folder.rename(truth.folder / "a00")
+
+
+def test_metrics(server, truth) -> None:
+    before = server.metrics()
+    say(server, "a00*a02", truth.prompts[0].tolist())
+    after = server.metrics()
+    product = 'ia3rt:requests_total{kind="product"}'
+    assert after[product] == before.get(product, 0) + 1
+    assert after["ia3rt:slots"] == 6 and 1 <= after["ia3rt:slots_resident"] <= 6
+    assert after["ia3rt:loads_total"] >= len(ADAPTERS) and after["ia3rt:evictions_total"] > 0
+    assert {name.partition("{")[2] for name in after if name.startswith("ia3rt:") and "{" in name} <= {
+        f'kind="{kind}"}}' for kind in ("adapter", "product", "linear", "delta")
+    }
+
+
+def test_killed_and_started_again(server, truth, expected) -> None:
+    server.kill()
+    assert not server.is_up()
+    server.start()
+    server.wait()
+    for name in ("a31", SUM, "lora", "base"):
+        assert say(server, name, truth.prompts[1].tolist()) == expected[name][1]

