@@ -127,7 +127,7 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 return None
         except UnknownAdapterError as error:
             return self.create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
-        except MixNameError as error:
+        except ValueError as error:
             return self.create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST, "model")
         return await original(self, request)
 

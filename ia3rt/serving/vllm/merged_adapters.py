@@ -33,7 +33,7 @@ def read_merged_adapters(body: Any) -> Mix:
         raise MixNameError(f"{FIELD}.ids must be a list of adapters' names, not {ids!r}")
     check_size(", ".join(ids), len(ids))
     strategy = body.get("merge_strategy", "linear")
-    if strategy not in _STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in _STRATEGIES:
         raise MixNameError(f"{FIELD}.merge_strategy {strategy!r} is not known: use {', '.join(_STRATEGIES)}")
     if weights is None and strategy != "product":
         weights = [1.0] * len(ids)

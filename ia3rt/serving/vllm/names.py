@@ -19,6 +19,8 @@ MOST = 64
 """Adapters in one mix at most: a name of any length is one cheap request."""
 _PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
 _NAME = re.compile(r"[^*+:\s]+")
+# The plus of an exponent, as in a*1e+2, begins no term.
+_TERM = re.compile(r"([^*+]*)(?:\*((?:[^+]|(?<=[\d.][eE])\+(?=\d))*))?(\+|\Z)")
 
 
 class MixNameError(ValueError):
@@ -36,7 +38,9 @@ def parse(name: str) -> Mix | None:
             return _sum(name, name[len(prefix) :], kind)
     if "*" not in name:
         return None
-    return _made(name, [_adapter(name, part) for part in name.split("*")], None, "product")
+    parts = name.split("*")
+    check_size(name, len(parts))
+    return _made(name, [_adapter(name, part) for part in parts], None, "product")
 
 
 def canonical(mix: Mix) -> Mix:
@@ -67,16 +71,19 @@ def check_size(name: str, adapters: int) -> None:
 def _sum(name: str, terms: str, kind: CombinationType) -> Mix:
     adapters: list[str] = []
     weights: list[float] = []
-    # The sign of an exponent, as in 1e+2, joins no terms.
-    for term in re.split(r"(?<![*.\d][eE])\+", terms):
-        adapter, star, weight = term.partition("*")
+    more, position = True, 0
+    while more:
+        term = _TERM.match(terms, position)
+        assert term is not None  # it matches any text
+        adapter, weight, plus = term.groups()
         adapters.append(_adapter(name, adapter))
-        weights.append(_weight(name, weight) if star else 1.0)
+        weights.append(1.0 if weight is None else _weight(name, weight))
+        check_size(name, len(adapters))
+        more, position = plus == "+", term.end()
     return _made(name, adapters, weights, kind)
 
 
 def _made(name: str, adapters: list[str], weights: list[float] | None, kind: CombinationType) -> Mix:
-    check_size(name, len(adapters))
     try:
         return Mix(tuple(adapters), None if weights is None else tuple(weights), kind)
     except ValueError as error:
@@ -86,7 +93,7 @@ def _made(name: str, adapters: list[str], weights: list[float] | None, kind: Com
 def _adapter(name: str, part: str) -> str:
     if not _NAME.fullmatch(part.strip()):
         raise MixNameError(
-            f"{_short(name)!r} is no mix: {part!r} is no adapter's name. Write a*b for a product, mix:a*0.7+b*0.3 for "
+            f"{_short(name)!r} is no mix: {_short(part)!r} is no adapter's name. Write a*b for a product, mix:a*0.7+b*0.3 for "
             "a weighted sum"
         )
     return part.strip()
@@ -97,7 +104,7 @@ def _weight(name: str, part: str) -> float:
         return float(part)
     except ValueError as error:
         raise MixNameError(
-            f"{_short(name)!r} is no mix: the weight {part!r} is no number. Write mix:a*0.7+b*0.3; a product, a*b, has "
+            f"{_short(name)!r} is no mix: the weight {_short(part)!r} is no number. Write mix:a*0.7+b*0.3; a product, a*b, has "
             "no weights and no prefix"
         ) from error
 
