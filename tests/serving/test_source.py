@@ -65,9 +65,7 @@ def test_a_weighted_sum(adapters) -> None:
 
 
 def test_sites_are_those_where_any_acts(adapters, tmp_path) -> None:
-    narrow = peft_model(
-        tiny_model(), "llama", "e", target_modules=["down_proj"], feedforward_modules=["down_proj"]
-    )
+    narrow = peft_model(tiny_model(), "llama", "e", target_modules=["down_proj"], feedforward_modules=["down_proj"])
     narrow.save_pretrained(tmp_path)
     folders = {"e": str(tmp_path / "e"), "b": str(adapters[1] / "b")}
     alone = Source(Mix(("e",)), {"e": folders["e"]}).vectors()

@@ -22,7 +22,7 @@ from ia3rt.checkpoint import is_ia3
 from ia3rt.serving.vllm import metrics
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.names import MixNameError, parse, spelled
-from ia3rt.serving.vllm.requests import adapter_request, is_stored, mix_request, public_name, store_root
+from ia3rt.serving.vllm.requests import Requests, is_stored, public_name, store_root
 from ia3rt.serving.vllm.store import store
 
 
@@ -65,7 +65,7 @@ def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
             raise UnknownAdapterError(f"The mix `{name}` needs adapter `{adapter}`, which is not loaded.")
         if not is_stored(loaded[adapter]):
             raise MixNameError(f"The mix `{name}` has adapter `{adapter}`, which is a LoRA: only IA³ adapters mix.")
-    return mix_request(mix, {adapter: loaded[adapter].lora_path for adapter in mix.adapters})
+    return _requests(models).mix(mix, {adapter: loaded[adapter].lora_path for adapter in mix.adapters})
 
 
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,8 +80,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                 return refused
             try:
                 folder = await asyncio.to_thread(store, request.lora_path, store_root())
-                first = self.__dict__.setdefault("ia3rt_first", {}).setdefault(name, folder)
-                made = adapter_request(name, folder, is_first=first == folder)
+                made = _requests(self).adapter(name, folder)
                 if base_model_name is not None and self.is_base_model(base_model_name):
                     made.base_model_name = base_model_name
                 await self.engine_client.add_lora(made)
@@ -154,10 +153,20 @@ def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
         found: LoRARequest | None = await original(self, lora_name, lora_path, base_model_name)
         if found is None and is_ia3(Path(lora_path)):
             folder = await asyncio.to_thread(store, lora_path, store_root())
-            found = adapter_request(lora_name, folder, is_first=False)
+            found = LoRARequest(lora_name, 1, str(folder))  # vLLM numbers it
         return found
 
     return get_lora_req_from_path
+
+
+def _requests(models: Any) -> Requests:
+    """The requests of this server's OpenAIServingModels."""
+    if "ia3rt_requests" not in vars(models):
+        parallel = models.engine_client.vllm_config.parallel_config
+        made = Requests(lambda: models.lora_id_counter.inc(1), parallel._api_process_rank, parallel._api_process_count)
+        models.ia3rt_requests = made
+    known: Requests = models.ia3rt_requests
+    return known
 
 
 def _holds_ia3(path: str) -> bool:

@@ -52,6 +52,8 @@ SYMBOLS = (
     Symbol("vllm.lora.utils", "_all_lora_classes"),
     Symbol("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
     Symbol("vllm.lora.request", "LoRARequest"),
+    Symbol("vllm.config", "ParallelConfig._api_process_rank"),
+    Symbol("vllm.config", "ParallelConfig._api_process_count"),
     Symbol("vllm.exceptions", "LoRAAdapterNotFoundError"),
     Symbol("vllm.model_executor.models.utils", "PPMissingLayer"),
     Symbol("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),

@@ -1,0 +1,217 @@
+"""vLLM's layers with our vectors, whole and as each of several ranks has them, against plain torch."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from ia3rt.serving.vllm import layers
+from ia3rt.serving.vllm.slots import TokenSlots
+
+IN, OUT, HEAD = 24, 16, 4
+SLOTS = 3
+ROWS = [1, SLOTS, 0, 1, 2]  # the last slot is left empty
+LORA = SimpleNamespace(max_lora_rank=2, fully_sharded_loras=False, lora_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_environment() -> Iterator[None]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        initialize_model_parallel(1)
+        yield
+
+
+def layer_of(cls: type, base: torch.nn.Module) -> layers.IA3Layer:
+    layer = cls(base)
+    layer.create_lora_weights(SLOTS, LORA)
+    layer.ia3_slots = TokenSlots(64, SLOTS, torch.device("cpu"))
+    layer.ia3_slots.write(ROWS, lora=False)
+    return layer
+
+
+@pytest.fixture(params=[(1, 0), (2, 0), (2, 1), (4, 3)], ids=lambda rank: f"rank {rank[1]} of {rank[0]}")
+def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    size, number = request.param
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: size)
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: number)
+    return size, number
+
+
+def load(base: torch.nn.Module, whole: dict[object, tuple[Tensor, Tensor]]) -> None:
+    """Has vLLM's loaders cut the weights and biases; by shard, as its models do."""
+    for shard, (weight, bias) in whole.items():
+        more = () if shard is None else (shard,)
+        base.weight.weight_loader(base.weight, weight, *more)
+        base.bias.weight_loader(base.bias, bias, *more)
+    base.quant_method.process_weights_after_loading(base)
+
+
+def parts(sizes: dict[object, int]) -> dict[object, tuple[Tensor, Tensor]]:
+    return {shard: (torch.randn(size, IN), torch.randn(size)) for shard, size in sizes.items()}
+
+
+def vectors(width: int) -> list[Tensor]:
+    return [1 + 0.5 * torch.randn(width) for _ in range(2)]
+
+
+def share(whole: Tensor, size: int, number: int, dim: int = -1) -> Tensor:
+    return whole.chunk(size, dim)[number]
+
+
+def worn(two: list[Tensor]) -> Tensor:
+    """What the tokens wear: [len(ROWS), width]; slots 0 and 1 hold the two vectors."""
+    ones = torch.ones_like(two[0])
+    return torch.stack([two[row] if row < 2 else ones for row in ROWS])
+
+
+def test_packed_columns(rank) -> None:
+    """gate_up_proj: the gate without a vector, up with one."""
+    size, number = rank
+    whole = parts({0: OUT, 1: 2 * OUT})
+    base = MergedColumnParallelLinear(IN, [OUT, 2 * OUT], bias=True)
+    load(base, whole)
+    layer = layer_of(layers.IA3MergedColumnParallelLinear, base)
+    assert layer.ia3_widths("out") == (OUT, 2 * OUT) and layer.ia3_widths("in") == ()
+    up = vectors(2 * OUT)
+    for slot, vector in enumerate(up):
+        layer.set_ia3(slot, {"out": [None, vector]})
+    x = torch.randn(len(ROWS), IN)
+    y, _ = layer(x)
+    gate, scaled = (x @ weight.T + bias for weight, bias in whole.values())
+    expected = torch.cat([share(gate, size, number), share(scaled * worn(up), size, number)], dim=-1)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_packed_query_key_value(rank, key_heads) -> None:
+    """With fewer key heads than ranks, some ranks have the same ones."""
+    size, number = rank
+    heads = 8
+    whole = parts({"q": heads * HEAD, "k": key_heads * HEAD, "v": key_heads * HEAD})
+    base = QKVParallelLinear(IN, HEAD, heads, key_heads, bias=True)
+    load(base, whole)
+    layer = layer_of(layers.IA3MergedQKVParallelLinear, base)
+    assert layer.ia3_widths("out") == (heads * HEAD, key_heads * HEAD, key_heads * HEAD)
+    key, value = vectors(key_heads * HEAD), vectors(key_heads * HEAD)
+    for slot in range(2):
+        layer.set_ia3(slot, {"out": [None, key[slot], value[slot]]})
+    x = torch.randn(len(ROWS), IN)
+    y, _ = layer(x)
+    q, k, v = (x @ weight.T + bias for weight, bias in whole.values())
+    groups = min(size, key_heads)
+    group = number * groups // size
+    expected = [share(q, size, number), share(k * worn(key), groups, group), share(v * worn(value), groups, group)]
+    torch.testing.assert_close(y, torch.cat(expected, dim=-1))
+
+
+def test_one_fused_query_key_value(rank) -> None:
+    """GPT-2's c_attn, say: the checkpoint has one vector for all three."""
+    size, number = rank
+    whole = parts({"q": 32, "k": 16, "v": 16})
+    base = QKVParallelLinear(IN, HEAD, 8, 4, bias=True)
+    load(base, whole)
+    layer = layer_of(layers.IA3QKVParallelLinear, base)
+    assert layer.ia3_widths("out") == (64,)
+    two = vectors(64)
+    for slot, vector in enumerate(two):
+        layer.set_ia3(slot, {"out": [vector]})
+    x = torch.randn(len(ROWS), IN)
+    y, _ = layer(x)
+    products = torch.cat([x @ weight.T + bias for weight, bias in whole.values()], dim=-1) * worn(two)
+    expected = [share(part, size, number) for part in products.split([32, 16, 16], dim=-1)]
+    torch.testing.assert_close(y, torch.cat(expected, dim=-1))
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_columns(rank, side) -> None:
+    size, number = rank
+    whole = parts({None: OUT})
+    base = ColumnParallelLinear(IN, OUT, bias=True)
+    load(base, whole)
+    layer = layer_of(layers.IA3ColumnParallelLinear, base)
+    two = vectors(layer.ia3_widths(side)[0])
+    for slot, vector in enumerate(two):
+        layer.set_ia3(slot, {side: [vector]})
+    x = torch.randn(len(ROWS), IN)
+    y, _ = layer(x)
+    weight, bias = whole[None]
+    expected = (x * worn(two)) @ weight.T + bias if side == "in" else (x @ weight.T + bias) * worn(two)
+    torch.testing.assert_close(y, share(expected, size, number))
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_rows(side, monkeypatch) -> None:
+    """The ranks' results add up; the bias is on one of them, inside the scale."""
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(len(ROWS), IN)
+    two = vectors(IN if side == "in" else OUT)
+    for size in (1, 2, 4):
+        total = torch.zeros(len(ROWS), OUT)
+        for number in range(size):
+            monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda size=size: size)
+            monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda number=number: number)
+            base = RowParallelLinear(IN, OUT, bias=True)
+            load(base, {None: (weight, bias)})
+            base.reduce_results = False
+            layer = layer_of(layers.IA3RowParallelLinear, base)
+            assert layer.ia3_widths(side) == (len(two[0]),)
+            for slot, vector in enumerate(two):
+                layer.set_ia3(slot, {side: [vector]})
+            total += layer(share(x, size, number))[0]
+        expected = (x * worn(two)) @ weight.T + bias if side == "in" else (x @ weight.T + bias) * worn(two)
+        torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_replicated(rank, side) -> None:
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(len(ROWS), IN)
+    base = ReplicatedLinear(IN, OUT, bias=True)
+    load(base, {None: (weight, bias)})
+    layer = layer_of(layers.IA3ReplicatedLinear, base)
+    two = vectors(layer.ia3_widths(side)[0])
+    for slot, vector in enumerate(two):
+        layer.set_ia3(slot, {side: [vector]})
+    expected = (x * worn(two)) @ weight.T + bias if side == "in" else (x @ weight.T + bias) * worn(two)
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_a_slot_that_is_given_away_keeps_nothing() -> None:
+    base = ColumnParallelLinear(IN, OUT, bias=True)
+    load(base, parts({None: OUT}))
+    layer = layer_of(layers.IA3ColumnParallelLinear, base)
+    layer.set_ia3(0, {"out": [torch.full((OUT,), 2.0)], "in": [torch.full((IN,), 3.0)]})
+    layer.set_ia3(0, {"out": [torch.full((OUT,), 5.0)]})
+    assert layer.ia3_tables["in"].unique().tolist() == [1.0]
+    layer.set_ia3(0, {})
+    assert layer.ia3_tables["out"].unique().tolist() == [1.0]
+
+
+def test_what_nothing_wears_costs_nothing() -> None:
+    base = ColumnParallelLinear(IN, OUT, bias=True)
+    load(base, parts({None: OUT}))
+    layer = layer_of(layers.IA3ColumnParallelLinear, base)
+    layer.set_ia3(0, {})
+    assert layer.ia3_tables == {}
+
+
+def test_every_class_stands_for_the_one_it_extends() -> None:
+    for theirs, ours in layers.CLASSES.items():
+        assert issubclass(ours, theirs)

@@ -1,0 +1,71 @@
+"""Two processes that share each layer: every vector is cut as the layer's weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from server import Server
+from test_server import say
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from truth import Truth
+
+# SmolLM2's nine heads do not divide by two. Biases, as they are scaled too, and on one process only.
+CONFIG = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=49152,
+    attention_bias=True,
+    mlp_bias=True,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module")
+def small(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    made = LlamaForCausalLM(CONFIG)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def test_two_processes(small, tmp_path) -> None:
+    truth = Truth(small, tmp_path / "adapters")
+    names = ["a", "b"]
+    for seed, name in enumerate(names):
+        truth.make_adapter(name, seed)
+    options = [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "128",
+        "--enforce-eager",
+        "--enable-lora",
+        "--max-lora-rank",
+        "1",
+    ]
+    options += ["--tensor-parallel-size", "2", "--lora-modules", *(f"{name}={truth.folder / name}" for name in names)]
+    server = Server(small, options, tmp_path)
+    server.start()
+    expected = {
+        "a": truth.answers("a"),
+        "b": truth.answers("b"),
+        "a*b": truth.answers("a", "b"),
+        "base": truth.answers(),
+    }
+    try:
+        server.wait()
+        for name, answers in expected.items():
+            for prompt, tokens in zip(truth.prompts.tolist(), answers, strict=True):
+                assert say(server, name, prompt) == tokens, name
+    finally:
+        server.kill()
