@@ -93,8 +93,8 @@ def _made(name: str, adapters: list[str], weights: list[float] | None, kind: Com
 def _adapter(name: str, part: str) -> str:
     if not _NAME.fullmatch(part.strip()):
         raise MixNameError(
-            f"{_short(name)!r} is no mix: {_short(part)!r} is no adapter's name. Write a*b for a product, mix:a*0.7+b*0.3 for "
-            "a weighted sum"
+            f"{_short(name)!r} is no mix: {_short(part)!r} is no adapter's name. Write a*b for a product, "
+            "mix:a*0.7+b*0.3 for a weighted sum"
         )
     return part.strip()
 
@@ -104,8 +104,8 @@ def _weight(name: str, part: str) -> float:
         return float(part)
     except ValueError as error:
         raise MixNameError(
-            f"{_short(name)!r} is no mix: the weight {_short(part)!r} is no number. Write mix:a*0.7+b*0.3; a product, a*b, has "
-            "no weights and no prefix"
+            f"{_short(name)!r} is no mix: the weight {_short(part)!r} is no number. Write mix:a*0.7+b*0.3; a product, "
+            "a*b, has no weights and no prefix"
         ) from error
 
 
