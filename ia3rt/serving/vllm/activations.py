@@ -25,7 +25,14 @@ def _qwen(self, x):  # type: ignore[no-untyped-def]
     return x
 
 
-_FORMS = (_llama, _qwen)
+def _mistral(self, x):  # type: ignore[no-untyped-def]
+    x, _ = self.gate_up_proj(x)
+    x = self.act_fn(x)
+    x, _ = self.down_proj(x)
+    return x
+
+
+_FORMS = (_llama, _qwen, _mistral)
 
 
 class ScaledActivation(nn.Module):
