@@ -31,8 +31,9 @@ class AnotherMLP(LlamaMLP):
 def test_mlp(cls, known) -> None:
     arguments = dict(hidden_size=HIDDEN, intermediate_size=WIDTH, hidden_act="silu")
     mlp = cls(**arguments)
+    weights = []
     for layer in (mlp.gate_up_proj, mlp.down_proj):
-        layer.weight.data.normal_()
+        weights.append(layer.weight.data.normal_().clone())  # on a CPU vLLM packs them next, and lets them go
         layer.quant_method.process_weights_after_loading(layer)
     down = IA3RowParallelLinear(mlp.down_proj)
     down.create_lora_weights(SLOTS, LORA)
@@ -46,8 +47,8 @@ def test_mlp(cls, known) -> None:
     for slot, vector in enumerate(vectors):
         down.set_ia3(slot, {"in": [vector]})
     x = torch.randn(len(ROWS), HIDDEN)
-    gate, up = (x @ mlp.gate_up_proj.weight.T).chunk(2, dim=-1)
+    gate, up = (x @ weights[0].T).chunk(2, dim=-1)
     h = nn.functional.silu(gate) * up
     for rows, scale in ((ROWS, worn(vectors)), ([SLOTS] * len(ROWS), torch.ones(len(ROWS), WIDTH))):
         down.ia3_slots.write(rows, lora=False)
-        torch.testing.assert_close(mlp(x), (h * scale) @ down.base_layer.weight.T, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mlp(x), (h * scale) @ weights[1].T, atol=1e-4, rtol=1e-4)
