@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,8 @@ def sample_interleaved(
 ) -> dict[str, list[float]]:
     """Runs the ways in turn, round after round, and returns the seconds that each took, by round.
 
+    Each round draws its order anew, from a seed: what comes after what is the same for none of them.
+
     Args:
         ways: what is compared, by name; each is called with the round's number.
         turns: the rounds' numbers.
@@ -51,12 +54,14 @@ def sample_interleaved(
         clock: the time in seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    draw, order = random.Random(0), list(ways)
     for turn in turns:
-        for name, way in ways.items():
+        draw.shuffle(order)
+        for name in order:
             before(name)
             wait()
             start = clock()
-            result = way(turn)
+            result = ways[name](turn)
             wait()
             elapsed = clock() - start
             after(name)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from ia3rt.bench.result import CaseResult, Measurement
 
 NOISY = "noise"
+WITHIN = "within noise"
+CONTROL_IS = (
+    "control: the reference, timed a second time. In brackets: how far its ratio is from 1, or may be by chance; a "
+    "ratio no further from 1 is within noise, neither a win nor a loss."
+)
 
 
 def seconds(value: float) -> str:
@@ -40,7 +45,20 @@ def ratio(case: CaseResult, measured: Measurement) -> str:
         return "reference"
     if measured.ratio is None:
         return ""
-    return NOISY if measured.is_noise else f"{_three(measured.ratio.p50)} ×"
+    if measured.is_noise:
+        return NOISY
+    return WITHIN if case.is_within_noise(measured) else f"{of_one(measured.ratio.p50)} ×"
+
+
+def control(measured: Measurement) -> str:
+    """The control's ratio, and how far from 1 another ratio must be to be called one."""
+    assert measured.ratio is not None
+    return f"{of_one(measured.ratio.p50)} × (± {measured.doubt:.3f})"
+
+
+def of_one(value: float) -> str:
+    """A ratio: near 1 its thousandths count."""
+    return f"{value:.3f}" if 0.9 < value < 1.1 else _three(value)
 
 
 def noise_reason(measured: Measurement) -> str:

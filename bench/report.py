@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3rt.bench import readable
-from ia3rt.bench.result import NOISE, CaseResult, Result
+from ia3rt.bench.result import CONTROL, NOISE, CaseResult, Result
 from ia3rt.bench.suites.registry import SUITES
 from ia3rt.bench.terminal import left_out
 
@@ -31,7 +31,7 @@ h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2.5em; border-bottom
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; font-size: 0.9em }
 th, td { padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
 th { color: #555; font-weight: 600 } td.text, th.text { text-align: left }
-tr.first td { border-top: 1px solid #bbb } tr.ours td { font-weight: 600 }
+tr.first td { border-top: 1px solid #bbb } tr.ours td { font-weight: 600 } tr.control td { color: #777 }
 .noise { color: #999; cursor: help; text-decoration: underline dotted } .dim { color: #666; font-size: 0.9em }
 .failed { color: #b00020 } img { max-width: 100% } dl { display: grid; grid-template-columns: 9em 1fr; gap: 0.1em 1em }
 dt { color: #555 } dd { margin: 0 } @media (max-width: 45em) { table { display: block; overflow-x: auto } }
@@ -50,11 +50,12 @@ def _document(result: Result) -> Iterator[str]:
     yield f"<h1>ia3rt bench: {_text(result.model)}</h1>"
     yield _facts(result)
     yield (
-        '<p class="dim">All contenders of a case are timed in turn, round after round. A time is the median of all '
-        "rounds, with its 20th and 80th percentile. A ratio is the median of the ratios to the reference, each to the "
-        "reference's time in the same round: below 1 is faster. Where p20 … p80 of the ratio are more than "
-        f"{NOISE:.0%} of its median apart, it is noise, and is not shown. Contenders that should compute the same were "
-        "compared first; one with another result is not timed.</p>"
+        '<p class="dim">All contenders of a case are timed in turn, round after round, in an order drawn anew each '
+        "time. A time is the median of all rounds, with its 20th and 80th percentile. A ratio is the median of the "
+        "ratios to the reference, each to the reference's time in the same round: below 1 is faster. Where p20 … p80 "
+        f"of the ratio are more than {NOISE:.0%} of its median apart, it is noise, and is not shown. "
+        f"{_text(readable.CONTROL_IS)} Contenders that should compute the same were compared first; one with another "
+        "result is not timed.</p>"
     )
     for line in result.failures:
         yield f'<p class="failed">Failed: {_text(line)}</p>'
@@ -109,6 +110,12 @@ def _table(cases: Sequence[CaseResult]) -> Iterator[str]:
             cells += [readable.rate(case, measured), shown, f"{len(measured.samples)} × {measured.turns}"]
             yield f'<tr class="{classes}"><td class="text">{_text(case.name) if position == 0 else ""}</td>'
             yield f'<td class="text">{_text(measured.contender)}{mark}</td>'
+            yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        if case.control is not None:
+            taken = case.control.taken
+            cells = [readable.taken(case, p) for p in (taken.p20, taken.p50, taken.p80)]
+            cells += ["", readable.control(case.control), f"{len(case.control.samples)} × {case.control.turns}"]
+            yield f'<tr class="control"><td></td><td class="text">{CONTROL}</td>'
             yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</table>"
     for number, note in enumerate(notes, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 from ia3rt.bench.interleaved import Timing
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
+"""Schemas that are read; the first has no controls."""
+CONTROL = "control"
+"""What the second measurement of a case's reference is called."""
 NOISE = 0.10
 """A ratio whose p20 … p80 is wider than this share of its median is noise, and is not printed."""
 
@@ -60,6 +65,18 @@ class Measurement:
         """Whether the ratio must not be printed."""
         return not self.spread <= NOISE
 
+    @property
+    def doubt(self) -> float:
+        """How far a control's ratio is from 1, where it should be 1: the median, or what it may be off by chance.
+
+        The latter is two standard errors of a median, of samples that are spread as p20 … p80 say: those are 1.68
+        standard deviations apart, and a median's error is 1.25 of a mean's.
+        """
+        if self.ratio is None:
+            return 0.0
+        error: float = 1.25 * (self.ratio.p80 - self.ratio.p20) / 1.68 / math.sqrt(max(1, len(self.samples)))
+        return max(abs(float(self.ratio.p50) - 1), 2 * error)
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -76,6 +93,8 @@ class CaseResult:
         measurements: by contender.
         left_out: why the others were not timed.
         failed: which raised, or computed another result, and were not timed.
+        control: the reference, timed a second time; its ratio would be 1 if nothing but the contender mattered. None
+            for values, without a reference, and in what an earlier version wrote.
     """
 
     suite: str
@@ -88,6 +107,13 @@ class CaseResult:
     measurements: list[Measurement]
     left_out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    control: Measurement | None = None
+
+    def is_within_noise(self, measured: Measurement) -> bool:
+        """Whether a contender's ratio is no further from 1 than the control's: neither a win nor a loss."""
+        if self.control is None or measured.ratio is None:
+            return False
+        return bool(abs(measured.ratio.p50 - 1) <= self.control.doubt)
 
     def rate(self, measurement: Measurement) -> float | None:
         """Units a second at the median."""
@@ -135,6 +161,9 @@ class Result:
         for case, plain in zip(self.cases, made["cases"], strict=True):
             for measurement, numbers in zip(case.measurements, plain["measurements"], strict=True):
                 numbers["noise"] = measurement.is_noise
+                numbers["within_noise"] = case.is_within_noise(measurement)
+            if case.control is not None:
+                plain["control"]["doubt"] = case.control.doubt
         return made
 
     @classmethod
@@ -144,15 +173,18 @@ class Result:
         Raises:
             ValueError: it is not a result, or one of another schema.
         """
-        if plain.get("schema") != SCHEMA:
+        if plain.get("schema") not in READABLE:
+            known = " or ".join(map(str, READABLE))
             raise ValueError(
-                f"not a result of `ia3rt bench` with schema {SCHEMA}: its schema is {plain.get('schema')!r}"
+                f"not a result of `ia3rt bench` with schema {known}: its schema is {plain.get('schema')!r}"
             )
         plain = {key: value for key, value in plain.items() if key not in ("schema", "noise_bound")}
         cases = []
         for case in plain.pop("cases"):
             measurements = [_measurement(numbers) for numbers in case.pop("measurements")]
-            cases.append(CaseResult(**case, measurements=measurements))
+            control = case.pop("control", None)
+            control = None if control is None else _measurement(control)
+            cases.append(CaseResult(**case, measurements=measurements, control=control))
         return cls(**plain, cases=cases)
 
 
@@ -186,17 +218,17 @@ def read_json(file: Path) -> Result:
         raise ValueError(f"{file}: {error}") from error
 
 
-_RATIO = ("reference", "ratio_p20", "ratio_p50", "ratio_p80", "noise")
+_RATIO = ("reference", "ratio_p20", "ratio_p50", "ratio_p80", "noise", "within_noise")
 COLUMNS = ("suite", "case", "contender", "unit", "p20", "p50", "p80", "per_second", *_RATIO, "rounds", "turns", "note")
 
 
 def write_csv(result: Result, file: Path) -> None:
-    """Writes a line for each contender of each case; a ratio that is noise is left empty."""
+    """Writes a line for each contender of each case, and for the control; a ratio that is noise is left empty."""
     with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
         writer.writerow(COLUMNS)
         for case in result.cases:
-            for measurement in case.measurements:
+            for measurement in (*case.measurements, *([case.control] if case.control else [])):
                 writer.writerow(_line(case, measurement))
 
 
@@ -205,5 +237,5 @@ def _line(case: CaseResult, measured: Measurement) -> list[object]:
     shown = ("", "", "") if ratio is None or measured.is_noise else (ratio.p20, ratio.p50, ratio.p80)
     unit = "bytes" if case.unit == "bytes" else "s"
     head = [case.suite, case.name, measured.contender, unit, taken.p20, taken.p50, taken.p80]
-    tail = [measured.is_noise, len(measured.samples), measured.turns, measured.note]
+    tail = [measured.is_noise, case.is_within_noise(measured), len(measured.samples), measured.turns, measured.note]
     return [*head, "" if rate is None else rate, case.reference, *shown, *tail]

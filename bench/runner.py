@@ -14,12 +14,12 @@ from datetime import datetime, timezone
 import torch
 from torch import Tensor
 
-from ia3rt.bench.contenders.registry import CONTENDERS
+from ia3rt.bench.contenders.registry import CONTENDERS, TWICE
 from ia3rt.bench.contenders.subject import Way
 from ia3rt.bench.interleaved import Seconds, sample_interleaved
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.models import title_of
-from ia3rt.bench.result import CaseResult, Measurement, Result
+from ia3rt.bench.result import CONTROL, CaseResult, Measurement, Result
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.suites.case import Case, Value, Ways, described
 from ia3rt.bench.suites.registry import SUITES
@@ -113,8 +113,17 @@ def run_case(
     if values:
         measurements = _read(values, reference)
     else:
+        if reference:
+            ways[CONTROL] = control_of(made, reference)
         measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
     return _case_result(suite, case, reference, measurements, made.left_out, made.failed)
+
+
+def control_of(made: Ways, reference: str) -> Way:
+    """What is timed beside the reference and should take as long: its second model, or itself once more."""
+    way = made.again(reference) if made.again is not None and reference in TWICE else made.ways[reference]
+    assert isinstance(way, Way)
+    return way
 
 
 def _case_result(
@@ -127,7 +136,9 @@ def _case_result(
 ) -> CaseResult:
     parameters = dict(case.parameters)
     told = (suite, case.what, parameters, case.name, reference, case.unit, case.work)
-    return CaseResult(*told, measurements, left_out, failed)
+    control = next((measured for measured in measurements if measured.contender == CONTROL), None)
+    contenders = [measured for measured in measurements if measured is not control]
+    return CaseResult(*told, contenders, left_out, failed, control)
 
 
 def drop_wrong(made: Ways, tolerance: float) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from ia3rt.bench import readable
 from ia3rt.bench.compare import Change
 from ia3rt.bench.contenders.registry import OURS
-from ia3rt.bench.result import NOISE, CaseResult, Result
+from ia3rt.bench.result import CONTROL, NOISE, CaseResult, Result
 from ia3rt.bench.runner import Progress
 from ia3rt.bench.suites.registry import SUITES
 
@@ -74,12 +74,17 @@ def _print_suite(console: Console, suite: str, cases: Sequence[CaseResult]) -> N
                 Text(measured.contender, style="bold" if measured.contender in OURS else ""),
                 *(readable.taken(case, getattr(measured.taken, percentile)) for percentile in shown),
                 readable.rate(case, measured),
-                Text(ratio, style="dim" if ratio == readable.NOISY else ""),
-                end_section=position == len(case.measurements) - 1,
+                Text(ratio, style="dim" if ratio in (readable.NOISY, readable.WITHIN) else ""),
             )
+        if case.control is not None:
+            times = (readable.taken(case, getattr(case.control.taken, percentile)) for percentile in shown)
+            table.add_row("", CONTROL, *times, "", readable.control(case.control), style="dim")
+        table.add_section()
     console.print(table)
     if any(measured.is_noise for case in cases for measured in case.measurements):
         console.print(Text(f"  noise: p20 … p80 of the ratio are over {NOISE:.0%} of its median apart.", style="dim"))
+    if any(case.control for case in cases):
+        console.print(Text(f"  {readable.CONTROL_IS}", style="dim"))
     for line in left_out(cases):
         console.print(Text(f"  {line}", style="dim"))
 

@@ -35,7 +35,7 @@ class Workshop:
         self.model = build_model(settings)
         self.adapters = AdapterSet(self.model, Path(self.folder.name) / "adapters")
         self._makers = makers
-        self._subjects: dict[str, Subject] = {}
+        self._subjects: dict[tuple[str, bool], Subject] = {}
         self._key: tuple[int, str] = (0, "")
 
     def __enter__(self) -> Workshop:
@@ -53,20 +53,22 @@ class Workshop:
         generator = torch.Generator().manual_seed(rows * 100_003 + length)
         return torch.randint(1, vocabulary, (rows, length), generator=generator).to(self.settings.device)
 
-    def subject(self, contender: str, adapters: int, purpose: str = "") -> Subject:
+    def subject(self, contender: str, adapters: int, purpose: str = "", again: bool = False) -> Subject:
         """A contender's model with so many adapters.
 
         Args:
             contender: its name.
             adapters: how many; they are called as `adapters.names` says.
             purpose: models of one purpose are not used for another.
+            again: a second model, made in the same way, is wanted.
         """
         if self._key != (adapters, purpose):
             self._drop()
             self._key = adapters, purpose
-        if contender not in self._subjects:
-            self._subjects[contender] = self._makers[contender](self, names(adapters))
-        return self._subjects[contender]
+        kept = contender, again
+        if kept not in self._subjects:
+            self._subjects[kept] = self._makers[contender](self, names(adapters))
+        return self._subjects[kept]
 
     def saved_model(self) -> Path:
         """A folder with the model's weights, for a contender in another process."""

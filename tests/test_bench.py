@@ -288,7 +288,7 @@ def test_what_a_measurement_adds_is_gone_after_it(workshop: Workshop) -> None:
 
 def test_a_quick_run_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine()
-    slow = [Case(f"case{i}", {"n": i}, lambda *_: Ways({"base": machine.way(1.0)})) for i in range(30)]
+    slow = [Case(f"case{i}", {"n": i}, lambda *_: Ways({"base": machine.way(0.5)})) for i in range(30)]
     monkeypatch.setitem(SUITES, "slow", Suite("slow", "", lambda _: iter(slow), "n"))
     effort = Effort(least=5, most=5, seconds=0, sample=0, deadline=20.0)
     result = run(dataclasses.replace(SETTINGS, suites=["slow"], effort=effort), clock=lambda: machine.now)
@@ -396,7 +396,7 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     by_ending = {file.suffix: file for file in tmp_path.iterdir()}
     assert set(by_ending) == {".json", ".csv", ".html"}
     plain = json.loads(by_ending[".json"].read_text())
-    assert plain["schema"] == 1 and plain["contenders"] == ["base", "peft", "ia3rt"]
+    assert plain["schema"] == 2 and plain["contenders"] == ["base", "peft", "ia3rt"]
     assert {case["suite"] for case in plain["cases"]} == {"forward", "memory"}
     assert {"processor", "cores", "memory_bytes", "devices", "torch_threads"} <= set(plain["machine"])
     assert {"python", "torch", "transformers", "peft", "ia3rt", "triton"} <= set(plain["versions"])

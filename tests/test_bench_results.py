@@ -43,6 +43,12 @@ def case(ratio: float, shape: list[float] = STEADY, suite: str = "forward", what
     )
 
 
+def controlled(ratio: float, control: float, shape: list[float] = STEADY) -> CaseResult:
+    """The case, with a second copy of the base model that took `control` of the first."""
+    again = [base * control * factor for base, factor in zip(BASE, shape, strict=True)]
+    return dataclasses.replace(case(ratio), control=Measurement.of("control", again, BASE))
+
+
 def result(*cases: CaseResult, **changes) -> Result:
     machine = {
         "processor": "Abacus <1>",
@@ -242,3 +248,40 @@ def test_what_is_no_budget(content: str, tmp_path: Path) -> None:
     (tmp_path / "budget.json").write_text(content)
     with pytest.raises(ValueError, match="is not a budget"):
         read_budget(tmp_path / "budget.json")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "control", "shape", "within"),
+    [
+        (1.03, 1.04, STEADY, True),  # no further from 1 than a second copy of the base model
+        (0.97, 1.04, STEADY, True),
+        (1.05, 1.04, STEADY, False),
+        (1.03, 1.0, STEADY, False),
+        (1.03, 1.0, [1.0, 1.06, 0.94, 1.0, 1.05], True),  # the control itself may be that far off by chance
+    ],
+)
+def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_path) -> None:
+    made = result(controlled(ratio, control, shape))
+    (measured,) = (m for m in made.cases[0].measurements if m.contender == "ia3rt")
+    assert made.cases[0].is_within_noise(measured) == within
+    console = Console(record=True, width=200)
+    terminal.print_result(console, made)
+    printed = console.export_text()
+    assert "control" in printed and ("within noise" in printed.split("control")[0]) == within
+    write_json(made, tmp_path / "a.json")
+    write_csv(made, tmp_path / "a.csv")
+    write_html(made, tmp_path / "a.html")
+    assert read_json(tmp_path / "a.json").as_dict() == json.loads(json.dumps(made.as_dict()))
+    assert "control" in (tmp_path / "a.csv").read_text() and "control" in (tmp_path / "a.html").read_text()
+
+
+def test_a_result_without_controls_is_read(tmp_path) -> None:
+    write_json(result(case(1.5)), tmp_path / "a.json")
+    plain = json.loads((tmp_path / "a.json").read_text())
+    plain["schema"] = 1
+    for made in plain["cases"]:
+        del made["control"]
+        for measured in made["measurements"]:
+            del measured["within_noise"]
+    (tmp_path / "a.json").write_text(json.dumps(plain))
+    assert read_json(tmp_path / "a.json").as_dict() == json.loads(json.dumps(result(case(1.5)).as_dict()))

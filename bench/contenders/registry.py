@@ -17,3 +17,6 @@ CONTENDERS: dict[str, Maker] = {
 """By name, what makes its model."""
 
 OURS = ("ia3rt", "ia3rt-compiled")
+
+TWICE = ("base", "peft")
+"""Whose second model costs next to no memory, as it shares all weights: it is timed too, as the control."""

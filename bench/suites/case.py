@@ -25,11 +25,15 @@ class Value:
 
 @dataclass
 class Ways:
-    """How each contender does a case, by name; and why the others do not."""
+    """How each contender does a case, by name; why the others do not; and what makes a contender's second way.
+
+    The second way is that of another model made alike; None where contenders have no models.
+    """
 
     ways: dict[str, Way | Value] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    again: Callable[[str], Way | Value] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,10 @@ def by_subject(
     reasons = without or {}
 
     def ways(workshop: Workshop, contenders: Sequence[str]) -> Ways:
-        made = Ways()
+        def again(name: str) -> Way | Value:
+            return way(workshop, workshop.subject(name, adapters, purpose, again=True))
+
+        made = Ways(again=again)
         for name in contenders:
             if name in reasons:
                 made.left_out[name] = reasons[name]
