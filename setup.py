@@ -32,6 +32,7 @@ setup(
         "ia3rt.bench.compiled",
         "ia3rt.bench.contenders",
         "ia3rt.bench.layers",
+        "ia3rt.bench.profile",
         "ia3rt.bench.suites",
         "ia3rt.examples",
     ],

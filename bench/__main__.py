@@ -16,6 +16,8 @@ from ia3rt.bench import document as documents
 from ia3rt.bench.layer_times import time_layers
 from ia3rt.bench.layers.case import ROWS
 from ia3rt.bench.layers.registry import CASES
+from ia3rt.bench.profile import document as performance
+from ia3rt.bench.result import read_json
 from ia3rt.bench.shapes import SHAPES
 from ia3rt.bench.tune import linear_shapes, measure_on
 from ia3rt.bench.tune import tune as find_best
@@ -29,6 +31,28 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 def document(file: Annotated[Path, typer.Argument(help="docs/kernels.md")] = Path("docs/kernels.md")) -> None:
     """Write the tables of docs/kernels.md: compiled kernels and roofline. No GPU is needed."""
     documents.write(file)
+
+
+@app.command()
+def profile(
+    file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md"),
+    counted: Annotated[bool, typer.Option("--counted", help="Only what is counted: no timing.")] = False,
+) -> None:
+    """Count and time where a forward's time and memory go, and write the tables of docs/performance.md."""
+    performance.write_counted(file)
+    if not counted:
+        performance.write_timed(file)
+
+
+@app.command()
+def measured(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="Runs of `ia3rt bench`.")],
+    file: Annotated[Path, typer.Option(help="Where the tables go; the plots go beside it.")] = Path(
+        "docs/performance.md"
+    ),
+) -> None:
+    """Write the measured tables and the plots of docs/performance.md."""
+    performance.write_measured(file, [read_json(result) for result in results])
 
 
 @app.command()

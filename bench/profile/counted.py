@@ -1,0 +1,162 @@
+"""What one decoder layer does in a forward, counted: operations, module calls, Python calls and bytes allocated.
+
+Counts do not depend on the machine's mood. A layer's are those of a model of two layers less those of one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ia3rt.bench.adapters import names
+from ia3rt.bench.contenders.registry import CONTENDERS
+from ia3rt.bench.contenders.subject import Way
+from ia3rt.bench.settings import Settings
+from ia3rt.bench.workshop import Workshop
+
+_NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "detach"})
+"""Operations that return new tensors and compute nothing."""
+PROMPT, ROWS = 16, 16
+
+
+@dataclass
+class Counts:
+    """What a layer does.
+
+    Attributes:
+        operations: by name, those that compute; views and empty tensors are none.
+        modules: calls of nn.Module.
+        calls: calls of Python functions, all told.
+        bytes: allocated for results.
+    """
+
+    operations: Counter[str] = field(default_factory=Counter)
+    modules: int = 0
+    calls: int = 0
+    bytes: int = 0
+
+    def less(self, other: Counts) -> Counts:
+        """The difference."""
+        operations = Counter(self.operations)
+        operations.subtract(other.operations)
+        kept = Counter({name: count for name, count in operations.items() if count})
+        return Counts(kept, self.modules - other.modules, self.calls - other.calls, self.bytes - other.bytes)
+
+
+@dataclass(frozen=True)
+class Wearing:
+    """A contender and what it wears.
+
+    Attributes:
+        contender: its name.
+        mixed: how many adapters are multiplied.
+        by_row: whether each of ROWS rows wears another one instead.
+    """
+
+    contender: str
+    mixed: int = 1
+    by_row: bool = False
+
+    def __str__(self) -> str:
+        """As tables name it."""
+        if self.contender == "base":
+            return f"base, {ROWS} rows" if self.by_row else "base"
+        if self.by_row:
+            return f"{self.contender}, {ROWS} rows, each its own"
+        return f"{self.contender}, {self.mixed} adapter{'s' * (self.mixed > 1)}"
+
+
+WEARINGS = (
+    Wearing("base"),
+    Wearing("peft", 1),
+    Wearing("peft", 3),
+    Wearing("ia3rt", 1),
+    Wearing("ia3rt", 3),
+    Wearing("ia3rt", 16),
+    Wearing("base", by_row=True),
+    Wearing("ia3rt", by_row=True),
+)
+
+
+def count_layers(step: str, dtype: torch.dtype, wearings: Sequence[Wearing] = WEARINGS) -> dict[Wearing, Counts]:
+    """What a layer of SmolLM2's shape does.
+
+    Args:
+        step: `decode` (one token after a prompt) or `prefill`.
+        dtype: the weights' type.
+        wearings: what is counted.
+    """
+    by_depth = [_count_models(step, dtype, wearings, layers) for layers in (1, 2)]
+    return {wearing: by_depth[1][wearing].less(by_depth[0][wearing]) for wearing in wearings}
+
+
+def _count_models(step: str, dtype: torch.dtype, wearings: Sequence[Wearing], layers: int) -> dict[Wearing, Counts]:
+    settings = Settings([], [], "smollm2-135m", layers, dtype=dtype)
+    found = {}
+    with Workshop(settings, CONTENDERS) as workshop:
+        for wearing in wearings:
+            subject = workshop.subject(wearing.contender, ROWS)
+            worn = names(ROWS if wearing.by_row else wearing.mixed)
+            if wearing.by_row:
+                way = subject.mixed(workshop.ids(ROWS, 1), worn)
+            elif step == "decode":
+                way = subject.decode(workshop.ids(1, PROMPT), worn)
+            else:
+                way = subject.prefill(workshop.ids(1, PROMPT), worn)
+            found[wearing] = count(way)
+    return found
+
+
+def count(way: Way) -> Counts:
+    """What a way does in one turn; the turn before, in which lazy things are made, is not counted."""
+    way.run(0)
+    counts = Counts()
+    with _OperationsInto(counts):
+        way.run(1)
+    with _calls_into(counts):
+        way.run(2)
+    return counts
+
+
+class _OperationsInto(TorchDispatchMode):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returned = func._schema.returns
+        is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in returned)
+        name = func._schema.name.removeprefix("aten::")
+        if not is_view and name not in _NO_KERNEL:
+            self._counts.operations[name] += 1
+        if not any(value.alias_info for value in returned):
+            tensors = result if isinstance(result, tuple | list) else (result,)
+            self._counts.bytes += sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+        return result
+
+
+@contextmanager
+def _calls_into(counts: Counts) -> Iterator[None]:
+    """Counts calls as the interpreter sees them: a hook on the modules would change what ia3rt does."""
+    module_call = nn.Module._call_impl.__code__
+
+    def seen(frame: Any, event: str, _: object) -> None:
+        if event == "call":
+            counts.calls += 1
+            counts.modules += frame.f_code is module_call
+
+    before: Callable[..., Any] | None = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
