@@ -18,6 +18,7 @@ from ia3rt.bench.layers.case import ROWS
 from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.profile import document as performance
 from ia3rt.bench.result import read_json
+from ia3rt.bench.serving import tables as serving_tables
 from ia3rt.bench.shapes import SHAPES
 from ia3rt.bench.tune import linear_shapes, measure_on
 from ia3rt.bench.tune import tune as find_best
@@ -53,6 +54,15 @@ def measured(
 ) -> None:
     """Write the measured tables and the plots of docs/performance.md."""
     performance.write_measured(file, [read_json(result) for result in results])
+
+
+@app.command()
+def served(
+    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A run of `ia3rt bench serve`.")],
+    file: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("docs/serving.md"),
+) -> None:
+    """Write the measured table of docs/serving.md."""
+    serving_tables.write(file, result)
 
 
 @app.command()

@@ -12,6 +12,7 @@ import typer.core
 from rich.console import Console
 from rich.text import Text
 
+from ia3rt.bench.serving.cli import serve
 from ia3rt.cli_errors import MissingPackageError, UsageError, errors_in_a_line
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class _RunByDefault(typer.core.TyperGroup):
 
 
 app = typer.Typer(cls=_RunByDefault, add_completion=False)
+app.command()(serve)
 
 
 @app.command()

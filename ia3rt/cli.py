@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,35 @@ def demo(
             inputs = bundled_inputs(console, device)
         exact = run_demo(console, inputs)
     raise typer.Exit(0 if exact else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face Hub.")],
+    adapters: Annotated[
+        Path, typer.Option(metavar="DIR", help="A folder with a folder for each adapter, IA³ or LoRA.")
+    ],
+    host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where the server listens.")] = 8000,
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How many different adapters and mixes one batch may have; as many as there are, up to 32.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve a model with a folder of adapters: vLLM's OpenAI server, with the options that this needs.
+
+    A request's model is an adapter's name, or a mix such as a*b or mix:a*0.7+b*0.3. Other options go to vLLM, such as
+    --dtype bfloat16 or --tensor-parallel-size 2.
+    """
+    from ia3rt.serving.command import serve as become_server
+
+    with errors_in_a_line():
+        become_server(Console(), model, adapters, host, port, max_loras, context.args)
 
 
 @app.command()

@@ -1,0 +1,164 @@
+"""Runs the servers side by side and sends each the same load, in turn."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ia3rt.bench.machine import machine, versions
+from ia3rt.bench.profile.memory import RANK
+from ia3rt.bench.serving.adapters import ia3_folders, lora_folders
+from ia3rt.bench.serving.load import Load, Served, send
+from ia3rt.bench.serving.server import BASE, Server
+from ia3rt.bench.suites.mixed import worn
+
+SLOTS = 32
+"""Different adapters in one batch at most."""
+COMPILED = "-compiled"
+NOTES = {"lora": f"LoRA of rank {RANK}; on a CPU vLLM runs a fallback in plain torch for it, and no kernels"}
+FIGURES = ("tokens_per_second", "first", "between")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is sent.
+
+    Attributes:
+        adapters: how many are loaded.
+        requests: how many are sent in a round.
+        popularity: how they name adapters; see suites/mixed.py.
+    """
+
+    adapters: int
+    requests: int
+    popularity: str
+
+    def __str__(self) -> str:
+        """As tables name it."""
+        return f"{self.requests} requests, {self.popularity} of {self.adapters:,}"
+
+
+@dataclass
+class Timed:
+    """What a case took.
+
+    Attributes:
+        case: what was sent.
+        rounds: by contender, what each round took; `control` is the base server once more.
+    """
+
+    case: Case
+    rounds: dict[str, list[Served]] = field(default_factory=dict)
+
+    def ratios(self, contender: str, figure: str) -> list[float]:
+        """By round, a contender's figure as a share of the base server's."""
+        pairs = zip(self.rounds[contender], self.rounds[BASE], strict=True)
+        return [getattr(ours, figure) / getattr(theirs, figure) for ours, theirs in pairs]
+
+    def median(self, contender: str, figure: str) -> float:
+        """The median of a contender's figure."""
+        return float(statistics.median(getattr(taken, figure) for taken in self.rounds[contender]))
+
+    def ratio(self, contender: str, figure: str) -> float:
+        """The median of the ratios."""
+        return float(statistics.median(self.ratios(contender, figure)))
+
+
+def cases(quick: bool) -> list[Case]:
+    """What is timed: few or many adapters, all alike, all different, or by Zipf's law."""
+    quickly = [Case(1, 1, "identical"), Case(8, 8, "distinct")]
+    if quick:
+        return quickly
+    return [*quickly, Case(1, 8, "identical"), Case(32, 32, "distinct"), Case(32, 32, "zipf"), Case(1000, 32, "zipf")]
+
+
+def time_servers(
+    model: Path, contenders: Sequence[str], quick: bool, rounds: int, done: Callable[[str], None]
+) -> list[Timed]:
+    """Starts the contenders' servers and times all cases.
+
+    Args:
+        model: a folder with the model, as vLLM reads it.
+        contenders: of base, ia3rt, lora, base-compiled, ia3rt-compiled; base is always there.
+        quick: fewer cases.
+        rounds: of each case, after one that is not counted.
+        done: told what was done.
+
+    Raises:
+        RuntimeError: a server did not start.
+    """
+    timed = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="ia3rt-serve-")))
+        wanted = cases(quick)
+        most = max(case.adapters for case in wanted)
+        servers = {}
+        for name in dict.fromkeys([BASE, *contenders]):
+            own = folder / name
+            own.mkdir()
+            servers[name] = Server(model, _options(name, model, own, most), own)
+            servers[name].start()
+            stack.callback(servers[name].kill)
+            servers[name].wait()
+            done(f"{name}: its server is up")
+        for case in wanted:
+            timed.append(_time(case, servers, rounds))
+            done(str(case))
+    return timed
+
+
+def _options(name: str, model: Path, folder: Path, adapters: int) -> list[str]:
+    options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32", "--no-enable-prefix-caching"]
+    kind = name.removesuffix(COMPILED)
+    if kind == name:
+        options.append("--enforce-eager")
+    if kind == BASE:
+        return options
+    made = (ia3_folders if kind == "ia3rt" else lora_folders)(model, folder / "adapters", adapters)
+    named = [f"task{number}={path}" for number, path in enumerate(made)]
+    options += ["--enable-lora", "--max-lora-rank", "1" if kind == "ia3rt" else str(RANK)]
+    options += ["--max-loras", str(min(SLOTS, adapters)), "--max-cpu-loras", str(adapters)]
+    return [*options, "--lora-target-modules", "k_proj", "v_proj", "down_proj", "--lora-modules", *named]
+
+
+def _time(case: Case, servers: dict[str, Server], rounds: int) -> Timed:
+    names = worn(case.popularity, case.requests, case.adapters)
+    order = [*servers, "control"]
+    timed = Timed(case, {name: [] for name in order})
+    draw = random.Random(0)
+    for turn in range(-1, rounds):
+        draw.shuffle(order)
+        for name in order:
+            kind = BASE if name == "control" else name
+            is_base = kind.removesuffix(COMPILED) == BASE
+            load = Load([BASE] * case.requests if is_base else names)
+            taken = send(servers[kind].url, load, seed=turn)
+            if turn >= 0:  # the round before warms the servers up
+                timed.rounds[name].append(taken)
+    return timed
+
+
+def as_dict(timed: Sequence[Timed], command: str, model: str) -> dict[str, Any]:
+    """What a run leaves behind, for JSON."""
+    plain = [
+        {"case": asdict(one.case), "rounds": {k: [asdict(r) for r in v] for k, v in one.rounds.items()}}
+        for one in timed
+    ]
+    return {"command": command, "model": model, "machine": machine(), "versions": versions(), "cases": plain}
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[Timed]]:
+    """A run that was written; what was run, and what it took."""
+    plain = json.loads(file.read_text("utf-8"))
+    timed = [
+        Timed(Case(**one["case"]), {k: [Served(**taken) for taken in v] for k, v in one["rounds"].items()})
+        for one in plain["cases"]
+    ]
+    return plain, timed

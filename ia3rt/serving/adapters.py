@@ -1,0 +1,56 @@
+"""The adapters of a folder that a server is to serve."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ia3rt.checkpoint import CONFIG_NAME, read_checkpoint
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter in a folder of its own.
+
+    Attributes:
+        name: the folder's.
+        folder: where it is.
+        modules: the last component of the names of the modules where it acts; empty for a LoRA.
+        numbers: how many numbers it is; 0 for a LoRA.
+        rank: a LoRA's; 0 for IA³.
+    """
+
+    name: str
+    folder: Path
+    modules: frozenset[str]
+    numbers: int
+    rank: int = 0
+
+
+def find_adapters(folder: Path) -> list[Served]:
+    """The IA³ and LoRA adapters in a folder's folders, by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no adapter in it.
+        ValueError: an adapter is damaged, or of another kind.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: --adapters takes one that holds a folder for each adapter")
+    found = [_read(child) for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no adapter: none of its folders has an {CONFIG_NAME}")
+    return found
+
+
+def _read(folder: Path) -> Served:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}") from error
+    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+        ranks = [config["r"], *config.get("rank_pattern", {}).values()]
+        return Served(folder.name, folder.absolute(), frozenset(), 0, max(ranks))
+    vectors = read_checkpoint(folder).vectors  # which refuses other kinds
+    modules = frozenset(path.rpartition(".")[2] for path, _ in vectors)
+    return Served(folder.name, folder.absolute(), modules, sum(vector.numel() for vector in vectors.values()))
