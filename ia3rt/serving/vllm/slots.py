@@ -58,7 +58,9 @@ class TokenSlots:
         worn = set(rows)
         self.state[0] = int(worn - {self.identity} != set())
         self.state[1] = rows[0] if len(worn) == 1 else -1
-        self.index[:count].copy_(torch.tensor(rows, dtype=torch.int32))
+        # From pinned memory, so that the host need not wait for what the device is doing.
+        given = torch.tensor(rows, dtype=torch.int32, pin_memory=self.index.is_cuda)
+        self.index[:count].copy_(given, non_blocking=True)
         if self._live > count:
             self.index[count : self._live].fill_(self.identity)
         self._live = count

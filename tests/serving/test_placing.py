@@ -1,0 +1,84 @@
+"""Which of vLLM's layers a checkpoint's sites are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_layers import IN, OUT, layer_of, load, parts, vllm_environment  # noqa: F401
+from torch import nn
+from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from ia3rt.serving.vllm import layers
+from ia3rt.serving.vllm.placing import Layers
+from ia3rt.sites import Site
+
+UP, OUTER = "layers.1.gate_up_proj", "layers.1.outer"
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    packed = MergedColumnParallelLinear(IN, [OUT, OUT], bias=True)
+    load(packed, parts({0: OUT, 1: OUT}))
+    outer = ColumnParallelLinear(IN, OUT, bias=True)
+    load(outer, parts({None: OUT}))
+    block = nn.Module()
+    block.gate_up_proj = layer_of(layers.IA3MergedColumnParallelLinear, packed)
+    block.outer = layer_of(layers.IA3ColumnParallelLinear, outer)
+    made = nn.Module()
+    made.layers = nn.ModuleList([PPMissingLayer(), block])
+    return made
+
+
+def find(model: nn.Module, may_grow: bool = True) -> Layers:
+    wrapped = {UP: model.layers[1].gate_up_proj, OUTER: model.layers[1].outer, "head": nn.Linear(1, 1)}
+    return Layers(model, wrapped, {UP: ["layers.1.gate_proj", "layers.1.up_proj"]}, may_grow)
+
+
+def ones(*sites: Site) -> dict[Site, torch.Tensor]:
+    return {site: torch.ones(site.width) for site in sites}
+
+
+def test_packed_and_whole_layers(model) -> None:
+    up, out = Site("layers.1.up_proj", "out", OUT), Site(OUTER, "out", OUT)
+    inner = Site(OUTER, "in", IN)
+    placed = find(model).place("a", ones(up, out, inner))
+    assert placed.keys() == {UP, OUTER}
+    assert placed[UP]["out"][0] is None and placed[UP]["out"][1].shape == (OUT,)
+    assert placed[OUTER].keys() == {"in", "out"}
+
+
+def test_names_of_the_checkpoint_are_vllms_by_its_own_mapping(model) -> None:
+    renamed = SimpleNamespace(_map_name=lambda name: name.replace("model.language.", ""))
+    model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: renamed)
+    assert find(model).place("a", ones(Site("model.language.layers.1.outer", "out", OUT))).keys() == {OUTER}
+
+
+def test_another_pipeline_stage_has_the_rest(model) -> None:
+    assert find(model).place("a", ones(Site("layers.0.up_proj", "out", OUT))) == {}
+
+
+@pytest.mark.parametrize(
+    ("site", "told"),
+    [
+        (Site("layers.7.up_proj", "out", OUT), "no such layer"),
+        (Site("layers.1.nothing", "out", OUT), "no such layer"),
+        (Site("layers.1.up_proj", "out", OUT + 1), f"{OUT} wide"),
+        (Site("layers.1.up_proj", "in", IN), "no vector at its input"),
+        (Site("head", "out", 1), "no vector at its output"),
+    ],
+)
+def test_what_does_not_fit_is_told(model, site, told) -> None:
+    with pytest.raises(ValueError, match=told) as refused:
+        find(model).place("sql", ones(site))
+    assert "'sql'" in str(refused.value) and str(site) in str(refused.value)
+
+
+def test_a_compiled_layer_gets_no_table_later(model) -> None:
+    site = Site(OUTER, "out", OUT)
+    with pytest.raises(ValueError, match="--enforce-eager"):
+        find(model, may_grow=False).place("a", ones(site))
+    model.layers[1].outer.ia3_table("out")
+    assert find(model, may_grow=False).place("a", ones(site)).keys() == {OUTER}
