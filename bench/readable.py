@@ -7,8 +7,8 @@ from ia3rt.bench.result import CaseResult, Measurement
 NOISY = "noise"
 WITHIN = "within noise"
 CONTROL_IS = (
-    "control: the reference, timed a second time. In brackets: how far its ratio is from 1, or may be by chance; a "
-    "ratio no further from 1 is within noise, neither a win nor a loss."
+    "control: the reference, timed a second time. In brackets: how far its ratio is from 1, or may be by chance. A "
+    "ratio no further from 1 than that, or than chance may have moved it, is within noise: neither a win nor a loss."
 )
 
 
@@ -65,8 +65,8 @@ def noise_reason(measured: Measurement) -> str:
     """Why a ratio is not shown."""
     assert measured.ratio is not None
     return (
-        f"p20 … p80 of the ratio are {measured.ratio.p20:.3g} … {measured.ratio.p80:.3g}, "
-        f"{measured.spread:.0%} of its median apart"
+        f"the ratio is {_three(measured.ratio.p20)} … {_three(measured.ratio.p80)} × (p20 … p80), its median may be "
+        f"off by {measured.error / measured.ratio.p50:.0%}"
     )
 
 

@@ -52,8 +52,8 @@ def _document(result: Result) -> Iterator[str]:
     yield (
         '<p class="dim">All contenders of a case are timed in turn, round after round, in an order drawn anew each '
         "time. A time is the median of all rounds, with its 20th and 80th percentile. A ratio is the median of the "
-        "ratios to the reference, each to the reference's time in the same round: below 1 is faster. Where p20 … p80 "
-        f"of the ratio are more than {NOISE:.0%} of its median apart, it is noise, and is not shown. "
+        "ratios to the reference, each to the reference's time in the same round: below 1 is faster. Where it may "
+        f"be off by more than {NOISE:.0%} by chance, it is noise, and is not shown. "
         f"{_text(readable.CONTROL_IS)} Contenders that should compute the same were compared first; one with another "
         "result is not timed.</p>"
     )

@@ -17,8 +17,8 @@ READABLE = (1, SCHEMA)
 """Schemas that are read; the first has no controls."""
 CONTROL = "control"
 """What the second measurement of a case's reference is called."""
-NOISE = 0.10
-"""A ratio whose p20 … p80 is wider than this share of its median is noise, and is not printed."""
+NOISE = 0.05
+"""A ratio whose median may be off by more than this share of it, by chance, is noise, and is not printed."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,26 @@ class Measurement:
         return cls(contender, Timing.of(samples), ratio, turns, tuple(samples), note)
 
     @property
-    def spread(self) -> float:
-        """The ratio's p20 … p80 as a share of its median."""
+    def error(self) -> float:
+        """How far the ratio's median may be off by chance: two of its standard errors.
+
+        Of samples spread as p20 … p80 say: these are 1.68 standard deviations apart, and a median's error is 1.25 of a
+        mean's.
+        """
         if self.ratio is None or self.ratio.p80 == self.ratio.p20:
             return 0.0
-        spread: float = (self.ratio.p80 - self.ratio.p20) / self.ratio.p50
-        return spread
+        deviation: float = (self.ratio.p80 - self.ratio.p20) / 1.68
+        return 2 * 1.25 * deviation / math.sqrt(max(1, len(self.samples)))
 
     @property
     def is_noise(self) -> bool:
         """Whether the ratio must not be printed."""
-        return not self.spread <= NOISE
+        return self.ratio is not None and not self.error <= NOISE * self.ratio.p50
 
     @property
     def doubt(self) -> float:
-        """How far a control's ratio is from 1, where it should be 1: the median, or what it may be off by chance.
-
-        The latter is two standard errors of a median, of samples that are spread as p20 … p80 say: those are 1.68
-        standard deviations apart, and a median's error is 1.25 of a mean's.
-        """
-        if self.ratio is None:
-            return 0.0
-        error: float = 1.25 * (self.ratio.p80 - self.ratio.p20) / 1.68 / math.sqrt(max(1, len(self.samples)))
-        return max(abs(float(self.ratio.p50) - 1), 2 * error)
+        """How far a control's ratio is from 1, where it should be 1, or may be by chance."""
+        return 0.0 if self.ratio is None else max(abs(float(self.ratio.p50) - 1), self.error)
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,10 @@ class CaseResult:
     control: Measurement | None = None
 
     def is_within_noise(self, measured: Measurement) -> bool:
-        """Whether a contender's ratio is no further from 1 than the control's: neither a win nor a loss."""
+        """Whether a contender's ratio is no further from 1 than the control's, or than chance: no win and no loss."""
         if self.control is None or measured.ratio is None:
             return False
-        return bool(abs(measured.ratio.p50 - 1) <= self.control.doubt)
+        return bool(abs(measured.ratio.p50 - 1) <= max(self.control.doubt, measured.error))
 
     def rate(self, measurement: Measurement) -> float | None:
         """Units a second at the median."""

@@ -82,7 +82,7 @@ def _print_suite(console: Console, suite: str, cases: Sequence[CaseResult]) -> N
         table.add_section()
     console.print(table)
     if any(measured.is_noise for case in cases for measured in case.measurements):
-        console.print(Text(f"  noise: p20 … p80 of the ratio are over {NOISE:.0%} of its median apart.", style="dim"))
+        console.print(Text(f"  noise: the ratio may be off by over {NOISE:.0%} by chance.", style="dim"))
     if any(case.control for case in cases):
         console.print(Text(f"  {readable.CONTROL_IS}", style="dim"))
     for line in left_out(cases):
