@@ -7,7 +7,9 @@ import csv
 import dataclasses
 import io
 import json
+import random
 import re
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -285,3 +287,16 @@ def test_a_result_without_controls_is_read(tmp_path) -> None:
             del measured["within_noise"]
     (tmp_path / "a.json").write_text(json.dumps(plain))
     assert read_json(tmp_path / "a.json").as_dict() == json.loads(json.dumps(result(case(1.5)).as_dict()))
+
+
+def test_more_rounds_make_a_ratio_certain() -> None:
+    """The error of a median, as it is in 4,000 runs that draw such samples."""
+    draw = random.Random(0)
+
+    def run(rounds: int) -> Measurement:
+        return Measurement.of("ia3rt", [draw.gauss(1.0, 0.15) for _ in range(rounds)], [1.0] * rounds)
+
+    assert run(5).is_noise and not run(200).is_noise
+    medians = [run(101).ratio.p50 for _ in range(4000)]
+    measured = statistics.median(run(101).error for _ in range(500))
+    assert measured == pytest.approx(2 * statistics.pstdev(medians), rel=0.15)
