@@ -156,7 +156,7 @@ def test_the_report_is_whole_and_opens_offline(tmp_path: Path) -> None:
     picture = base64.b64decode(parser.links[0].partition(",")[2]).decode()
     fetched = re.findall(r'(?:xlink:)?href="([^"]*)"', picture)
     assert "<svg" in picture and all(link.startswith("#") for link in fetched)
-    for expected in ("Abacus &lt;1&gt;", "1.20 ×", "it is not &lt;here&gt;", "in two &lt;steps&gt;", "apart"):
+    for expected in ("Abacus &lt;1&gt;", "1.20 ×", "it is not &lt;here&gt;", "in two &lt;steps&gt;", "off by"):
         assert expected in text
     assert SUITES["forward"].about in text
 
