@@ -68,18 +68,18 @@ def mixed_scale(l_ptr, stride_l, mixes_ptr, mix_size, slots, cols, width, UNROLL
 @triton.jit(do_not_specialize=["M", "rows_per_mix", "mix_size"])
 def scale_kernel(
     x_ptr,  # [M, N], columns contiguous
-    y_ptr,  # the same
+    y_ptr,  # [M, N], contiguous; or x, where IN_PLACE
     l_ptr,  # [capacity, N], columns contiguous
     mixes_ptr,
     route_ptr,
     M,
     N,
     stride_x,
-    stride_y,
     stride_l,
     mix_size,
     rows_per_mix,
     UNIFORM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -92,7 +92,8 @@ def scale_kernel(
     rows = rows.to(tl.int64)[:, None]
     x = tl.load(x_ptr + rows * stride_x + cols[None, :], mask=inside)
     y = x.to(tl.float32) * s
-    tl.store(y_ptr + rows * stride_y + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    y_rows = rows * stride_x if IN_PLACE else rows * N
+    tl.store(y_ptr + y_rows + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def mix_size(mixes: Tensor) -> int:
@@ -108,7 +109,7 @@ def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor, out: Tensor | None
         l: [capacity, N], a site's slice of the bank; any row stride, columns contiguous, any of the dtypes above.
         mixes: int32 [slots, 2 + 2K], contiguous.
         route: int32 [R], contiguous, M % R == 0.
-        out: [M, N] of x.dtype, any row stride, columns contiguous; it may be x itself. Made where None.
+        out: x itself, or [M, N] of x.dtype, contiguous; made where None.
 
     """
     M, N = x.shape
@@ -127,11 +128,11 @@ def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor, out: Tensor | None
         M,
         N,
         x.stride(0),
-        y.stride(0),
         l.stride(0),
         mix_size(mixes),
         M // route.numel(),
         UNIFORM=uniform,
+        IN_PLACE=out is x,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

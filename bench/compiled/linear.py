@@ -39,8 +39,9 @@ def _linear(
         linear(x, weight, bias, l_in, l_out, *routing(R, longest))
 
 
-def _scale(R: int, has_scale: bool) -> None:
-    scale(empty(4096, 4096, dtype=torch.bfloat16), site(4096, 4096), *routing(R))
+def _scale(R: int, in_place: bool, has_scale: bool) -> None:
+    x = empty(4096, 4096, dtype=torch.bfloat16)
+    scale(x, site(4096, 4096), *routing(R), out=x if in_place else None)
 
 
 CASES: dict[str, Case] = {
@@ -67,6 +68,7 @@ CASES: dict[str, Case] = {
     "prefill, SmolLM2's k and v": Case(partial(_linear, 4096, 4, N=192, K=576, pair=True), wgmma=True),
     "decode, SmolLM2's k and v": Case(partial(_linear, 16, 16, N=192, K=576, pair=True)),
     "prefill, SmolLM2's down_proj": Case(partial(_linear, 4096, 1, N=576, K=1536), wgmma=True),
-    "scale, uniform": Case(partial(_scale, 1), matrix=False),
-    "scale, one mix a row": Case(partial(_scale, 4096), matrix=False),
+    "scale, uniform": Case(partial(_scale, 1, False), matrix=False),
+    "scale, one mix a row": Case(partial(_scale, 4096, False), matrix=False),
+    "scale, one mix a row, in place": Case(partial(_scale, 4096, True), matrix=False),
 }
