@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,19 @@ if importlib.util.find_spec("vllm") is None:
 else:
     from server import Server
     from truth import Truth, make_lora, save_smollm2
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    @pytest.fixture(scope="session")
+    def one_process() -> Iterator[None]:
+        """vLLM's state, as its layers need it to be made."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with set_current_vllm_config(VllmConfig()):
+            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+            initialize_model_parallel(1)
+            yield
 
     @pytest.fixture(scope="session")
     def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

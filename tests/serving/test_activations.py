@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_layers import LORA, ROWS, SLOTS, vllm_environment, worn  # noqa: F401
+from test_layers import LORA, ROWS, SLOTS, worn
 from torch import nn
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.mistral import MistralMLP
@@ -15,6 +15,8 @@ from ia3rt.serving.vllm.layers import IA3RowParallelLinear
 from ia3rt.serving.vllm.slots import TokenSlots
 
 HIDDEN, WIDTH = 24, 32
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 class AnotherMLP(LlamaMLP):

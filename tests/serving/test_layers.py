@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -24,20 +20,10 @@ from ia3rt.serving.vllm import layers
 from ia3rt.serving.vllm.slots import TokenSlots
 
 IN, OUT, HEAD = 24, 16, 4
+pytestmark = pytest.mark.usefixtures("one_process")
 SLOTS = 3
 ROWS = [1, SLOTS, 0, 1, 2]  # the last slot is left empty
 LORA = SimpleNamespace(max_lora_rank=2, fully_sharded_loras=False, lora_dtype=torch.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm_environment() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
-        initialize_model_parallel(1)
-        yield
 
 
 def layer_of(cls: type, base: torch.nn.Module) -> layers.IA3Layer:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_layers import IN, OUT, layer_of, load, parts, vllm_environment  # noqa: F401
+from test_layers import IN, OUT, layer_of, load, parts
 from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -16,6 +16,8 @@ from ia3rt.serving.vllm.placing import Layers
 from ia3rt.sites import Site
 
 UP, OUTER = "layers.1.gate_up_proj", "layers.1.outer"
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture

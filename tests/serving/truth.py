@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 TARGETS = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
-NEW_TOKENS = 8
+NEW_TOKENS = 12
 
 
 def save_smollm2(folder: Path) -> None:
