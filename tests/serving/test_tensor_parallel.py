@@ -8,7 +8,8 @@ import pytest
 import torch
 from server import Server
 from test_server import say
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from truth import Truth
 
 # SmolLM2's nine heads do not divide by two. Biases, as they are scaled too, and on one process only.
@@ -18,7 +19,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    vocab_size=49152,
+    vocab_size=256,
     attention_bias=True,
     mlp_bias=True,
     tie_word_embeddings=True,
@@ -26,7 +27,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.fixture(scope="module")
-def small(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small")
     made = LlamaForCausalLM(CONFIG)
@@ -34,7 +35,10 @@ def small(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     made.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -43,16 +47,7 @@ def test_two_processes(small, tmp_path) -> None:
     names = ["a", "b"]
     for seed, name in enumerate(names):
         truth.make_adapter(name, seed)
-    options = [
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "128",
-        "--enforce-eager",
-        "--enable-lora",
-        "--max-lora-rank",
-        "1",
-    ]
+    options = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--enable-lora", "--max-lora-rank", "1"]
     options += ["--tensor-parallel-size", "2", "--lora-modules", *(f"{name}={truth.folder / name}" for name in names)]
     server = Server(small, options, tmp_path)
     server.start()
