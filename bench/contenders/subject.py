@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -127,16 +128,17 @@ class InProcess(Subject):
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()
+        with_cache = {_cache_argument(): cache, "use_cache": True}
         token = ids[:, -1:].contiguous()
         with torch.inference_mode():
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=ids, logits_to_keep=1, **with_cache)
         prompts = [(layer.keys, layer.values) for layer in cache.layers]
 
         def run(_: int) -> Tensor:
             for layer, (keys, values) in zip(cache.layers, prompts, strict=True):
                 layer.keys, layer.values = keys, values
             with torch.inference_mode():
-                logits: Tensor = self.forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+                logits: Tensor = self.forward(input_ids=token, **with_cache).logits
             return logits
 
         return Way(run, (lambda: run(0)) if self.adapted else None)
@@ -264,3 +266,10 @@ class Compiled:
     def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
         """Left out."""
         raise LeftOut("generate() grows its cache, so that each step has a shape of its own to compile")
+
+
+def _cache_argument() -> str:
+    """What transformers' models call their cache: newer ones warn of the older name."""
+    from transformers import LlamaForCausalLM
+
+    return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

@@ -27,12 +27,13 @@ class Cost(NamedTuple):
 def costs(rounds: int = 300) -> list[Cost]:
     """Of SmolLM2's sites, on one row; less what an empty call takes between the same two readings of the clock.
 
-    Between two cold calls a matrix of 55 MB is read, as the layers' weights are between two sites.
+    Between two cold calls as much is read as a layer has weights, as it is between the same site of two layers.
     """
     shape = SMOLLM2_135M
+    weights = 2 * shape.hidden * (shape.hidden + shape.kv_width) + 3 * shape.hidden * shape.intermediate
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        other = torch.randn(24_000, shape.hidden).to(dtype)
+        other = torch.randn(weights // shape.hidden, shape.hidden).to(dtype)
         x = torch.randn(1, shape.hidden).to(dtype)
         for site, width in (("k, v", shape.kv_width), ("down", shape.intermediate)):
             y, vector = torch.ones(1, 1, width, dtype=dtype), torch.rand(width)

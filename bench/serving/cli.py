@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +25,10 @@ def serve(
         str, typer.Option(metavar="NAME,…", help=f"What is compared: {', '.join(CONTENDERS)}.")
     ] = "base,ia3rt,lora",
     rounds: Annotated[int, typer.Option(min=1, help="How often each server gets a case's requests.")] = 10,
+    request_rate: Annotated[
+        float,
+        typer.Option(metavar="N", min=0.01, show_default="all at once", help="Requests a second, arriving by chance."),
+    ] = math.inf,
     quick: Annotated[bool, typer.Option("--quick", help="Two cases, three rounds.")] = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the JSON file goes.")] = Path("bench-results"),
 ) -> None:
@@ -44,7 +49,12 @@ def serve(
 
         console = Console()
         timed = run.time_servers(
-            model.absolute(), names, quick, 3 if quick else rounds, lambda what: console.print(Text(what, style="dim"))
+            model.absolute(),
+            names,
+            run.cases(quick),
+            rounds=3 if quick else rounds,
+            rate=request_rate,
+            done=lambda what: console.print(Text(what, style="dim")),
         )
         out.mkdir(parents=True, exist_ok=True)
         file = out / f"serve-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"

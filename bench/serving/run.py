@@ -80,15 +80,21 @@ def cases(quick: bool) -> list[Case]:
 
 
 def time_servers(
-    model: Path, contenders: Sequence[str], quick: bool, rounds: int, done: Callable[[str], None]
+    model: Path,
+    contenders: Sequence[str],
+    cases: Sequence[Case],
+    rounds: int,
+    rate: float,
+    done: Callable[[str], None],
 ) -> list[Timed]:
     """Starts the contenders' servers and times all cases.
 
     Args:
         model: a folder with the model, as vLLM reads it.
         contenders: of base, ia3rt, lora, base-compiled, ia3rt-compiled; base is always there.
-        quick: fewer cases.
+        cases: what is sent.
         rounds: of each case, after one that is not counted.
+        rate: requests a second; see Load.
         done: told what was done.
 
     Raises:
@@ -97,8 +103,7 @@ def time_servers(
     timed = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="ia3rt-serve-")))
-        wanted = cases(quick)
-        most = max(case.adapters for case in wanted)
+        most = max(case.adapters for case in cases)
         servers = {}
         for name in dict.fromkeys([BASE, *contenders]):
             own = folder / name
@@ -108,8 +113,8 @@ def time_servers(
             stack.callback(servers[name].kill)
             servers[name].wait()
             done(f"{name}: its server is up")
-        for case in wanted:
-            timed.append(_time(case, servers, rounds))
+        for case in cases:
+            timed.append(_time(case, servers, rounds, rate))
             done(str(case))
     return timed
 
@@ -128,7 +133,7 @@ def _options(name: str, model: Path, folder: Path, adapters: int) -> list[str]:
     return [*options, "--lora-target-modules", "k_proj", "v_proj", "down_proj", "--lora-modules", *named]
 
 
-def _time(case: Case, servers: dict[str, Server], rounds: int) -> Timed:
+def _time(case: Case, servers: dict[str, Server], rounds: int, rate: float) -> Timed:
     names = worn(case.popularity, case.requests, case.adapters)
     order = [*servers, "control"]
     timed = Timed(case, {name: [] for name in order})
@@ -138,7 +143,7 @@ def _time(case: Case, servers: dict[str, Server], rounds: int) -> Timed:
         for name in order:
             kind = BASE if name == "control" else name
             is_base = kind.removesuffix(COMPILED) == BASE
-            load = Load([BASE] * case.requests if is_base else names)
+            load = Load([BASE] * case.requests if is_base else names, rate=rate)
             taken = send(servers[kind].url, load, seed=turn)
             if turn >= 0:  # the round before warms the servers up
                 timed.rounds[name].append(taken)

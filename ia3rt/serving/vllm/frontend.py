@@ -139,7 +139,7 @@ def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
         made = requested_mix(self.models, request.model)
         if made is None:
             made = original(self, request, supports_default_mm_loras)
-        metrics.count(made)
+        metrics.count(made, self.models.engine_client)
         return made
 
     return maybe_get_adapters

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from prometheus_client import Counter, Gauge
 from vllm.lora.request import LoRARequest
@@ -24,16 +25,16 @@ EVICTIONS = Counter("ia3rt:evictions", "IA³ adapters and mixes that lost their 
 _FROM_WORKERS = {"loads": LOADS, "load_seconds": LOAD_SECONDS, "evictions": EVICTIONS}
 
 
-def count(request: LoRARequest | None) -> None:
+def count(request: LoRARequest | None, engine: Any) -> None:
     """Counts a request, where it wears IA³."""
     worn = None if request is None else kind(request)
     if worn is not None:
         REQUESTS.labels(worn).inc()
-        _Watch.is_stale = True
+        watch(engine)
 
 
 def watch(engine: Any) -> None:
-    """Keeps what the workers count up to date, from now on."""
+    """Asks the workers, soon, what they have counted."""
     _Watch.is_stale = True
     if _Watch.task is None or _Watch.task.done():
         _Watch.task = asyncio.get_running_loop().create_task(_follow(engine))
@@ -47,6 +48,8 @@ def install() -> None:
 class _Watch:
     task: asyncio.Task[None] | None = None
     is_stale = False
+    last: ClassVar[Mapping[str, float]] = {}
+    """What the worker said when it was last asked: its numbers only grow, and so do Prometheus's counters."""
 
 
 def _counts(worker: Any) -> dict[str, float]:
@@ -56,7 +59,6 @@ def _counts(worker: Any) -> dict[str, float]:
 
 
 async def _follow(engine: Any) -> None:
-    last: dict[str, float] = {}
     while True:
         if _Watch.is_stale:
             _Watch.is_stale = False
@@ -64,6 +66,6 @@ async def _follow(engine: Any) -> None:
             SLOTS.set(now["slots"])
             RESIDENT.set(now["resident"])
             for name, counter in _FROM_WORKERS.items():
-                counter.inc(max(0.0, now[name] - last.get(name, 0.0)))
-            last = now
+                counter.inc(max(0.0, now[name] - _Watch.last.get(name, 0.0)))
+            _Watch.last = now
         await asyncio.sleep(SECONDS)
