@@ -67,8 +67,8 @@ def run(
         str | None,
         typer.Option(
             metavar="NAME,…",
-            help="What is compared: base, merged, peft, peft-compiled, adapterhub, ia3rt, ia3rt-compiled. All by "
-            "default; with --quick none that compiles.",
+            help="What is compared: base, base-compiled, merged, peft, peft-compiled, adapterhub, ia3rt, "
+            "ia3rt-compiled. All by default; with --quick none that compiles.",
         ),
     ] = None,
     quick: Annotated[

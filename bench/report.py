@@ -16,6 +16,7 @@ from ia3rt.bench.terminal import left_out
 
 COLORS = {
     "base": "#7f7f7f",
+    "base-compiled": "#b5b5b5",
     "merged": "#b8860b",
     "peft": "#1f77b4",
     "peft-compiled": "#7fb2dd",

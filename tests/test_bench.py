@@ -359,7 +359,7 @@ def test_the_shapes_are_the_real_models() -> None:
 
 @pytest.mark.slow
 def test_compiled_contenders(tmp_path: Path) -> None:
-    contenders = ["base", "peft-compiled", "ia3rt-compiled"]
+    contenders = ["base-compiled", "peft-compiled", "ia3rt-compiled"]
     result = run(dataclasses.replace(SETTINGS, suites=["forward", "switch"], contenders=contenders))
     assert not result.failures
     for case in result.cases[:2]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ia3rt.bench.contenders import adapterhub, base, ia3rt, ia3rt_compiled, merged, peft, peft_compiled
+from ia3rt.bench.contenders import adapterhub, base, base_compiled, ia3rt, ia3rt_compiled, merged, peft, peft_compiled
 from ia3rt.bench.workshop import Maker
 
 CONTENDERS: dict[str, Maker] = {
     "base": base.subject,
+    "base-compiled": base_compiled.subject,
     "merged": merged.subject,
     "peft": peft.subject,
     "peft-compiled": peft_compiled.subject,

@@ -19,6 +19,8 @@ from ia3rt.bench.suites.registry import SUITES
 
 PLOTTED = ("forward", "mixed", "combine", "scale")
 """The suites of which there is a plot."""
+UNADAPTED = ("base", "base-compiled")
+"""What the tables' ratios are to: the first of these that a run has."""
 
 
 def counted_table(launched: dict[str, dict[str, int]] | None = None) -> str:
@@ -81,13 +83,14 @@ def measured_tables(results: Sequence[Result]) -> str:
         parts.append(
             _machine_line(result.machine, result.versions, f"{result.model}, {result.dtype}: `{result.command}`")
         )
-        contenders = [name for name in result.contenders if name != "base"]
+        reference = next(name for name in UNADAPTED if name in result.contenders)
+        contenders = [name for name in result.contenders if name != reference]
         rows = [
             (f"{case.suite}: {case.name}", *(_ratio(case, name) for name in contenders), _control(case))
             for case in result.cases
-            if case.reference == "base"
+            if case.reference == reference
         ]
-        parts.append(markdown.table(("× base", *contenders, "control"), rows))
+        parts.append(markdown.table((f"× {reference}", *contenders, "control"), rows))
     return "\n\n".join(parts)
 
 

@@ -10,7 +10,7 @@ import torch
 from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.workshop import Workshop
 
-UNADAPTED_FIRST = ("base", "merged", "peft", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
+UNADAPTED_FIRST = ("base", "base-compiled", "merged", "peft", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
 """Ratios of a forward are to the model without adapters."""
 PEFT_FIRST = ("peft", "merged", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
 """Those of what only adapters have are to PEFT."""

@@ -57,8 +57,10 @@ else:
         """The server, which takes a minute to be up: the truth is computed meanwhile."""
         modules = [f"{name}={truth.folder / name}" for name in (*ADAPTERS, "lora")]
         server = Server(model, [*OPTIONS, "--lora-modules", *modules], tmp_path_factory.mktemp("server"))
-        server.start()
-        yield server
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(truth.folder))
+            server.start()
+            yield server
         server.kill()
 
     @pytest.fixture

@@ -191,6 +191,17 @@ def test_a_name_loaded_again_means_the_new_numbers(server, truth) -> None:
         folder.rename(truth.folder / "a00")
 
 
+def test_resolvers_find_adapters(server, truth) -> None:
+    """vLLM's filesystem resolver: "other" was not loaded; alone, and in a mix."""
+    prompt = truth.prompts[:1]
+    ids = prompt[0].tolist()
+    assert say(server, "other*a00", ids) == truth.answers("other", "a00", prompts=prompt)[0]
+    assert say(server, "other", ids) == truth.answers("other", prompts=prompt)[0]
+    assert post(server, "/v1/unload_lora_adapter", lora_name="other").status_code == 200
+    assert say(server, "other", ids) == truth.answers("other", prompts=prompt)[0]
+    assert post(server, "/v1/unload_lora_adapter", lora_name="other").status_code == 200
+
+
 def test_metrics(server, truth) -> None:
     before = server.metrics()
     say(server, "a00*a02", truth.prompts[0].tolist())

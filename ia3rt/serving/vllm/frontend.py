@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -19,6 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
 from ia3rt.checkpoint import is_ia3
+from ia3rt.mix import Mix
 from ia3rt.serving.vllm import metrics
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.names import MixNameError, parse, spelled
@@ -54,18 +56,31 @@ def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
         MixNameError: it begins as a mix and goes on as none, or an adapter in it is a LoRA.
         UnknownAdapterError: an adapter in it is not loaded.
     """
-    loaded: dict[str, LoRARequest] = models.lora_requests
-    if not name or name in loaded or models.is_base_model(name):
-        return None
-    mix = parse(name)
+    mix = _named_mix(models, name)
     if mix is None:
         return None
+    loaded: dict[str, LoRARequest] = models.lora_requests
     for adapter in mix.adapters:
         if adapter not in loaded:
             raise UnknownAdapterError(f"The mix `{name}` needs adapter `{adapter}`, which is not loaded.")
         if not is_stored(loaded[adapter]):
             raise MixNameError(f"The mix `{name}` has adapter `{adapter}`, which is a LoRA: only IA³ adapters mix.")
     return _requests(models).mix(mix, {adapter: loaded[adapter].lora_path for adapter in mix.adapters})
+
+
+async def _resolve(models: Any, name: str | None) -> None:
+    """Lets vLLM's resolvers load a mix's adapters, where they may load the one adapter that a request names."""
+    mix = _named_mix(models, name)
+    if mix is not None and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and models.lora_resolvers:
+        for adapter in mix.adapters:
+            if adapter not in models.lora_requests:
+                await models.resolve_lora(adapter)
+
+
+def _named_mix(models: Any, name: str | None) -> Mix | None:
+    if not name or name in models.lora_requests or models.is_base_model(name):
+        return None
+    return parse(name)
 
 
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,6 +137,7 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 if not self._is_model_supported(request.model):
                     raise MixNameError(f"With {FIELD}, model must be the base model, not `{request.model}`.")
                 request.model = spelled(read_merged_adapters(body))
+            await _resolve(self.models, request.model)
             if requested_mix(self.models, request.model) is not None:
                 return None
         except UnknownAdapterError as error:

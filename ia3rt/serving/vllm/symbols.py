@@ -69,6 +69,7 @@ SYMBOLS = (
         "OpenAIServingModels.load_lora_adapter",
         ("self", "request", "base_model_name"),
     ),
+    Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.resolve_lora", ("self", "lora_name")),
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request")),
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", ("self",)),
     Symbol(
