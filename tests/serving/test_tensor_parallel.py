@@ -48,7 +48,8 @@ def test_two_processes(small, tmp_path) -> None:
     for seed, name in enumerate(names):
         truth.make_adapter(name, seed)
     options = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--tensor-parallel-size", "2"]
-    options += ["--enable-lora", "--max-lora-rank", "1", "--lora-modules", *(f"{name}={truth.folder / name}" for name in names)]
+    options += ["--enable-lora", "--max-lora-rank", "1", "--lora-modules"]
+    options += [f"{name}={truth.folder / name}" for name in names]
     server = Server(small, options, tmp_path)
     server.start()
     expected = {
