@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,6 +72,9 @@ def run(
             "ia3rt-compiled. All by default; with --quick none that compiles.",
         ),
     ] = None,
+    cases: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Only the cases of such a name, as in --cases 'decode rows=1 *'.")
+    ] = "*",
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cases: ends in two minutes on two cores. All take an hour or more.")
     ] = False,
@@ -95,7 +99,7 @@ def run(
     with errors_in_a_line():
         from ia3rt.bench.budget import read_budget
 
-        settings = _settings(suites, model, layers, device, dtype, against, quick, adapterhub_python)
+        settings = _settings(suites, model, layers, device, dtype, against, cases, quick, adapterhub_python)
         rules = read_budget(budget) if budget is not None else []
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingPackageError("the report needs matplotlib: pip install 'ia3rt[bench]'")
@@ -136,13 +140,14 @@ def _settings(
     device: str | None,
     dtype: str | None,
     against: str | None,
+    cases: str,
     quick: bool,
     adapterhub_python: Path | None,
 ) -> Settings:
     from ia3rt.bench.contenders.registry import CONTENDERS
     from ia3rt.bench.models import shape_of
     from ia3rt.bench.settings import FULL, QUICK, Settings
-    from ia3rt.bench.suites.registry import SUITES
+    from ia3rt.bench.suites.registry import SUITES, cases_of
 
     wanted = _known("SUITE", suites or list(SUITES), SUITES)
     default = [name for name in CONTENDERS if not (quick and name.endswith("-compiled"))]
@@ -151,6 +156,7 @@ def _settings(
     settings = Settings(
         suites=wanted,
         contenders=_known("--against", named, CONTENDERS),
+        cases=cases,
         model=model,
         layers=layers,
         device=where,
@@ -163,6 +169,9 @@ def _settings(
     why = {name: SUITES[name].wants(where) for name in wanted}
     if all(why.values()):
         raise UsageError("SUITE", "; ".join(f"{name}: {reason}" for name, reason in why.items()))
+    if not cases_of(settings):
+        known = ", ".join(f"{case.name!r}" for _, case in cases_of(dataclasses.replace(settings, cases="*")))
+        raise UsageError("--cases", f"no case is named {cases!r}: there are {known}")
     if adapterhub_python is not None and not adapterhub_python.is_file():
         raise UsageError("--adapterhub-python", f"there is no file {adapterhub_python}")
     return settings

@@ -22,7 +22,7 @@ from ia3rt.bench.models import title_of
 from ia3rt.bench.result import CONTROL, CaseResult, Measurement, Result
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.suites.case import Case, Value, Ways, described
-from ia3rt.bench.suites.registry import SUITES
+from ia3rt.bench.suites.registry import SUITES, cases_of
 from ia3rt.bench.workshop import Workshop
 from ia3rt.cli_errors import MissingPackageError
 from ia3rt.demo.inputs import quiet
@@ -70,7 +70,7 @@ def run(settings: Settings, progress: Progress | None = None, clock: Clock = tim
     progress = progress or Progress()
     started = clock()
     wanted = {name: SUITES[name].wants(settings.device) for name in settings.suites}
-    cases = [(name, case) for name, why in wanted.items() if why is None for case in SUITES[name].cases(settings.quick)]
+    cases = cases_of(settings)
     progress.begins(len(cases))
     with quiet(), Workshop(settings, CONTENDERS) as workshop:
         result = _empty(settings, workshop)

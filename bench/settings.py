@@ -39,6 +39,7 @@ class Settings:
     Attributes:
         suites: the suites' names, in the order they run.
         contenders: what is compared.
+        cases: a pattern of the cases' names, as for file names.
         model: a built-in shape, a folder, or a Hugging Face id.
         layers: how many layers of a built-in shape; None for its own number.
         device: where to compute.
@@ -50,6 +51,7 @@ class Settings:
 
     suites: Sequence[str]
     contenders: Sequence[str]
+    cases: str = "*"
     model: str = "smollm2-135m"
     layers: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -32,7 +32,9 @@ CASES = [
 @pytest.fixture(scope="session")
 def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
     """The model of --model."""
-    settings = Settings(list(SUITES), list(CONTENDERS), request.config.getoption("--model"), quick=True, effort=QUICK)
+    settings = Settings(
+        list(SUITES), list(CONTENDERS), model=request.config.getoption("--model"), quick=True, effort=QUICK
+    )
     with Workshop(settings, CONTENDERS) as made:
         yield made
 

@@ -24,7 +24,7 @@ from ia3rt.bench.runner import drop_wrong, measure, run, run_case, warm_up
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.suites.case import Case, Suite, Value, Ways, by_subject
 from ia3rt.bench.suites.mixed import POPULARITY, worn
-from ia3rt.bench.suites.registry import SUITES
+from ia3rt.bench.suites.registry import SUITES, cases_of
 from ia3rt.bench.workshop import Workshop
 from ia3rt.cli import app
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 CPU = torch.device("cpu")
 ONCE = Effort(least=1, most=1, seconds=0, sample=0)
 EAGER = [name for name in CONTENDERS if not name.endswith("-compiled")]
-SETTINGS = Settings(list(SUITES), EAGER, "tiny", quick=True, effort=ONCE)
+SETTINGS = Settings(list(SUITES), EAGER, model="tiny", quick=True, effort=ONCE)
 
 
 @pytest.fixture(autouse=True)
@@ -407,6 +407,11 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
     assert bench("compare", tmp_path, by_ending[".json"]).exit_code == 1
 
 
+def test_cases_by_name() -> None:
+    wanted = dataclasses.replace(SETTINGS, suites=["switch", "forward"], cases="*e rows=?*")
+    assert [(suite, case.name) for suite, case in cases_of(wanted)] == [("forward", "decode rows=1 length=16")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -420,6 +425,7 @@ def test_the_command_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--dtype", "float8"], ["--dtype", "'float8'", "bfloat16"]),
         (["--adapterhub-python", "/nowhere/python"], ["--adapterhub-python", "/nowhere/python"]),
         (["kernels", "--device", "cpu"], ["SUITE", "GPU"]),
+        (["forward", "--cases", "decode 1*"], ["--cases", "'decode 1*'", "'decode rows=1 length=128'"]),
     ],
 )
 def test_useless_options(arguments: list[str], parts: list[str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def by_operator(dtype: torch.dtype, rounds: int = 60, layers: int = 30) -> dict[
     The contenders take turns, a step each, so that what slows the machine down slows all of them. The profiler makes
     each operator slower; how the operators share the time is what this shows.
     """
-    settings = Settings([], [], "smollm2-135m", layers, dtype=dtype)
+    settings = Settings([], [], model="smollm2-135m", layers=layers, dtype=dtype)
     with Workshop(settings, CONTENDERS) as workshop:
         ways = {name: workshop.subject(name, 1).decode(workshop.ids(1, PROMPT), names(1)) for name in CONTENDERS_SHOWN}
         for way in ways.values():

@@ -99,7 +99,7 @@ def count_layers(step: str, dtype: torch.dtype, wearings: Sequence[Wearing] = WE
 
 
 def _count_models(step: str, dtype: torch.dtype, wearings: Sequence[Wearing], layers: int) -> dict[Wearing, Counts]:
-    settings = Settings([], [], "smollm2-135m", layers, dtype=dtype)
+    settings = Settings([], [], model="smollm2-135m", layers=layers, dtype=dtype)
     found = {}
     with Workshop(settings, CONTENDERS) as workshop:
         for wearing in wearings:

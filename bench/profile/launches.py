@@ -39,7 +39,7 @@ def launches() -> dict[str, dict[str, int]]:
 
 
 def _count(layers: int) -> dict[Wearing, Counts]:
-    model = build_model(Settings([], [], "smollm2-135m", layers, dtype=torch.float32))
+    model = build_model(Settings([], [], model="smollm2-135m", layers=layers, dtype=torch.float32))
     patched = clone(model)
     runtime = ia3rt.patch(patched, capacity=ROWS, backend="triton")
     with TemporaryDirectory() as folder:

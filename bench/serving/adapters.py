@@ -19,7 +19,7 @@ DISTINCT_LORAS = 8
 
 def ia3_folders(model: Path, folder: Path, count: int) -> list[Path]:
     """A folder with a checkpoint for each adapter; after 16 they are the same again."""
-    made = AdapterSet(build_model(Settings([], [], str(model))), folder)
+    made = AdapterSet(build_model(Settings([], [], model=str(model))), folder)
     return [made.folder(f"task{number}") for number in range(count)]
 
 
@@ -30,7 +30,7 @@ def lora_folders(model: Path, folder: Path, count: int) -> list[Path]:
     targets = ("k_proj", "v_proj", "down_proj")
     layers = {
         path: layer
-        for path, layer in build_model(Settings([], [], str(model))).named_modules()
+        for path, layer in build_model(Settings([], [], model=str(model))).named_modules()
         if path.endswith(targets) and isinstance(layer, nn.Linear)
     }
     folders = []

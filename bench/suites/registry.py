@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
+
+from ia3rt.bench.settings import Settings
 from ia3rt.bench.suites import combine, forward, generate, kernels, load, memory, mixed, scale, switch, train
-from ia3rt.bench.suites.case import Suite
+from ia3rt.bench.suites.case import Case, Suite
 
 _MODULES = (forward, generate, switch, mixed, combine, load, train, memory, scale, kernels)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
+
+
+def cases_of(settings: Settings) -> list[tuple[str, Case]]:
+    """The cases that the settings ask for and that their device can run, with their suites' names."""
+    return [
+        (name, case)
+        for name in settings.suites
+        if SUITES[name].wants(settings.device) is None
+        for case in SUITES[name].cases(settings.quick)
+        if fnmatch.fnmatchcase(case.name, settings.cases)
+    ]
