@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,8 @@ def measured_tables(results: Sequence[Result]) -> str:
     """For each run its machine, and a row for each case: the contenders' ratios to the reference, and the control's."""
     parts = []
     for result in results:
-        parts.append(
-            _machine_line(result.machine, result.versions, f"{result.model}, {result.dtype}: `{result.command}`")
-        )
+        command = re.sub(r" --out \S+", "", result.command)  # where a reader's files go is theirs to say
+        parts.append(_machine_line(result.machine, result.versions, f"{result.model}, {result.dtype}: `{command}`"))
         reference = next(name for name in UNADAPTED if name in result.contenders)
         contenders = [name for name in result.contenders if name != reference]
         rows = [
@@ -108,15 +108,18 @@ def write_timed(file: Path) -> None:
 
 
 def write_measured(file: Path, results: Sequence[Result]) -> None:
-    """Writes the tables of runs of `ia3rt bench`, and a plot of each of PLOTTED, beside `file`."""
+    """Writes the tables of runs of `ia3rt bench`, and beside `file` a plot of each of PLOTTED: of the first run with it."""
     markdown.replace(file, "measured", measured_tables(results))
     folder = file.with_suffix("")
     folder.mkdir(exist_ok=True)
+    plots: dict[str, bytes] = {}
     for result in results:
         for name in PLOTTED:
             drawn = svg([case for case in result.cases if case.suite == name], SUITES[name].x)
             if drawn:
-                (folder / f"{name}-{result.model.partition(',')[0]}-{result.dtype}.svg").write_bytes(drawn)
+                plots.setdefault(f"{name}-{result.model.partition(',')[0]}-{result.dtype}.svg", drawn)
+    for file_name, drawn in plots.items():
+        (folder / file_name).write_bytes(drawn)
 
 
 def _ratio(case: CaseResult, name: str) -> str:
