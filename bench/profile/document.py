@@ -108,7 +108,7 @@ def write_timed(file: Path) -> None:
 
 
 def write_measured(file: Path, results: Sequence[Result]) -> None:
-    """Writes the tables of runs of `ia3rt bench`, and beside `file` a plot of each of PLOTTED: of the first run with it."""
+    """Writes the tables of runs of `ia3rt bench`, and beside `file` plots of PLOTTED: of the first run with each."""
     markdown.replace(file, "measured", measured_tables(results))
     folder = file.with_suffix("")
     folder.mkdir(exist_ok=True)
