@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ia3rt.bench.result import CaseResult, Measurement
 
 NOISY = "noise"
@@ -74,3 +76,8 @@ def _three(value: float) -> str:
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"
+
+
+def command(line: str) -> str:
+    """A command without the folder that its files went to, which is for a reader to say."""
+    return re.sub(r" --out \S+", "", line)

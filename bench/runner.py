@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -265,7 +266,7 @@ def _distance(result: Tensor, truth: Tensor) -> float:
 def _empty(settings: Settings, workshop: Workshop) -> Result:
     return Result(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        command=" ".join(["ia3rt", *sys.argv[1:]]),
+        command=shlex.join(["ia3rt", *sys.argv[1:]]),
         model=title_of(settings),
         device=str(settings.device),
         dtype=str(settings.dtype).removeprefix("torch."),

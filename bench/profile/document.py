@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def measured_tables(results: Sequence[Result]) -> str:
     """For each run its machine, and a row for each case: the contenders' ratios to the reference, and the control's."""
     parts = []
     for result in results:
-        command = re.sub(r" --out \S+", "", result.command)  # where a reader's files go is theirs to say
+        command = readable.command(result.command)
         parts.append(_machine_line(result.machine, result.versions, f"{result.model}, {result.dtype}: `{command}`"))
         reference = next(name for name in UNADAPTED if name in result.contenders)
         contenders = [name for name in result.contenders if name != reference]
@@ -115,7 +114,8 @@ def write_measured(file: Path, results: Sequence[Result]) -> None:
     plots: dict[str, bytes] = {}
     for result in results:
         for name in PLOTTED:
-            drawn = svg([case for case in result.cases if case.suite == name], SUITES[name].x)
+            cases = [case for case in result.cases if case.suite == name]
+            drawn = svg(cases, SUITES[name].x) if len(cases) > 1 else b""
             if drawn:
                 plots.setdefault(f"{name}-{result.model.partition(',')[0]}-{result.dtype}.svg", drawn)
     for file_name, drawn in plots.items():

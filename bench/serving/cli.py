@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,7 +59,7 @@ def serve(
         )
         out.mkdir(parents=True, exist_ok=True)
         file = out / f"serve-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
-        command = " ".join(["ia3rt", *(arg for arg in sys.argv[1:] if arg != str(model)), "MODEL"])
+        command = shlex.join(["ia3rt", *("MODEL" if arg == str(model) else arg for arg in sys.argv[1:])])
         file.write_text(json.dumps(run.as_dict(timed, command, model.name), indent=1) + "\n", "utf-8")
     console.print(tables.terminal_table(timed))
     for line in tables.notes(timed):

@@ -51,6 +51,7 @@ def write(file: Path, result: Path) -> None:
     plain, timed = read(result)
     on, with_ = plain["machine"], plain["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in with_.items() if version and name != "numpy")
-    head = f"{plain['model']}: `{plain['command']}`\\\n{on['processor']}, {on['cores']} cores; {packages}."
+    head = f"{plain['model']}: `{readable.command(plain['command'])}`\\\n"
+    head += f"{on['processor']}, {on['cores']} cores; {packages}."
     table = markdown.table(HEADER, rows(timed))
     markdown.replace(file, "served", "\n\n".join([head, table, " ".join(notes(timed))]))
