@@ -54,7 +54,7 @@ else:
 
     @pytest.fixture(scope="session")
     def starting(model: Path, truth: Truth, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        """The server, which takes a minute to be up: the truth is computed meanwhile."""
+        """The server, which may not be up yet."""
         modules = [f"{name}={truth.folder / name}" for name in (*ADAPTERS, "lora")]
         server = Server(model, [*OPTIONS, "--lora-modules", *modules], tmp_path_factory.mktemp("server"))
         with pytest.MonkeyPatch.context() as patch:

@@ -15,25 +15,17 @@ import torch
 from conftest import ADAPTERS
 from safetensors.torch import load_file, save_file
 from server import Server
-from truth import NEW_TOKENS, Truth, lora_answers
+from truth import NEW_TOKENS, Truth, greedy_with_lora
 
 SUM = "mix:a03*0.7+a04*0.3"
-MIXES = ["a00*a01", "a02*a01*a05", SUM, "mix:a06*1.5+a07*-0.5"]
+MIXES = {
+    "a00*a01": (["a00", "a01"], None),
+    "a02*a01*a05": (["a01", "a02", "a05"], None),
+    SUM: (["a03", "a04"], [0.7, 0.3]),
+    "mix:a06*1.5+a07*-0.5": (["a06", "a07"], [1.5, -0.5]),
+}
+"""Mixes by their names in requests: PEFT's adapters, and the weights of their sum."""
 BAD = ["nobody", "a00*nobody", "mix:a00*much", "mix:", "a00**a01", "mix:a00*nan", "a00*lora", "*"]
-
-
-@pytest.fixture(scope="module")
-def expected(starting: Server, truth: Truth, model: Path) -> dict[str, list[list[int]]]:
-    """The truth by the request's model; first that each adapter changes the answers, so that a mix-up would show."""
-    answers = {"base": truth.answers(), "lora": lora_answers(model, truth.folder / "lora", truth.prompts)}
-    answers |= {name: truth.answers(name) for name in ADAPTERS}
-    answers["a00*a01"] = truth.answers("a00", "a01")
-    answers["a02*a01*a05"] = truth.answers("a01", "a02", "a05")
-    answers[SUM] = truth.answers("a03", "a04", weights=[0.7, 0.3])
-    answers["mix:a06*1.5+a07*-0.5"] = truth.answers("a06", "a07", weights=[1.5, -0.5])
-    distinct = {json.dumps(tokens) for tokens in answers.values()}
-    assert len(distinct) == len(answers)
-    return answers
 
 
 def client(server: Server) -> openai.AsyncOpenAI:
@@ -66,45 +58,70 @@ def sentence(response: httpx.Response) -> str:
     return message
 
 
-def test_many_at_once(server, truth, expected) -> None:
-    """64 requests at a time over everything, while others are loaded, unloaded and refused."""
-    prompts = truth.prompts.tolist()
-    work = list(itertools.product([*ADAPTERS, *MIXES * 3, *["base"] * 6, *["lora"] * 6], range(len(prompts))))
-    random.Random(0).shuffle(work)
-    wrong: list[str] = []
-    statuses: list[int] = []
+class Load:
+    """64 requests at a time over everything, while others are loaded, unloaded and refused.
 
-    async def load() -> None:
-        work_left = asyncio.Event()
+    Attributes:
+        answers: by the requests' model and prompt, what each of them got.
+        refused: the statuses that bad requests got.
+    """
 
-        async def answers(api: openai.AsyncOpenAI) -> None:
-            while work:
-                name, row = work.pop()
-                if await ask(api, name, prompts[row]) != expected[name][row]:
-                    wrong.append(f"{name} {row}")
+    def __init__(self, server: Server, truth: Truth) -> None:
+        prompts = truth.prompts.tolist()
+        self.answers: dict[str, list[list[list[int]]]] = {}
+        self.refused: list[int] = []
+        named = [*ADAPTERS, *MIXES] + [*MIXES] * 2 + ["base", "lora"] * 6
+        self._work = list(itertools.product(named, range(len(prompts))))
+        random.Random(0).shuffle(self._work)
+        asyncio.run(self._run(server, truth.folder / "other", prompts))
 
-        async def disturb(api: openai.AsyncOpenAI) -> None:
-            for turn in itertools.count():
-                if work_left.is_set():
-                    return
+    async def _run(self, server: Server, other: Path, prompts: list[list[int]]) -> None:
+        async with client(server) as api:
+            answers = (self._answer(api, prompts) for _ in range(64))
+            await asyncio.gather(self._disturb(server, api, other, prompts[0]), *answers)
+
+    async def _answer(self, api: openai.AsyncOpenAI, prompts: list[list[int]]) -> None:
+        while self._work:
+            name, row = self._work.pop()
+            tokens = await ask(api, name, prompts[row])
+            self.answers.setdefault(name, [[] for _ in prompts])[row].append(tokens)
+
+    async def _disturb(self, server: Server, api: openai.AsyncOpenAI, other: Path, prompt: list[int]) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            for turn in itertools.takewhile(lambda _: self._work, itertools.count()):
                 name = f"extra{turn}"
-                await http.post(
-                    "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(truth.folder / "other")}
-                )
-                await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+                for path, body in (("load", {"lora_path": str(other)}), ("unload", {})):
+                    done = await http.post(f"/v1/{path}_lora_adapter", json={"lora_name": name, **body})
+                    assert done.status_code == 200, done.text
                 with pytest.raises(openai.APIStatusError) as refused:
-                    await ask(api, BAD[turn % len(BAD)], prompts[0])
-                statuses.append(refused.value.status_code)
+                    await ask(api, BAD[turn % len(BAD)], prompt)
+                self.refused.append(refused.value.status_code)
 
-        async with client(server) as api, httpx.AsyncClient(base_url=server.url, timeout=120) as http:
-            disturbing = asyncio.create_task(disturb(api))
-            await asyncio.gather(*(answers(api) for _ in range(64)))
-            work_left.set()
-            await disturbing
 
-    asyncio.run(load())
-    assert wrong == []
-    assert statuses and set(statuses) <= {400, 404}
+@pytest.fixture(scope="module")
+def load(starting: Server, truth: Truth) -> Load:
+    starting.wait()
+    return Load(starting, truth)
+
+
+@pytest.fixture(scope="module")
+def expected(load: Load, truth: Truth, model: Path) -> dict[str, list[list[int]]]:
+    """The truth, by the requests' model, for each prompt."""
+    given = {name: [answers[0] for answers in rows] for name, rows in load.answers.items()}
+    right = {name: truth.greedy(given[name], name) for name in ADAPTERS}
+    right |= {name: truth.greedy(given[name], *worn, weights=weights) for name, (worn, weights) in MIXES.items()}
+    right["base"] = truth.greedy(given["base"])
+    right["lora"] = greedy_with_lora(model, truth.folder / "lora", truth.prompts, given["lora"])
+    return right
+
+
+def test_many_at_once(server, load, expected) -> None:
+    assert load.answers == {
+        name: [[tokens] * len(load.answers[name][0]) for tokens in rows] for name, rows in expected.items()
+    }
+    # Each adapter changes the answers: a mix-up would have shown.
+    assert len({json.dumps(tokens) for tokens in expected.values()}) == len(ADAPTERS) + len(MIXES) + 2
+    assert load.refused and set(load.refused) <= {400, 404}
     assert server.is_up()
 
 
@@ -166,14 +183,15 @@ def test_adapters_that_cannot_be_served_are_refused(server, truth, tmp_path) -> 
 def test_a_name_loaded_again_means_the_new_numbers(server, truth) -> None:
     """In the same folder, with a prompt that fills blocks of the prefix cache."""
     prompt = truth.prompts.reshape(1, -1).repeat(1, 4)
-    old, new = truth.answers("a00", prompts=prompt)[0], truth.answers("other", prompts=prompt)[0]
     folder = truth.folder / "again"
     (truth.folder / "a00").rename(folder)
     try:
         assert post(server, "/v1/load_lora_adapter", lora_name="again", lora_path=str(folder)).status_code == 200
         ids = prompt[0].tolist()
         before = server.metrics()
-        assert [say(server, "again", ids) for _ in range(2)] == [old, old]
+        old = say(server, "again", ids)
+        assert [old] == truth.greedy([old], "a00", prompts=prompt)
+        assert say(server, "again", ids) == old
         hits = [name for name in before if name.startswith("vllm:prefix_cache_hits_total")]
         assert sum(server.metrics()[name] - before[name] for name in hits) > 0
         other = load_file(truth.folder / "other" / "adapter_model.safetensors")
@@ -181,7 +199,8 @@ def test_a_name_loaded_again_means_the_new_numbers(server, truth) -> None:
         save_file(other, folder / "adapter_model.safetensors")
         response = post(server, "/v1/load_lora_adapter", lora_name="again", lora_path=str(folder), load_inplace=True)
         assert response.status_code == 200
-        assert say(server, "again", ids) == new
+        new = say(server, "again", ids)
+        assert [new] == truth.greedy([new], "other", prompts=prompt) and new != old
         save_file(kept, folder / "adapter_model.safetensors")
         assert post(server, "/v1/unload_lora_adapter", lora_name="again").status_code == 200
         assert post(server, "/v1/load_lora_adapter", lora_name="again", lora_path=str(folder)).status_code == 200
@@ -195,11 +214,10 @@ def test_resolvers_find_adapters(server, truth) -> None:
     """vLLM's filesystem resolver: "other" was not loaded; alone, and in a mix."""
     prompt = truth.prompts[:1]
     ids = prompt[0].tolist()
-    assert say(server, "other*a00", ids) == truth.answers("other", "a00", prompts=prompt)[0]
-    assert say(server, "other", ids) == truth.answers("other", prompts=prompt)[0]
-    assert post(server, "/v1/unload_lora_adapter", lora_name="other").status_code == 200
-    assert say(server, "other", ids) == truth.answers("other", prompts=prompt)[0]
-    assert post(server, "/v1/unload_lora_adapter", lora_name="other").status_code == 200
+    for name in ("other*a00", "other"):  # the second is loaded by itself: the first unloads it
+        tokens = say(server, name, ids)
+        assert [tokens] == truth.greedy([tokens], *name.split("*"), prompts=prompt)
+        assert post(server, "/v1/unload_lora_adapter", lora_name="other").status_code == 200
 
 
 def test_metrics(server, truth) -> None:

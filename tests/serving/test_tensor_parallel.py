@@ -52,16 +52,13 @@ def test_two_processes(small, tmp_path) -> None:
     options += [f"{name}={truth.folder / name}" for name in names]
     server = Server(small, options, tmp_path)
     server.start()
-    expected = {
-        "a": truth.answers("a"),
-        "b": truth.answers("b"),
-        "a*b": truth.answers("a", "b"),
-        "base": truth.answers(),
-    }
     try:
         server.wait()
-        for name, answers in expected.items():
-            for prompt, tokens in zip(truth.prompts.tolist(), answers, strict=True):
-                assert say(server, name, prompt) == tokens, name
+        answers = {
+            name: [say(server, name, prompt) for prompt in truth.prompts.tolist()] for name in ("a", "b", "a*b", "base")
+        }
     finally:
         server.kill()
+    assert len({str(tokens) for tokens in answers.values()}) == len(answers)
+    for name, tokens in answers.items():
+        assert tokens == truth.greedy(tokens, *([] if name == "base" else name.split("*"))), name

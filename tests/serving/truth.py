@@ -62,10 +62,10 @@ class Truth:
         self.peft.save_pretrained(self.folder, selected_adapters=[name])
         return self.folder / name
 
-    def answers(
-        self, *names: str, weights: list[float] | None = None, prompts: Tensor | None = None
+    def greedy(
+        self, answers: list[list[int]], *names: str, weights: list[float] | None = None, prompts: Tensor | None = None
     ) -> list[list[int]]:
-        """The greedy tokens after each prompt, with these adapters active, or their weighted sum, or none."""
+        """Each answer as it should be, with these adapters active, or their weighted sum, or none."""
         assert self.peft is not None
         if weights is not None:
             if "sum" in self.peft.peft_config:
@@ -75,9 +75,9 @@ class Truth:
         prompts = self.prompts if prompts is None else prompts
         if not names:
             with self.peft.disable_adapter():
-                return generate(self.peft, prompts)
+                return greedy(self.peft, prompts, answers)
         self.peft.base_model.set_adapter(list(names))
-        return generate(self.peft, prompts)
+        return greedy(self.peft, prompts, answers)
 
 
 def make_lora(model: Path, folder: Path) -> None:
@@ -92,21 +92,20 @@ def make_lora(model: Path, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def lora_answers(model: Path, folder: Path, prompts: Tensor) -> list[list[int]]:
-    """The greedy tokens after each prompt with a LoRA adapter."""
+def greedy_with_lora(model: Path, folder: Path, prompts: Tensor, answers: list[list[int]]) -> list[list[int]]:
+    """The same with a LoRA adapter."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return generate(peft.PeftModel.from_pretrained(base, folder).eval(), prompts)
+    return greedy(peft.PeftModel.from_pretrained(base, folder).eval(), prompts, answers)
 
 
 @torch.no_grad()
-def generate(model: peft.PeftModel, prompts: Tensor) -> list[list[int]]:
-    """The greedy tokens after each prompt."""
-    ids = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return ids[:, prompts.shape[1] :].tolist()
+def greedy(model: peft.PeftModel, prompts: Tensor, answers: list[list[int]]) -> list[list[int]]:
+    """The likeliest token after each prompt, and after it with each beginning of its answer.
+
+    They are the answer where, and only where, it is what greedy generation gives: one forward tells it, where
+    generating takes one for each token.
+    """
+    given = torch.tensor(answers)
+    assert given.shape == (len(prompts), NEW_TOKENS)
+    ids = torch.cat([prompts, given[:, :-1]], dim=1)
+    return model(input_ids=ids).logits[:, prompts.shape[1] - 1 :].argmax(-1).tolist()
