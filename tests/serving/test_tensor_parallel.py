@@ -42,6 +42,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # the servers' processes wait for each other by spinning
 def test_two_processes(small, tmp_path) -> None:
     truth = Truth(small, tmp_path / "adapters")
     names = ["a", "b"]
