@@ -78,6 +78,28 @@ def test_a_refused_request_ends_the_run(url) -> None:
         send(url, Load(["a", "nobody"], tokens=1), seed=1)
 
 
+def test_ctrl_c_keeps_what_was_timed(tmp_path, monkeypatch) -> None:
+    class Up:
+        url = ""
+        start = wait = kill = lambda self: None
+
+    cases = run.cases(quick=True)
+    sent: list[Load] = []
+
+    def send_or_stop(url: str, load: Load, seed: int) -> Served:
+        if len(load.models) == cases[1].requests:
+            raise KeyboardInterrupt
+        sent.append(load)
+        return Served(1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(run, "send", send_or_stop)
+    monkeypatch.setattr(run, "Server", lambda *_: Up())
+    kept = run.time_servers(tmp_path, [], cases, rounds=2, rate=5.0, done=lambda _: None)
+    assert [one.case for one in kept] == cases[:1]
+    assert {name: len(rounds) for name, rounds in kept[0].rounds.items()} == {"base": 2, "control": 2}
+    assert len(sent) == 2 * 3 and all(load.rate == 5.0 for load in sent)
+
+
 def timed() -> run.Timed:
     base = [Served(100.0, 0.1, 0.02), Served(50.0, 0.2, 0.04), Served(100.0, 0.1, 0.02)]
     ours = [Served(95.0, 0.11, 0.022), Served(47.5, 0.22, 0.044), Served(99.0, 0.1, 0.02)]

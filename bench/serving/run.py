@@ -87,7 +87,7 @@ def time_servers(
     rate: float,
     done: Callable[[str], None],
 ) -> list[Timed]:
-    """Starts the contenders' servers and times all cases.
+    """Starts the contenders' servers and times all cases. Ctrl-C ends it early: what was timed is returned.
 
     Args:
         model: a folder with the model, as vLLM reads it.
@@ -113,9 +113,12 @@ def time_servers(
             stack.callback(servers[name].kill)
             servers[name].wait()
             done(f"{name}: its server is up")
-        for case in cases:
-            timed.append(_time(case, servers, rounds, rate))
-            done(str(case))
+        try:
+            for case in cases:
+                timed.append(_time(case, servers, rounds, rate))
+                done(str(case))
+        except KeyboardInterrupt:
+            done("stopped: the cases that were timed are kept")
     return timed
 
 
