@@ -87,8 +87,9 @@ def make_lora(model: Path, folder: Path) -> None:
     wrapped = peft.get_peft_model(base, config)
     generator = torch.Generator().manual_seed(0)
     for key, parameter in wrapped.named_parameters():
-        if "lora_B" in key:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        if "lora_" in key:
+            size = parameter.shape[1] ** -0.5 if "lora_A" in key else 0.2
+            parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
     wrapped.save_pretrained(folder)
 
 
