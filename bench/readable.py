@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from ia3rt.bench.result import CaseResult, Measurement
 
@@ -81,3 +82,8 @@ def _three(value: float) -> str:
 def command(line: str) -> str:
     """A command without the folder that its files went to, which is for a reader to say."""
     return re.sub(r" --out \S+", "", line)
+
+
+def packages(versions: Mapping[str, str | None]) -> str:
+    """The packages that were there, with their versions, in a line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "numpy")

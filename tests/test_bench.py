@@ -359,8 +359,8 @@ def test_the_shapes_are_the_real_models() -> None:
 
 @pytest.mark.slow
 def test_compiled_contenders(tmp_path: Path) -> None:
-    contenders = ["base-compiled", "peft-compiled", "ia3rt-compiled"]
-    result = run(dataclasses.replace(SETTINGS, suites=["forward"], contenders=contenders))
+    contenders = ["base", "base-compiled", "peft-compiled", "ia3rt-compiled"]
+    result = run(dataclasses.replace(SETTINGS, suites=["forward", "switch"], contenders=contenders))
     assert not result.failures
     for case in result.cases[:2]:
         assert [measurement.contender for measurement in case.measurements] == contenders

@@ -177,4 +177,4 @@ TestPrograms.settings = settings(max_examples=10, stateful_step_count=15, deadli
 
 @pytest.mark.slow
 class TestMorePrograms(TestPrograms):
-    settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+    settings = settings(max_examples=50, stateful_step_count=20, deadline=None)

@@ -15,12 +15,11 @@ from ia3rt.bench.profile.counted import WEARINGS, Counts, Wearing, count_layers
 from ia3rt.bench.profile.launches import launches
 from ia3rt.bench.report import svg
 from ia3rt.bench.result import CaseResult, Result
+from ia3rt.bench.suites.case import UNADAPTED_FIRST
 from ia3rt.bench.suites.registry import SUITES
 
 PLOTTED = ("forward", "mixed", "combine", "scale")
 """The suites of which there is a plot."""
-UNADAPTED = ("base", "base-compiled")
-"""What the tables' ratios are to: the first of these that a run has."""
 
 
 def counted_table(launched: dict[str, dict[str, int]] | None = None) -> str:
@@ -82,7 +81,7 @@ def measured_tables(results: Sequence[Result]) -> str:
     for result in results:
         command = readable.command(result.command)
         parts.append(_machine_line(result.machine, result.versions, f"{result.model}, {result.dtype}: `{command}`"))
-        reference = next(name for name in UNADAPTED if name in result.contenders)
+        reference = next(name for name in UNADAPTED_FIRST if name in result.contenders)
         contenders = [name for name in result.contenders if name != reference]
         rows = [
             (f"{case.suite}: {case.name}", *(_ratio(case, name) for name in contenders), _control(case))
@@ -137,6 +136,5 @@ def _control(case: CaseResult) -> str:
 
 
 def _machine_line(on: dict[str, Any], with_: dict[str, Any], what: str) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in with_.items() if version and name != "numpy")
-    where = f"{on['processor']}, {on['cores']} cores, {on['torch_threads']} threads; {packages}."
+    where = f"{on['processor']}, {on['cores']} cores, {on['torch_threads']} threads; {readable.packages(with_)}."
     return f"{what}\\\n{where}" if what else where

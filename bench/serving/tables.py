@@ -50,8 +50,7 @@ def write(file: Path, result: Path) -> None:
     """Writes a run's table into docs/serving.md."""
     plain, timed = read(result)
     on, with_ = plain["machine"], plain["versions"]
-    packages = ", ".join(f"{name} {version}" for name, version in with_.items() if version and name != "numpy")
     head = f"{plain['model']}: `{readable.command(plain['command'])}`\\\n"
-    head += f"{on['processor']}, {on['cores']} cores; {packages}."
+    head += f"{on['processor']}, {on['cores']} cores; {readable.packages(with_)}."
     table = markdown.table(HEADER, rows(timed))
     markdown.replace(file, "served", "\n\n".join([head, table, " ".join(notes(timed))]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,15 +25,13 @@ else:
     from truth import Truth, make_lora, save_smollm2
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.utils.network_utils import get_open_port
 
     @pytest.fixture(scope="session")
     def one_process() -> Iterator[None]:
         """vLLM's state, as its layers need it to be made."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         with set_current_vllm_config(VllmConfig()):
-            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
             initialize_model_parallel(1)
             yield
 

@@ -70,11 +70,12 @@ def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
 
 async def _resolve(models: Any, name: str | None) -> None:
     """Lets vLLM's resolvers load a mix's adapters, where they may load the one adapter that a request names."""
+    if not (models.lora_resolvers and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING):
+        return
     mix = _named_mix(models, name)
-    if mix is not None and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and models.lora_resolvers:
-        for adapter in mix.adapters:
-            if adapter not in models.lora_requests:
-                await models.resolve_lora(adapter)
+    for adapter in () if mix is None else mix.adapters:
+        if adapter not in models.lora_requests:
+            await models.resolve_lora(adapter)
 
 
 def _named_mix(models: Any, name: str | None) -> Mix | None:
