@@ -185,9 +185,9 @@ def test_a_slot_that_is_given_away_keeps_nothing() -> None:
     layer = layer_of(layers.IA3ColumnParallelLinear, base)
     layer.set_ia3(0, {"out": [torch.full((OUT,), 2.0)], "in": [torch.full((IN,), 3.0)]})
     layer.set_ia3(0, {"out": [torch.full((OUT,), 5.0)]})
-    assert layer.ia3_tables["in"].unique().tolist() == [1.0]
+    assert layer.ia3_tables["in"].rows.unique().tolist() == [1.0]
     layer.set_ia3(0, {})
-    assert layer.ia3_tables["out"].unique().tolist() == [1.0]
+    assert layer.ia3_tables["out"].rows.unique().tolist() == [1.0]
 
 
 def test_what_nothing_wears_costs_nothing() -> None:

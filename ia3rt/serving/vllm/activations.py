@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ia3rt.serving.vllm.layers import IA3RowParallelLinear
-from ia3rt.serving.vllm.slots import activation_slots, scale_slots_
 
 KINDS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
 """What the kernel computes, by the class of vLLM's activation."""
@@ -56,16 +55,12 @@ class ScaledActivation(nn.Module):
         Args:
             x: [..., 2 width], gate before up.
         """
-        down = self._down[0]
-        slots, table = down.ia3_slots, down.ia3_tables.get("in")
-        if slots is None or table is None:
-            plain: Tensor = self.activation(x)
-            return plain
-        if x.is_cuda:
-            fused: Tensor = activation_slots(x, table, slots.index, slots.state, slots.mixes, self.kind)
-            return fused
+        table = self._down[0].ia3_tables.get("in")
+        if table is not None and x.is_cuda:
+            return table.activation(x, self.kind)
         y: Tensor = self.activation(x)
-        scale_slots_(y, 0, table, slots.index, slots.state, slots.mixes)
+        if table is not None:
+            table.scale_(y)
         return y
 
 

@@ -20,7 +20,8 @@ from vllm.lora.layers import (
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-from ia3rt.serving.vllm.slots import TokenSlots, scale_slots_, scaled_slots
+from ia3rt.serving.vllm.slots import TokenSlots
+from ia3rt.serving.vllm.table import SlotTable
 
 Side: TypeAlias = Literal["in", "out"]
 
@@ -29,15 +30,19 @@ class IA3Layer(BaseLinearLayerWithLoRA):
     """What a layer needs to wear IA³ vectors; the classes below mix it into vLLM's.
 
     Attributes:
-        ia3_tables: by side, float32 [slots + 1, width of this rank's share]; a side that nothing uses has none, and
-            costs nothing.
-        ia3_slots: which slot each token wears; None until the manager sets it.
+        ia3_tables: by side, as wide as this rank's share; a side that nothing uses has none, and costs nothing.
+        ia3_slots: which slot each token wears; None where the manager lets the layer wear none, as in a vision tower.
         ia3_input_scaled: whether the activation before this layer has applied the input's vector already.
     """
 
-    ia3_tables: dict[Side, Tensor]
+    ia3_tables: dict[Side, SlotTable]
     ia3_slots: TokenSlots | None = None
     ia3_input_scaled = False
+
+    def __init__(self, base_layer: Any) -> None:
+        super().__init__(base_layer)
+        # vLLM looks attributes up in Python, and this one ten times a call.
+        self.__dict__["base_layer"] = base_layer
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Makes LoRA's buffers, and no table yet."""
@@ -46,7 +51,6 @@ class IA3Layer(BaseLinearLayerWithLoRA):
         spare = 1 if torch.device(self.device).type == "cpu" else 0
         super().create_lora_weights(max_loras + spare, lora_config, model_config)
         self.ia3_tables = {}
-        self.ia3_capacity = max_loras
 
     def ia3_widths(self, side: Side) -> tuple[int, ...]:
         """The lengths of the vectors that a checkpoint may have here, one for each layer that is packed into this one.
@@ -60,11 +64,12 @@ class IA3Layer(BaseLinearLayerWithLoRA):
     def _output_widths(self) -> tuple[int, ...]:
         return (self.base_layer.output_size,)
 
-    def ia3_table(self, side: Side) -> Tensor:
+    def ia3_table(self, side: Side) -> SlotTable:
         """The table of a side, made where it is missing."""
         if side not in self.ia3_tables:
             width = self.input_size if side == "in" else sum(self._shares())
-            self.ia3_tables[side] = torch.ones(self.ia3_capacity + 1, width, device=self.device)
+            assert self.ia3_slots is not None
+            self.ia3_tables[side] = SlotTable(self.ia3_slots, width)
         return self.ia3_tables[side]
 
     def set_ia3(self, slot: int, vectors: dict[Side, list[Tensor | None]]) -> None:
@@ -74,22 +79,22 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             slot: the row.
             vectors: by side, a whole vector or None for each of `ia3_widths`; this rank takes its share.
         """
-        for side in vectors:
-            self.ia3_table(side)
-        for side, table in self.ia3_tables.items():
-            table[slot] = 1.0
-            if side not in vectors:
-                continue
-            if side == "in":
-                (vector,) = vectors["in"]
-                assert vector is not None
-                table[slot].copy_(self._share("a", vector.view(1, -1)).view(-1))
-                continue
-            start = 0
-            for share, vector in zip(self._shares(), self._output_shares(vectors["out"]), strict=True):
+        for table in self.ia3_tables.values():
+            table.clear(slot)
+        for side, whole in vectors.items():
+            table, start = self.ia3_table(side), 0
+            for width, vector in self._in_shares(whole) if side == "in" else self._out_shares(whole):
                 if vector is not None:
-                    table[slot, start : start + share].copy_(vector.view(-1))
-                start += share
+                    table.fill(slot, start, vector.view(-1))
+                start += width
+
+    def _in_shares(self, whole: list[Tensor | None]) -> list[tuple[int, Tensor | None]]:
+        (vector,) = whole
+        assert vector is not None
+        return [(self.input_size, self._share("a", vector.view(1, -1)))]
+
+    def _out_shares(self, whole: list[Tensor | None]) -> list[tuple[int, Tensor | None]]:
+        return list(zip(self._shares(), self._output_shares(whole), strict=True))
 
     def _share(self, matrix: Literal["a", "b"], vector: Tensor) -> Tensor:
         # vLLM's own slicing for tensor parallelism: an input vector is cut as LoRA's A is, an output vector as B.
@@ -114,15 +119,12 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             x: [tokens, in] or [1, tokens, in].
             bias: [out], inside the scale.
         """
-        slots, tables = self.ia3_slots, self.ia3_tables
-        if slots is None or not tables:
-            plain: Tensor = super().apply(x, bias)
-            return plain
-        if "in" in tables and not self.ia3_input_scaled and (torch.compiler.is_compiling() or slots.state[0]):
-            x = scaled_slots(x, tables["in"], slots.index, slots.state, slots.mixes)
+        tables = self.ia3_tables
+        if "in" in tables and not self.ia3_input_scaled:
+            x = tables["in"].scaled(x)
         output: Tensor = super().apply(x, bias)
         if "out" in tables:
-            scale_slots_(output, 0, tables["out"], slots.index, slots.state, slots.mixes)
+            tables["out"].scale_(output)
         return output
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:

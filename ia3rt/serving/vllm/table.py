@@ -1,0 +1,90 @@
+"""What the slots hold at one side of a layer, and how a step's tokens are scaled by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ia3rt.eager import scale_output_
+from ia3rt.serving.vllm.slot_ops import activation_slots, scale_slots_, scaled_slots
+from ia3rt.serving.vllm.slots import TokenSlots
+
+
+class SlotTable:
+    """A row for each slot, composed when an adapter or a mix got the slot, and last a row of ones.
+
+    On a GPU the kernels scale, by token even where all tokens wear one row: what runs while a graph is captured is what
+    runs ever after. On a CPU plain torch does.
+
+    Args:
+        slots: what each token wears.
+        width: how many numbers a row has.
+
+    Attributes:
+        rows: float32 [slots + 1, width], on the model's device.
+    """
+
+    def __init__(self, slots: TokenSlots, width: int) -> None:
+        self.rows = torch.ones(slots.identity + 1, width, device=slots.index.device)
+        self._slots = slots
+        self._worn = torch.empty(0)
+        self._worn_of = (-1, 0)
+
+    def clear(self, slot: int) -> None:
+        """Makes a slot's row ones."""
+        self.rows[slot] = 1.0
+        self._worn_of = (-1, 0)
+
+    def fill(self, slot: int, start: int, vector: Tensor) -> None:
+        """Copies a vector into a slot's row, from a column on."""
+        self.rows[slot, start : start + len(vector)].copy_(vector)
+        self._worn_of = (-1, 0)
+
+    def scale_(self, y: Tensor) -> None:
+        """Multiplies y by what each token wears, in place, in float32, rounded once.
+
+        Args:
+            y: [..., width], contiguous.
+        """
+        if y.is_cuda:
+            scale_slots_(y, self.rows, self._slots.index, self._slots.active, self._slots.mixes)
+        elif torch.compiler.is_compiling():
+            y.mul_(self._gathered(y))  # the compiler fuses it with what stands around it
+        elif self._slots.runs:
+            self._scale_eagerly_(y.view(-1, y.shape[-1]))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Returns x scaled as `scale_` does it; x stays as it is.
+
+        Args:
+            x: [..., width].
+        """
+        if x.is_cuda:
+            result: Tensor = scaled_slots(x, self.rows, self._slots.index, self._slots.active, self._slots.mixes)
+            return result
+        if torch.compiler.is_compiling():
+            return (x * self._gathered(x)).to(x.dtype)
+        if self._slots.runs:
+            x = x.clone(memory_format=torch.contiguous_format)
+            self.scale_(x)
+        return x
+
+    def activation(self, x: Tensor, kind: str) -> Tensor:
+        """Returns act(gate) ∘ up, scaled, on a GPU, where that is one kernel; see slot_ops.activation_slots."""
+        y: Tensor = activation_slots(x, self.rows, self._slots.index, self._slots.active, self._slots.mixes, kind)
+        return y
+
+    def _gathered(self, y: Tensor) -> Tensor:
+        tokens = y.numel() // y.shape[-1]
+        return self.rows.index_select(0, self._slots.index[:tokens]).view(y.shape)
+
+    def _scale_eagerly_(self, y: Tensor) -> None:
+        if len(y) > len(self.rows):
+            for start, stop, row in self._slots.runs:
+                scale_output_(y[start:stop], self.rows[row], None)
+            return
+        # Decoding: tokens wear the same step after step, so their rows, no more numbers than the table has, are kept.
+        if self._worn_of != (self._slots.step, len(y)):
+            self._worn = self._gathered(y)
+            self._worn_of = (self._slots.step, len(y))
+        y.mul_(self._worn)
