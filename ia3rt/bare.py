@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -23,7 +24,8 @@ def is_bare(module: nn.Module) -> bool:
 
 def linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     """layer(x), and whether nothing else can have seen the result, so that it may be overwritten."""
-    if type(layer) is nn.Linear and is_bare(layer):
+    # A compiler goes past nn.Module itself, and would check at each call that there still are no hooks.
+    if type(layer) is nn.Linear and not torch.compiler.is_compiling() and is_bare(layer):
         parameters = layer.__dict__["_parameters"]
         weight = parameters.get("weight")  # missing where another library put a tensor of its own in its place
         if weight is not None:

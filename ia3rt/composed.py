@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,14 +14,13 @@ from ia3rt.sites import Site
 
 
 class ComposedMixes:
-    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are.
-
-    Attributes:
-        scales: by site, [width] where all rows wear one mix, else [rows, 1, width].
-    """
+    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are."""
 
     def __init__(self) -> None:
-        self.scales: tuple[Tensor, ...] = ()
+        self._scales: tuple[Tensor, ...] = ()
+        self._whole = torch.empty(0)
+        self._starts: tuple[int, ...] = ()
+        self._ends: tuple[int, ...] = ()
         self._buffer = torch.empty(0, 0)
         self._rows: tuple[Tensor, ...] = ()
         self._table: Tensor | None = None
@@ -40,8 +40,19 @@ class ComposedMixes:
         if index is not None:
             composed = composed[index.to(rows.device)]
         shaped = composed[0] if len(composed) == 1 else composed.unsqueeze(1)
-        made.scales = torch.split(shaped, widths, dim=-1)
+        made._split(shaped, widths)
         return made
+
+    def scale(self, position: int) -> Tensor:
+        """What a site wears: [width] where all rows wear one mix, else [rows, 1, width].
+
+        Args:
+            position: the site's in the bank.
+        """
+        if torch.compiler.is_compiling():
+            # One input to the graph and not one a site: each costs its checks at every call.
+            return self._whole[..., self._starts[position] : self._ends[position]]
+        return self._scales[position]
 
     def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: Tensor | None) -> None:
         """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.
@@ -57,12 +68,18 @@ class ComposedMixes:
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
             self._rows = self._buffer.unbind()
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
-            self.scales = torch.split(shaped, bank.widths, dim=-1)
+            self._split(shaped, bank.widths)
         composed = self._buffer if rows is None else self._buffer.new_empty(len(mixes), bank.total_width)
         for out, mix in zip(self._rows if rows is None else composed, mixes, strict=True):
             compose_into(out, bank.table, mix)
         if rows is not None:
             torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+
+    def _split(self, whole: Tensor, widths: list[int]) -> None:
+        self._whole = whole
+        self._starts = tuple(accumulate(widths[:-1], initial=0))
+        self._ends = tuple(accumulate(widths))
+        self._scales = torch.split(whole, widths, dim=-1)
 
 
 def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:

@@ -38,7 +38,7 @@ class IA3MLP(Wearer):
         assert activation is not None
         kind = KINDS.get(type(activation).__name__)
         if routing.backend == "torch" or kind is None:
-            scale = routing.composed.scales[self.ia3_in]
+            scale = routing.composed.scale(self.ia3_in)
             return form.finish(self, _scaled_product(form, self, activation, x, scale, routing.tokens))
         tables = routing.tables
         worn = tables.bank[self.ia3_in], tables.mixes, tables.route, kind
@@ -87,18 +87,18 @@ class IA3MLP(Wearer):
 def _scaled_product(
     form: Form, mlp: nn.Module, activation: nn.Module, x: Tensor, scale: Tensor, tokens: Tensor | None
 ) -> Tensor:
-    """s ∘ act(gate) ∘ up by torch; in as few tensors as can be, where no gradient needs them.
+    """s ∘ act(gate) ∘ up by torch; in as few tensors as can be, unless a gradient needs them or a compiler does that.
 
     What is allocated costs more than what is computed: past a megabyte or so the allocator maps and unmaps each of
     them, which shows as a tenth of a prompt's time on a CPU.
     """
     gate, up, ours = form.gate_and_up(mlp, x)
-    bare = is_bare(activation)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         h = activation(gate)
         if up is None:  # the activation may need its result for its gradient
             return eager.scale_input(h, scale, tokens)
         return eager.scale_output_(h * up, scale, tokens)
+    bare = is_bare(activation)
     if ours and bare and KINDS.get(type(activation).__name__) == "silu":
         h = F.silu(gate, inplace=True)
     else:

@@ -88,13 +88,13 @@ class IA3Layer(Wearer):
             if fused is not None:
                 return fused
         if self.ia3_in is not None:
-            x = eager.scale_input(x, routing.composed.scales[self.ia3_in], routing.tokens)
+            x = eager.scale_input(x, routing.composed.scale(self.ia3_in), routing.tokens)
         parameters = self._parameters
         weight = parameters.get("weight") if self._is_linear else None
         # What nn.Linear does, but for the ways that nn.Module goes to find its weight: they cost more than the scale.
         y = super().forward(x, *args, **kwargs) if weight is None else F.linear(x, weight, parameters["bias"])
         if self.ia3_out is not None:
-            eager.scale_output_(y, routing.composed.scales[self.ia3_out], routing.tokens)
+            eager.scale_output_(y, routing.composed.scale(self.ia3_out), routing.tokens)
         return y
 
     def _by_kernel(self, x: Tensor) -> Tensor | None:

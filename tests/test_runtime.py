@@ -82,10 +82,10 @@ def test_the_default_name_is_the_folders(runtime, tmp_path):
 
 def test_weights_change_in_place_between_two_forwards(runtime, model):
     runtime.set_adapter({"b": 0.5, "c": 0.5})
-    addresses = [scale.data_ptr() for scale in runtime._routing.composed.scales]
+    addresses = [scale.data_ptr() for scale in runtime._routing.composed._scales]
     first = logits(model, IDS)
     runtime.set_adapter({"b": 0.9, "c": -0.1})
-    assert [scale.data_ptr() for scale in runtime._routing.composed.scales] == addresses
+    assert [scale.data_ptr() for scale in runtime._routing.composed._scales] == addresses
     assert not torch.equal(logits(model, IDS), first)
     runtime.set_adapter({"b": 0.5, "c": 0.5})
     assert torch.equal(logits(model, IDS), first)
