@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ia3rt.serving.vllm import layers
 from ia3rt.serving.vllm.slots import TokenSlots
@@ -48,7 +49,8 @@ def load(base: torch.nn.Module, whole: dict[object, tuple[Tensor, Tensor]]) -> N
         more = () if shard is None else (shard,)
         base.weight.weight_loader(base.weight, weight, *more)
         base.bias.weight_loader(base.bias, bias, *more)
-    base.quant_method.process_weights_after_loading(base)
+    # On a CPU vLLM packs the weight; it stays beside that, as on a GPU, where kernels read it.
+    dispatch_cpu_unquantized_gemm(base, remove_weight=False)
 
 
 def parts(sizes: dict[object, int]) -> dict[object, tuple[Tensor, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 from bar import assert_meets_bar
 from torch import Tensor
 
-from ia3rt.serving.vllm.slot_ops import activation_slots, scale_slots_, scaled_slots
+from ia3rt.serving.vllm.slot_ops import activation_slots, linear_slots, scale_slots_, scaled_slots
 from ia3rt.serving.vllm.slots import TokenSlots
 
 SLOTS, TOKENS, WIDTH = 5, 40, 24
@@ -62,6 +62,20 @@ def test_leaves_the_input_as_it_is(device) -> None:
     assert torch.equal(y[0], x[0] * scales[torch.tensor(rows, device=device)])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.usefixtures("backend")
+def test_linear(step, bias, device) -> None:
+    rows, scales = STEPS[step], table(device)
+    slots = slots_of(rows, device)
+    x, weight = torch.randn(len(rows), 48).to(device), torch.randn(WIDTH, 48).to(device)
+    b = torch.randn(WIDTH).to(device) if bias else None
+    y = linear_slots(x, weight, b, scales, slots.index, slots.active, slots.mixes)
+    worn = scales[torch.tensor(rows, device=device)]
+    truth = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double()) * worn.double()
+    assert_meets_bar(y, torch.nn.functional.linear(x, weight, b) * worn, truth)
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.usefixtures("backend")
@@ -96,4 +110,5 @@ def test_ops_are_sound(torch_backend) -> None:
     arguments = (table(torch.device("cpu")), slots.index, slots.active, slots.mixes)
     torch.library.opcheck(scale_slots_.op, (torch.randn(3, WIDTH), *arguments))
     torch.library.opcheck(scaled_slots.op, (torch.randn(3, WIDTH), *arguments))
+    torch.library.opcheck(linear_slots.op, (torch.randn(3, 8), torch.randn(WIDTH, 8), None, *arguments))
     torch.library.opcheck(activation_slots.op, (torch.randn(3, 2 * WIDTH), *arguments, "silu"))

@@ -1,4 +1,4 @@
-"""Tables of slots on a CPU: step by step and compiled, against float64."""
+"""Tables of slots, by kernels in the interpreter and by plain torch, step by step and compiled, against float64."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ STEPS = {
 }
 
 
-@pytest.fixture
-def table() -> SlotTable:
+@pytest.fixture(params=["triton", "torch"])
+def table(request: pytest.FixtureRequest) -> SlotTable:
+    if request.param == "torch":
+        request.getfixturevalue("torch_backend")
     made = SlotTable(TokenSlots(TOKENS, SLOTS, torch.device("cpu")), WIDTH)
     for slot in range(SLOTS):
         made.fill(slot, 0, 1 + torch.randn(WIDTH, generator=torch.Generator().manual_seed(slot)))

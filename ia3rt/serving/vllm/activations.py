@@ -56,7 +56,7 @@ class ScaledActivation(nn.Module):
             x: [..., 2 width], gate before up.
         """
         table = self._down[0].ia3_tables.get("in")
-        if table is not None and x.is_cuda:
+        if table is not None and table.by_kernel:
             return table.activation(x, self.kind)
         y: Tensor = self.activation(x)
         if table is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
     MergedColumnParallelLinearWithLoRA,
@@ -19,6 +20,7 @@ from vllm.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from ia3rt.serving.vllm.slots import TokenSlots
 from ia3rt.serving.vllm.table import SlotTable
@@ -122,10 +124,18 @@ class IA3Layer(BaseLinearLayerWithLoRA):
         tables = self.ia3_tables
         if "in" in tables and not self.ia3_input_scaled:
             x = tables["in"].scaled(x)
+        table = tables.get("out")
+        if table is not None and table.by_kernel and self._has_matrix():
+            return self._apply_lora_to_output(x, table.linear(x, self.base_layer.weight, bias))
         output: Tensor = super().apply(x, bias)
-        if "out" in tables:
-            tables["out"].scale_(output)
+        if table is not None:
+            table.scale_(output)
         return output
+
+    def _has_matrix(self) -> bool:
+        """Whether our kernels read the weight, and nobody asked for vLLM's own that do not depend on the batch."""
+        plain = type(self.base_layer.quant_method) is UnquantizedLinearMethod
+        return plain and self.base_layer.weight.dim() == 2 and not envs.VLLM_BATCH_INVARIANT
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
         if self.ia3_slots is not None and not self.ia3_slots.lora and not torch.compiler.is_compiling():

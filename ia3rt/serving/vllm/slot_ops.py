@@ -7,6 +7,7 @@ anything is launched: vLLM captures other graphs for steps in which nothing is w
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ia3rt import reference
@@ -55,6 +56,43 @@ def scaled_slots(x: Tensor, table: Tensor, index: Tensor, active: Tensor, mixes:
 @scaled_slots.register_fake
 def _(x: Tensor, table: Tensor, index: Tensor, active: Tensor, mixes: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@custom_op("ia3rt::linear_slots")
+def linear_slots(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, index: Tensor, active: Tensor, mixes: Tensor
+) -> Tensor:
+    """Return W x + b, scaled by what each token wears in the epilogue, where that is the faster way (linear_plan.py).
+
+    Args:
+        x: [..., in].
+        weight: [out, in] of x.dtype.
+        bias: [out] or None.
+        table: float32 [slots + 1, out].
+        index: TokenSlots.index.
+        active: TokenSlots.active.
+        mixes: TokenSlots.mixes.
+
+    """
+    if not active:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if backend(x) == "triton":
+        from ia3rt.kernels.linear import linear
+
+        with device_of(x):
+            y = linear(rows, weight, bias, None, table, mixes, index[: len(rows)])
+    else:
+        y = scale_output_(F.linear(rows, weight, bias), table, index[: len(rows)])
+    scaled: Tensor = y.view(*x.shape[:-1], len(weight))
+    return scaled
+
+
+@linear_slots.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, index: Tensor, active: Tensor, mixes: Tensor
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @custom_op("ia3rt::activation_slots")

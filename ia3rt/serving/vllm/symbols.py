@@ -55,6 +55,7 @@ SYMBOLS = (
     Symbol("vllm.config", "ParallelConfig._api_process_rank"),
     Symbol("vllm.config", "ParallelConfig._api_process_count"),
     Symbol("vllm.exceptions", "LoRAAdapterNotFoundError"),
+    Symbol("vllm.model_executor.layers.linear", "UnquantizedLinearMethod"),
     Symbol("vllm.model_executor.models.utils", "PPMissingLayer"),
     Symbol("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
     Symbol("vllm.entrypoints.serve", "create_error_response"),

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from ia3rt.eager import scale_output_
-from ia3rt.serving.vllm.slot_ops import activation_slots, scale_slots_, scaled_slots
+from ia3rt.ops import backend
+from ia3rt.serving.vllm.slot_ops import activation_slots, linear_slots, scale_slots_, scaled_slots
 from ia3rt.serving.vllm.slots import TokenSlots
 
 
 class SlotTable:
     """A row for each slot, composed when an adapter or a mix got the slot, and last a row of ones.
 
-    On a GPU the kernels scale, by token even where all tokens wear one row: what runs while a graph is captured is what
-    runs ever after. On a CPU plain torch does.
+    On a GPU kernels scale, by token even where all wear one row: what runs while a graph is captured is what runs ever
+    after. On a CPU plain torch does.
 
     Args:
         slots: what each token wears.
@@ -22,10 +23,12 @@ class SlotTable:
 
     Attributes:
         rows: float32 [slots + 1, width], on the model's device.
+        by_kernel: whether kernels scale: `linear` and `activation` may then be called.
     """
 
     def __init__(self, slots: TokenSlots, width: int) -> None:
         self.rows = torch.ones(slots.identity + 1, width, device=slots.index.device)
+        self.by_kernel = backend(self.rows) == "triton"
         self._slots = slots
         self._worn = torch.empty(0)
         self._worn_of = (-1, 0)
@@ -46,7 +49,7 @@ class SlotTable:
         Args:
             y: [..., width], contiguous.
         """
-        if y.is_cuda:
+        if self.by_kernel:
             scale_slots_(y, self.rows, self._slots.index, self._slots.active, self._slots.mixes)
         elif torch.compiler.is_compiling():
             y.mul_(self._gathered(y))  # the compiler fuses it with what stands around it
@@ -59,7 +62,7 @@ class SlotTable:
         Args:
             x: [..., width].
         """
-        if x.is_cuda:
+        if self.by_kernel:
             result: Tensor = scaled_slots(x, self.rows, self._slots.index, self._slots.active, self._slots.mixes)
             return result
         if torch.compiler.is_compiling():
@@ -69,8 +72,14 @@ class SlotTable:
             self.scale_(x)
         return x
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns W x + b, scaled; see slot_ops.linear_slots."""
+        slots = self._slots
+        y: Tensor = linear_slots(x, weight, bias, self.rows, slots.index, slots.active, slots.mixes)
+        return y
+
     def activation(self, x: Tensor, kind: str) -> Tensor:
-        """Returns act(gate) ∘ up, scaled, on a GPU, where that is one kernel; see slot_ops.activation_slots."""
+        """Returns act(gate) ∘ up, scaled; see slot_ops.activation_slots."""
         y: Tensor = activation_slots(x, self.rows, self._slots.index, self._slots.active, self._slots.mixes, kind)
         return y
 
