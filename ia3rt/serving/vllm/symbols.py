@@ -24,10 +24,12 @@ class Symbol(NamedTuple):
 
 SYMBOLS = (
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
+    Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")),
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls"),
     Symbol("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager"),
     Symbol("vllm.lora.model_manager", "DEFAULT_LANGUAGE_WRAPPER_KEY"),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.get_adapter", ("self", "adapter_id")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_merged_loras_inplace", ("self", "lora_model")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._set_adapter_mapping", ("self", "mapping")),
     Symbol(
