@@ -58,11 +58,11 @@ def measured(
 
 @app.command()
 def served(
-    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A run of `ia3rt bench serve`.")],
-    file: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("docs/serving.md"),
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="Runs of `ia3rt bench serve`.")],
+    file: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/serving.md"),
 ) -> None:
-    """Write the measured table of docs/serving.md."""
-    serving_tables.write(file, result)
+    """Write the measured tables of docs/serving.md."""
+    serving_tables.write(file, results)
 
 
 @app.command()

@@ -117,7 +117,7 @@ def test_tables(tmp_path) -> None:
     file.write_text("# A\n<!-- served -->\n\n<!-- end of served -->\n")
     result.write_text(json.dumps(run.as_dict([timed()], "ia3rt bench serve MODEL", "m")))
     assert run.read(result)[1] == [timed()]
-    tables.write(file, result)
+    tables.write(file, [result])
     text = file.read_text()
     assert "| 8 requests, distinct of 8 | base | 100.0 |" in text and "| 0.950 |" in text
     assert "fallback" in text and "control" in text and "`ia3rt bench serve MODEL`" in text
@@ -149,6 +149,8 @@ def test_bad_options(tmp_path, monkeypatch) -> None:
 
     assert "no config.json" in told(tmp_path)
     assert "'nothing'" in told(tmp_path, "--against", "nothing")
+    (tmp_path / "config.json").touch()
+    assert "'8 requests, distinct of 8'" in told(tmp_path, "--cases", "nothing")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
     missing = CliRunner().invoke(app, ["bench", "serve", str(Path("m"))])
     assert missing.exit_code == 1 and "pip install" in missing.output

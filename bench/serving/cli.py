@@ -30,6 +30,9 @@ def serve(
         float,
         typer.Option(metavar="N", min=0.01, show_default="all at once", help="Requests a second, arriving by chance."),
     ] = math.inf,
+    cases: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Only the cases of such a name, as in --cases '* of 1,000'.")
+    ] = "*",
     quick: Annotated[bool, typer.Option("--quick", help="Two cases, three rounds.")] = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the JSON file goes.")] = Path("bench-results"),
 ) -> None:
@@ -48,11 +51,15 @@ def serve(
             raise UsageError("MODEL", f"{model} is no folder with a model: it has no config.json")
         from ia3rt.bench.serving import run, tables
 
+        chosen = run.cases(quick, cases)
+        if not chosen:
+            known = ", ".join(repr(str(case)) for case in run.cases(quick))
+            raise UsageError("--cases", f"no case is named {cases!r}: there are {known}")
         console = Console()
         timed = run.time_servers(
             model.absolute(),
             names,
-            run.cases(quick),
+            chosen,
             rounds=3 if quick else rounds,
             rate=request_rate,
             done=lambda what: console.print(Text(what, style="dim")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import random
 import statistics
@@ -74,12 +75,17 @@ class Timed:
         return float(statistics.median(self.ratios(contender, figure)))
 
 
-def cases(quick: bool) -> list[Case]:
-    """What is timed: few or many adapters, all alike, all different, or by Zipf's law."""
-    quickly = [Case(1, 1, "identical"), Case(8, 8, "distinct")]
-    if quick:
-        return quickly
-    return [*quickly, Case(1, 8, "identical"), Case(32, 32, "distinct"), Case(32, 32, "zipf"), Case(1000, 32, "zipf")]
+def cases(quick: bool, pattern: str = "*") -> list[Case]:
+    """What is timed: few or many adapters, all alike, all different, or by Zipf's law.
+
+    Args:
+        quick: two of them.
+        pattern: of the cases' names, as for file names.
+    """
+    all_cases = [Case(1, 1, "identical"), Case(8, 8, "distinct")]
+    if not quick:
+        all_cases += [Case(1, 8, "identical"), Case(32, 32, "distinct"), Case(32, 32, "zipf"), Case(1000, 32, "zipf")]
+    return [case for case in all_cases if fnmatch.fnmatchcase(str(case), pattern)]
 
 
 def time_servers(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -46,11 +47,13 @@ def notes(timed: Sequence[Timed]) -> list[str]:
     ]
 
 
-def write(file: Path, result: Path) -> None:
-    """Writes a run's table into docs/serving.md."""
-    plain, timed = read(result)
+def write(file: Path, results: Sequence[Path]) -> None:
+    """Writes runs' tables into docs/serving.md."""
+    markdown.replace(file, "served", "\n\n".join(_section(*read(result)) for result in results))
+
+
+def _section(plain: Mapping[str, Any], timed: Sequence[Timed]) -> str:
     on, with_ = plain["machine"], plain["versions"]
     head = f"{plain['model']}: `{readable.command(plain['command'])}`\\\n"
     head += f"{on['processor']}, {on['cores']} cores; {readable.packages(with_)}."
-    table = markdown.table(HEADER, rows(timed))
-    markdown.replace(file, "served", "\n\n".join([head, table, " ".join(notes(timed))]))
+    return "\n\n".join([head, markdown.table(HEADER, rows(timed)), " ".join(notes(timed))])
