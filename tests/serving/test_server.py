@@ -182,7 +182,7 @@ def test_adapters_that_cannot_be_served_are_refused(server, truth, tmp_path) -> 
 
 def test_a_name_loaded_again_means_the_new_numbers(server, truth) -> None:
     """In the same folder, with a prompt that fills blocks of the prefix cache."""
-    prompt = truth.prompts.reshape(1, -1).repeat(1, 4)
+    prompt = truth.prompts.reshape(1, -1).repeat(1, 6)
     folder = truth.folder / "again"
     (truth.folder / "a00").rename(folder)
     try:

@@ -33,7 +33,7 @@ class Truth:
     """A model that wears, one after another, what the server's requests ask for.
 
     Attributes:
-        prompts: int64 [3, 8], all of one length, so that a batch needs no padding.
+        prompts: int64 [2, 8], all of one length, so that a batch needs no padding.
     """
 
     def __init__(self, model: Path, adapters: Path) -> None:
@@ -41,7 +41,6 @@ class Truth:
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         texts = (
-            "The capital of France is Paris, and that of Italy",
             "Once upon a time there was a little girl who",
             "def fibonacci(n):\n    if n < 2: return n",
         )
