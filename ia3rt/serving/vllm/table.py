@@ -30,6 +30,7 @@ class SlotTable:
         self.rows = torch.ones(slots.identity + 1, width, device=slots.index.device)
         self.by_kernel = backend(self.rows) == "triton"
         self._slots = slots
+        self._for_ops = self.rows, slots.index, slots.active, slots.mixes
         self._worn = torch.empty(0)
         self._worn_of = (-1, 0)
 
@@ -50,7 +51,7 @@ class SlotTable:
             y: [..., width], contiguous.
         """
         if self.by_kernel:
-            scale_slots_(y, self.rows, self._slots.index, self._slots.active, self._slots.mixes)
+            scale_slots_(y, *self._for_ops)
         elif torch.compiler.is_compiling():
             y.mul_(self._gathered(y))  # the compiler fuses it with what stands around it
         elif self._slots.runs:
@@ -63,7 +64,7 @@ class SlotTable:
             x: [..., width].
         """
         if self.by_kernel:
-            result: Tensor = scaled_slots(x, self.rows, self._slots.index, self._slots.active, self._slots.mixes)
+            result: Tensor = scaled_slots(x, *self._for_ops)
             return result
         if torch.compiler.is_compiling():
             return (x * self._gathered(x)).to(x.dtype)
@@ -74,13 +75,12 @@ class SlotTable:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Returns W x + b, scaled; see slot_ops.linear_slots."""
-        slots = self._slots
-        y: Tensor = linear_slots(x, weight, bias, self.rows, slots.index, slots.active, slots.mixes)
+        y: Tensor = linear_slots(x, weight, bias, *self._for_ops)
         return y
 
     def activation(self, x: Tensor, kind: str) -> Tensor:
         """Returns act(gate) ∘ up, scaled; see slot_ops.activation_slots."""
-        y: Tensor = activation_slots(x, self.rows, self._slots.index, self._slots.active, self._slots.mixes, kind)
+        y: Tensor = activation_slots(x, *self._for_ops, kind)
         return y
 
     def _gathered(self, y: Tensor) -> Tensor:
