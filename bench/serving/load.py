@@ -65,12 +65,17 @@ async def _send(url: str, load: Load, draw: random.Random) -> Served:
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         start = time.perf_counter()
         running = []
-        for model in load.models:
-            prompt = [draw.randrange(1000, 40_000) for _ in range(load.prompt)]
-            running.append(asyncio.create_task(_one(client, model, prompt, load.tokens)))
-            if math.isfinite(load.rate):
-                await asyncio.sleep(draw.expovariate(load.rate))
-        taken = await asyncio.gather(*running)
+        try:
+            for model in load.models:
+                prompt = [draw.randrange(1000, 40_000) for _ in range(load.prompt)]
+                running.append(asyncio.create_task(_one(client, model, prompt, load.tokens)))
+                if math.isfinite(load.rate):
+                    await asyncio.sleep(draw.expovariate(load.rate))
+            taken = await asyncio.gather(*running)
+        finally:  # where one was refused, or after Ctrl-C, the others end before the client does
+            for request in running:
+                request.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
         whole = time.perf_counter() - start
     firsts = [first for first, _ in taken]
     return Served(len(taken) * load.tokens / whole, statistics.median(firsts), statistics.median(b for _, b in taken))

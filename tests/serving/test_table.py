@@ -63,6 +63,21 @@ def test_follows_the_steps_and_what_the_slots_hold(table) -> None:
     assert torch.equal(table.scaled(x), x)
 
 
+def test_vectors_for_some_columns_only() -> None:
+    """As k's and v's are in qkv_proj."""
+    table = SlotTable(TokenSlots(TOKENS, SLOTS, torch.device("cpu")), WIDTH)
+    table.fill(0, 12, torch.full((4,), 3.0))
+    table.fill(1, 8, torch.full((2,), 5.0))
+    rows = [0] * 10 + [1] * 10
+    table._slots.write(rows, lora=False)
+    x = torch.randn(len(rows), WIDTH)
+    truth = x.clone()
+    truth[:10, 12:16] *= 3
+    truth[10:, 8:10] *= 5
+    assert torch.equal(table.scaled(x), truth)
+    assert torch.equal(table.scaled(x[:3]), truth[:3])
+
+
 def test_padding_wears_nothing(table) -> None:
     write(table, [1] * TOKENS)
     worn = write(table, [2, 3])

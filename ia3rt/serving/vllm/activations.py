@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ia3rt.ops import backend
 from ia3rt.serving.vllm.layers import IA3RowParallelLinear
 
 KINDS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
@@ -35,7 +37,7 @@ _FORMS = (_llama, _qwen, _mistral)
 
 
 class ScaledActivation(nn.Module):
-    """vLLM's activation with the vector of the layer behind it.
+    """vLLM's activation with the vector of the layer behind it, in one kernel.
 
     Args:
         activation: SiluAndMul, say.
@@ -56,23 +58,25 @@ class ScaledActivation(nn.Module):
             x: [..., 2 width], gate before up.
         """
         table = self._down[0].ia3_tables.get("in")
-        if table is not None and table.by_kernel:
-            return table.activation(x, self.kind)
-        y: Tensor = self.activation(x)
-        if table is not None:
-            table.scale_(y)
+        y: Tensor = self.activation(x) if table is None else table.activation(x, self.kind)
         return y
 
 
 def scale_in_activations(model: nn.Module) -> None:
-    """Moves input vectors into the activations before their layers, where the MLP's forward is known."""
+    """Moves input vectors to the activations before their layers, where the MLP's forward is known.
+
+    Where kernels compute, into the activation; else onto its result, in place, as nothing else reads it.
+    """
     for mlp in list(model.modules()):
         down, activation = getattr(mlp, "down_proj", None), getattr(mlp, "act_fn", None)
         kind = KINDS.get(type(activation).__name__)
         exact = getattr(activation, "approximate", "none") == "none"
-        if isinstance(down, IA3RowParallelLinear) and kind is not None and exact and _is_known(type(mlp)):
+        if not (isinstance(down, IA3RowParallelLinear) and kind is not None and exact and _is_known(type(mlp))):
+            continue
+        down.ia3_input = "own"
+        if backend(torch.empty(0, device=down.device)) == "triton":
+            down.ia3_input = "scaled"
             mlp.act_fn = ScaledActivation(activation, down, kind)  # type: ignore[arg-type]
-            down.ia3_input_scaled = True
 
 
 def _is_known(mlp: type) -> bool:

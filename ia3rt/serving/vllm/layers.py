@@ -20,12 +20,19 @@ from vllm.lora.layers import (
     RowParallelLinearWithLoRA,
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 
 from ia3rt.serving.vllm.slots import TokenSlots
 from ia3rt.serving.vllm.table import SlotTable
 
 Side: TypeAlias = Literal["in", "out"]
+_PRODUCTS = (ColumnParallelLinear.forward, RowParallelLinear.forward, ReplicatedLinear.forward)
+"""What multiplies by the weight as its quantisation method does it; a subclass may do another thing."""
 
 
 class IA3Layer(BaseLinearLayerWithLoRA):
@@ -34,17 +41,19 @@ class IA3Layer(BaseLinearLayerWithLoRA):
     Attributes:
         ia3_tables: by side, as wide as this rank's share; a side that nothing uses has none, and costs nothing.
         ia3_slots: which slot each token wears; None where the manager lets the layer wear none, as in a vision tower.
-        ia3_input_scaled: whether the activation before this layer has applied the input's vector already.
+        ia3_input: what the input is. It may have its vector already, from the activation before this layer; or be held
+            by nobody else, so that it is scaled in place; or be held by others.
     """
 
     ia3_tables: dict[Side, SlotTable]
     ia3_slots: TokenSlots | None = None
-    ia3_input_scaled = False
+    ia3_input: Literal["scaled", "own", "shared"] = "shared"
 
     def __init__(self, base_layer: Any) -> None:
         super().__init__(base_layer)
         # vLLM looks attributes up in Python, and this one ten times a call.
         self.__dict__["base_layer"] = base_layer
+        self._is_product = type(base_layer).forward in _PRODUCTS
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Makes LoRA's buffers, and no table yet."""
@@ -122,23 +131,33 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             bias: [out], inside the scale.
         """
         tables = self.ia3_tables
-        if "in" in tables and not self.ia3_input_scaled:
-            x = tables["in"].scaled(x)
+        if "in" in tables and self.ia3_input != "scaled":
+            if self.ia3_input == "own":
+                tables["in"].scale_(x)
+            else:
+                x = tables["in"].scaled(x)
         table = tables.get("out")
         if table is not None and table.by_kernel and self._has_matrix():
             return self._apply_lora_to_output(x, table.linear(x, self.base_layer.weight, bias))
-        output: Tensor = super().apply(x, bias)
+        if self._is_product and not self._runs_lora():
+            output: Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
+        else:
+            output = super().apply(x, bias)
         if table is not None:
             table.scale_(output)
         return output
 
     def _has_matrix(self) -> bool:
         """Whether our kernels read the weight, and nobody asked for vLLM's own that do not depend on the batch."""
-        plain = type(self.base_layer.quant_method) is UnquantizedLinearMethod
+        plain = self._is_product and type(self.base_layer.quant_method) is UnquantizedLinearMethod
         return plain and self.base_layer.weight.dim() == 2 and not envs.VLLM_BATCH_INVARIANT
 
+    def _runs_lora(self) -> bool:
+        """Whether LoRA's part is run: what is compiled has to have it, whatever the step's tokens wear."""
+        return self.ia3_slots is None or self.ia3_slots.lora or torch.compiler.is_compiling()
+
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-        if self.ia3_slots is not None and not self.ia3_slots.lora and not torch.compiler.is_compiling():
+        if not self._runs_lora():
             return output
         added: Tensor = super()._apply_lora_to_output(x, output)
         return added

@@ -30,6 +30,7 @@ class SlotTable:
         self.rows = torch.ones(slots.identity + 1, width, device=slots.index.device)
         self.by_kernel = backend(self.rows) == "triton"
         self._slots = slots
+        self._columns = slice(width, 0)  # those that any vector was for: qkv_proj's begin with q's, which wear ones
         self._for_ops = self.rows, slots.index, slots.active, slots.mixes
         self._worn = torch.empty(0)
         self._worn_of = (-1, 0)
@@ -41,27 +42,31 @@ class SlotTable:
 
     def fill(self, slot: int, start: int, vector: Tensor) -> None:
         """Copies a vector into a slot's row, from a column on."""
-        self.rows[slot, start : start + len(vector)].copy_(vector)
+        stop = start + len(vector)
+        self.rows[slot, start:stop].copy_(vector)
+        self._columns = slice(min(self._columns.start, start), max(self._columns.stop, stop))
         self._worn_of = (-1, 0)
 
     def scale_(self, y: Tensor) -> None:
         """Multiplies y by what each token wears, in place, in float32, rounded once.
 
         Args:
-            y: [..., width], contiguous.
+            y: [tokens, width] or [1, tokens, width], contiguous.
         """
         if self.by_kernel:
             scale_slots_(y, *self._for_ops)
         elif torch.compiler.is_compiling():
             y.mul_(self._gathered(y))  # the compiler fuses it with what stands around it
+        elif self._worn_of == (self._slots.step, y.shape[-2]):
+            y.mul_(self._worn)
         elif self._slots.runs:
-            self._scale_eagerly_(y.view(-1, y.shape[-1]))
+            self._scale_step_(y)
 
     def scaled(self, x: Tensor) -> Tensor:
         """Returns x scaled as `scale_` does it; x stays as it is.
 
         Args:
-            x: [..., width].
+            x: [tokens, width] or [1, tokens, width].
         """
         if self.by_kernel:
             result: Tensor = scaled_slots(x, *self._for_ops)
@@ -87,13 +92,14 @@ class SlotTable:
         tokens = y.numel() // y.shape[-1]
         return self.rows.index_select(0, self._slots.index[:tokens]).view(y.shape)
 
-    def _scale_eagerly_(self, y: Tensor) -> None:
-        if len(y) > len(self.rows):
+    def _scale_step_(self, y: Tensor) -> None:
+        tokens = y.shape[-2]
+        if tokens > self.rows.shape[0]:
             for start, stop, row in self._slots.runs:
-                scale_output_(y[start:stop], self.rows[row], None)
+                scale_output_(y[..., start:stop, self._columns], self.rows[row, self._columns], None)
             return
         # Decoding: tokens wear the same step after step, so their rows, no more numbers than the table has, are kept.
-        if self._worn_of != (self._slots.step, len(y)):
-            self._worn = self._gathered(y)
-            self._worn_of = (self._slots.step, len(y))
+        # To take only some columns would take longer than to multiply all.
+        self._worn = self._gathered(y)
+        self._worn_of = (self._slots.step, tokens)
         y.mul_(self._worn)
