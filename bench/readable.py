@@ -53,6 +53,14 @@ def ratio(case: CaseResult, measured: Measurement) -> str:
     return WITHIN if case.is_within_noise(measured) else f"{of_one(measured.ratio.p50)} ×"
 
 
+def cell(measured: Measurement, control: Measurement | None) -> str:
+    """The ratio as a document's tables have it: ° marks one that is within noise."""
+    if measured.ratio is None:
+        return ""
+    shown = of_one(measured.ratio.p50)
+    return NOISY if measured.is_noise else f"{shown} °" if measured.is_within(control) else shown
+
+
 def control(measured: Measurement) -> str:
     """The control's ratio, and how far from 1 another ratio must be to be called one."""
     assert measured.ratio is not None

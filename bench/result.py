@@ -74,6 +74,12 @@ class Measurement:
         """How far a control's ratio is from 1, where it should be 1, or may be by chance."""
         return 0.0 if self.ratio is None else max(abs(float(self.ratio.p50) - 1), self.error)
 
+    def is_within(self, control: Measurement | None) -> bool:
+        """Whether the ratio is no further from 1 than the control's, or than chance: no win and no loss."""
+        if control is None or self.ratio is None:
+            return False
+        return bool(abs(self.ratio.p50 - 1) <= max(control.doubt, self.error))
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -107,10 +113,8 @@ class CaseResult:
     control: Measurement | None = None
 
     def is_within_noise(self, measured: Measurement) -> bool:
-        """Whether a contender's ratio is no further from 1 than the control's, or than chance: no win and no loss."""
-        if self.control is None or measured.ratio is None:
-            return False
-        return bool(abs(measured.ratio.p50 - 1) <= max(self.control.doubt, measured.error))
+        """Whether a contender's ratio is no win and no loss; see `Measurement.is_within`."""
+        return measured.is_within(self.control)
 
     def rate(self, measurement: Measurement) -> float | None:
         """Units a second at the median."""

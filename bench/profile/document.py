@@ -123,9 +123,9 @@ def write_measured(file: Path, results: Sequence[Result]) -> None:
 
 def _ratio(case: CaseResult, name: str) -> str:
     for measured in case.measurements:
-        if measured.contender == name and measured.ratio is not None:
-            shown = readable.of_one(measured.ratio.p50)
-            return readable.NOISY if measured.is_noise else f"{shown} °" if case.is_within_noise(measured) else shown
+        if measured.contender == name:
+            shown: str = readable.cell(measured, case.control)
+            return shown
     return ""
 
 

@@ -68,7 +68,7 @@ def serve(
         file = out / f"serve-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}.json"
         command = shlex.join(["ia3rt", *("MODEL" if arg == str(model) else arg for arg in sys.argv[1:])])
         file.write_text(json.dumps(run.as_dict(timed, command, model.name), indent=1) + "\n", "utf-8")
-    console.print(tables.terminal_table(timed))
+    console.print(tables.terminal_tables(timed))
     for line in tables.notes(timed):
         console.print(Text(f"  {line}", style="dim"))
     console.print(Text(f"written: {file}", style="dim"), soft_wrap=True)

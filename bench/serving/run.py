@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.profile.memory import RANK
+from ia3rt.bench.result import CONTROL, Measurement
 from ia3rt.bench.serving.adapters import ia3_folders, lora_folders
 from ia3rt.bench.serving.load import Load, Served, send
 from ia3rt.bench.serving.server import BASE, Server
@@ -27,7 +27,6 @@ NOTES = {
     "lora": f"LoRA of rank {RANK}; on a CPU vLLM runs a fallback in plain torch for it, and no kernels",
     "ia3rt-compiled": "on a CPU vLLM 0.32 compiles nothing where adapters are enabled, so there it is ia3rt once more",
 }
-FIGURES = ("tokens_per_second", "first", "between")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Case:
 
     def __str__(self) -> str:
         """As tables name it."""
-        return f"{self.requests} requests, {self.popularity} of {self.adapters:,}"
+        requests = "1 request" if self.requests == 1 else f"{self.requests} requests"
+        return f"{requests}, {self.popularity} of {self.adapters:,}"
 
 
 @dataclass
@@ -55,24 +55,19 @@ class Timed:
 
     Attributes:
         case: what was sent.
-        rounds: by contender, what each round took; `control` is the base server once more.
+        rounds: by contender, what each round took; CONTROL is the base server once more.
     """
 
     case: Case
     rounds: dict[str, list[Served]] = field(default_factory=dict)
 
-    def ratios(self, contender: str, figure: str) -> list[float]:
-        """By round, a contender's figure as a share of the base server's."""
-        pairs = zip(self.rounds[contender], self.rounds[BASE], strict=True)
-        return [getattr(ours, figure) / getattr(theirs, figure) for ours, theirs in pairs]
+    def measured(self, contender: str, figure: str) -> Measurement:
+        """One figure of one contender, with its ratio to the base server's in the same round."""
 
-    def median(self, contender: str, figure: str) -> float:
-        """The median of a contender's figure."""
-        return float(statistics.median(getattr(taken, figure) for taken in self.rounds[contender]))
+        def samples(name: str) -> list[float]:
+            return [getattr(taken, figure) for taken in self.rounds[name]]
 
-    def ratio(self, contender: str, figure: str) -> float:
-        """The median of the ratios."""
-        return float(statistics.median(self.ratios(contender, figure)))
+        return Measurement.of(contender, samples(contender), None if contender == BASE else samples(BASE))
 
 
 def cases(quick: bool, pattern: str = "*") -> list[Case]:
@@ -147,13 +142,13 @@ def _options(name: str, model: Path, folder: Path, adapters: int) -> list[str]:
 
 def _time(case: Case, servers: dict[str, Server], rounds: int, rate: float) -> Timed:
     names = worn(case.popularity, case.requests, case.adapters)
-    order = [*servers, "control"]
+    order = [*servers, CONTROL]
     timed = Timed(case, {name: [] for name in order})
     draw = random.Random(0)
     for turn in range(-1, rounds):
         draw.shuffle(order)
         for name in order:
-            kind = BASE if name == "control" else name
+            kind = BASE if name == CONTROL else name
             is_base = kind.removesuffix(COMPILED) == BASE
             load = Load([BASE] * case.requests if is_base else names, rate=rate)
             taken = send(servers[kind].url, load, seed=turn)

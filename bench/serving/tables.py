@@ -6,44 +6,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, JustifyMethod
 from rich.table import Table
 
 from ia3rt.bench import markdown, readable
-from ia3rt.bench.serving.run import BASE, FIGURES, NOTES, Timed, read
+from ia3rt.bench.result import CONTROL
+from ia3rt.bench.serving.run import NOTES, Timed, read
 
-TITLES = ("tokens/s", "first token", "between tokens")
-HEADER = ("case", "server", *(part for title in TITLES for part in (title, "× base")))
+FIGURES = {"tokens_per_second": "tokens/s", "first": "first token", "between": "between tokens"}
+HEADER = ("server", *(part for title in FIGURES.values() for part in (title, "× base")))
 
 
-def rows(timed: Sequence[Timed]) -> list[tuple[str, ...]]:
-    """A row for each case and server; ratios are medians of the rounds' own, more tokens and less time are better."""
+def rows(one: Timed) -> list[tuple[str, ...]]:
+    """A row for each server of a case; of tokens a second more is better, of the times less."""
     made = []
-    for one in timed:
-        for position, name in enumerate(one.rounds):
-            cells = []
-            for figure in FIGURES:
-                value = one.median(name, figure)
-                shown = f"{value:,.1f}" if figure == "tokens_per_second" else readable.seconds(value)
-                cells += [shown, "" if name == BASE else readable.of_one(one.ratio(name, figure))]
-            made.append((str(one.case) if position == 0 else "", name, *cells))
+    for name in one.rounds:
+        cells = []
+        for figure in FIGURES:
+            measured = one.measured(name, figure)
+            value = measured.taken.p50
+            cells.append(f"{value:,.1f}" if figure == "tokens_per_second" else readable.seconds(value))
+            if name == CONTROL:
+                assert measured.ratio is not None
+                cells.append(f"{readable.of_one(measured.ratio.p50)} ±{measured.doubt:.3f}")
+            else:
+                cells.append(readable.cell(measured, one.measured(CONTROL, figure)))
+        made.append((name, *cells))
     return made
 
 
-def terminal_table(timed: Sequence[Timed]) -> Table:
-    """The table for a terminal."""
-    table = Table(box=None, header_style="bold")
-    for title in HEADER:
-        table.add_column(title, justify="left" if title in ("case", "server") else "right")
-    for row in rows(timed):
-        table.add_row(*row, style="dim" if row[1] == "control" else "")
-    return table
+def terminal_tables(timed: Sequence[Timed]) -> Group:
+    """A table for each case, for a terminal of 80 columns."""
+    made = []
+    for one in timed:
+        table = Table(title=str(one.case), title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
+        for title in HEADER:
+            width = {"server": 13, "× base": 12}.get(title, 7)  # a title of two words takes two lines
+            justify: JustifyMethod = "left" if title == "server" else "right"
+            table.add_column(title, justify=justify, min_width=width, max_width=max(width, 8))
+        for row in rows(one):
+            table.add_row(*row, style="dim" if row[0] == CONTROL else "")
+        made.append(table)
+    return Group(*made)
 
 
 def notes(timed: Sequence[Timed]) -> list[str]:
     """What a reader has to know about the servers."""
     shown = dict.fromkeys(name for one in timed for name in one.rounds)
     return [f"{name}: {NOTES[name]}." for name in shown if name in NOTES] + [
-        "control: the base server once more; how far it is from 1 is how far a ratio may be by chance."
+        "control: the base server once more; ±: how far its ratio is from 1, or may be by chance. ° marks "
+        "ratios no further from 1 than that, or than chance may have moved them; noise: off by more than 5 % by chance."
     ]
 
 
@@ -56,4 +68,5 @@ def _section(plain: Mapping[str, Any], timed: Sequence[Timed]) -> str:
     on, with_ = plain["machine"], plain["versions"]
     head = f"{plain['model']}: `{readable.command(plain['command'])}`\\\n"
     head += f"{on['processor']}, {on['cores']} cores; {readable.packages(with_)}."
-    return "\n\n".join([head, markdown.table(HEADER, rows(timed)), " ".join(notes(timed))])
+    lines = [(f"{one.case}: {name}", *cells) for one in timed for name, *cells in rows(one)]
+    return "\n\n".join([head, markdown.table(("case: server", *HEADER[1:]), lines), " ".join(notes(timed))])
