@@ -2,6 +2,9 @@
 
 Each function stands for a method of vLLM's, which `install` puts it in front of; what concerns no IA³ adapter goes on
 to that method.
+
+Mixes do not come from a LoRAResolver: vLLM asks those only where adapters may be loaded at runtime, and keeps what they
+find as a loaded adapter, which would go on with an adapter's old numbers after that was loaded again.
 """
 
 from __future__ import annotations
