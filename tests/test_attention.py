@@ -62,8 +62,10 @@ class Layer:
             lse, _, truth = ours.pop(), theirs.pop(), truths.pop()
             rough = 1e-5 if self.dtype == torch.float32 else 0.05
             torch.testing.assert_close(lse.double(), truth, rtol=rough, atol=rough)
+        assert_meets_bar(ours.pop(0), theirs.pop(0), truths.pop(0))
         for y, in_torch, truth in zip(ours, theirs, truths, strict=True):
-            assert_meets_bar(y, in_torch, truth)
+            # Probabilities are computed again from the rounded logsumexp, where torch has kept them.
+            assert_meets_bar(y, in_torch, truth, times=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
