@@ -181,6 +181,28 @@ def test_replicated(rank, side) -> None:
     torch.testing.assert_close(layer(x)[0], expected)
 
 
+class Doubled(ReplicatedLinear):
+    """A layer that is more than its product, as GateLinear is."""
+
+    def forward(self, x):
+        y, bias = super().forward(x)
+        return 2 * y, bias
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_subclass_keeps_its_forward(lora) -> None:
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(len(ROWS), IN)
+    base = Doubled(IN, OUT, bias=True)
+    load(base, {None: (weight, bias)})
+    layer = layer_of(layers.IA3ReplicatedLinear, base)
+    layer.punica_wrapper = SimpleNamespace(add_lora_linear=lambda output, *_: output)
+    layer.ia3_slots.write(ROWS, lora=lora)
+    two = vectors(OUT)
+    for slot, vector in enumerate(two):
+        layer.set_ia3(slot, {"out": [vector]})
+    torch.testing.assert_close(layer(x)[0], 2 * (x @ weight.T + bias) * worn(two))
+
+
 def test_a_slot_that_is_given_away_keeps_nothing() -> None:
     base = ColumnParallelLinear(IN, OUT, bias=True)
     load(base, parts({None: OUT}))
