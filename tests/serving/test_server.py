@@ -87,8 +87,8 @@ class Load:
             self.answers.setdefault(name, [[] for _ in prompts])[row].append(tokens)
 
     async def _disturb(self, server: Server, api: openai.AsyncOpenAI, other: Path, prompt: list[int]) -> None:
-        # A connection for each request: vLLM closes one that was idle for five seconds, which on a machine as busy as this
-        # may be between two requests. (openai's client tries again.)
+        # A connection for each request: vLLM closes one that was idle for five seconds, which on a machine as busy as
+        # this may be between two requests. (openai's client tries again.)
         limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
             for turn in itertools.takewhile(lambda _: self._work, itertools.count()):
