@@ -20,9 +20,10 @@ HEADER = ("server", *(part for title in FIGURES.values() for part in (title, "×
 def rows(one: Timed) -> list[tuple[str, ...]]:
     """A row for each server of a case; of tokens a second more is better, of the times less."""
     made = []
+    controls = {figure: one.measured(CONTROL, figure) for figure in FIGURES}
     for name in one.rounds:
         cells = []
-        for figure in FIGURES:
+        for figure, control in controls.items():
             measured = one.measured(name, figure)
             value = measured.taken.p50
             cells.append(f"{value:,.1f}" if figure == "tokens_per_second" else readable.seconds(value))
@@ -30,7 +31,7 @@ def rows(one: Timed) -> list[tuple[str, ...]]:
                 assert measured.ratio is not None
                 cells.append(f"{readable.of_one(measured.ratio.p50)} ±{measured.doubt:.3f}")
             else:
-                cells.append(readable.cell(measured, one.measured(CONTROL, figure)))
+                cells.append(readable.cell(measured, control))
         made.append((name, *cells))
     return made
 

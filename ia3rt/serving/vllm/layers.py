@@ -131,11 +131,10 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             bias: [out], inside the scale.
         """
         tables = self.ia3_tables
-        if "in" in tables and self.ia3_input != "scaled":
-            if self.ia3_input == "own":
-                tables["in"].scale_(x)
-            else:
-                x = tables["in"].scaled(x)
+        if "in" in tables and self.ia3_input == "own":
+            tables["in"].scale_(x)
+        elif "in" in tables and self.ia3_input == "shared":
+            x = tables["in"].scaled(x)
         table = tables.get("out")
         if table is not None and table.by_kernel and self._has_matrix():
             return self._apply_lora_to_output(x, table.linear(x, self.base_layer.weight, bias))
