@@ -22,9 +22,13 @@ setup(
     # find_packages: each package is named, and its folder is where the repository keeps it.
     packages=[
         "ia3rt",
-        "ia3rt.demo",
+        "ia3rt.adapters",
+        "ia3rt.cli",
+        "ia3rt.cli.demo",
+        "ia3rt.modules",
         "ia3rt.ops",
         "ia3rt.reference",
+        "ia3rt.routing",
         "ia3rt.serving",
         "ia3rt.serving.vllm",
         "ia3rt.kernels",
@@ -68,7 +72,7 @@ setup(
         "vllm": ["vllm>=0.32,<0.33"],
     },
     entry_points={
-        "console_scripts": ["ia3rt=ia3rt.cli:app"],
+        "console_scripts": ["ia3rt=ia3rt.cli.main:app"],
         "vllm.general_plugins": ["ia3rt = ia3rt.serving.vllm:register"],
     },
 )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import ia3rt
+from ia3rt.adapters.site import SiteKey
 from ia3rt.bench.models import clone
-from ia3rt.sites import SiteKey
 
 DISTINCT = 16
 """So many are different; those beyond are these again, under names of their own."""

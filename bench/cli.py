@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ia3rt.bench.serving.cli import serve
-from ia3rt.cli_errors import MissingPackageError, UsageError, errors_in_a_line
+from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
 
 if TYPE_CHECKING:
     import torch

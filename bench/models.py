@@ -12,7 +12,7 @@ from torch import nn
 
 from ia3rt.bench.settings import Settings
 from ia3rt.bench.shapes import SHAPES, Shape
-from ia3rt.cli_errors import UsageError
+from ia3rt.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

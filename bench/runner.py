@@ -25,8 +25,8 @@ from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.suites.case import Case, Value, Ways, described
 from ia3rt.bench.suites.registry import SUITES, cases_of
 from ia3rt.bench.workshop import Workshop
-from ia3rt.cli_errors import MissingPackageError
-from ia3rt.demo.inputs import quiet
+from ia3rt.cli.demo.inputs import quiet
+from ia3rt.cli.errors import MissingPackageError
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far two contenders' results may lie apart, as a share of their norm: another adapter's are at a tenth or more."""

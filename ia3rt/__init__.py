@@ -9,10 +9,10 @@ if not (_here / "kernels").is_dir():
     # A checkout (or an editable install of one): kernels/ and bench/ stand beside this package, not inside it.
     __path__.append(str(_here.parent))
 
-from ia3rt.explanation import Explanation, SiteExplanation, explain  # noqa: E402
-from ia3rt.mix import Mix  # noqa: E402
+from ia3rt.adapters.mix import Mix  # noqa: E402
+from ia3rt.adapters.site import Site  # noqa: E402
+from ia3rt.modules.explanation import Explanation, SiteExplanation, explain  # noqa: E402
 from ia3rt.patch import patch  # noqa: E402
 from ia3rt.runtime import Runtime  # noqa: E402
-from ia3rt.sites import Site  # noqa: E402
 
 __all__ = ["Explanation", "Mix", "Runtime", "Site", "SiteExplanation", "explain", "patch"]

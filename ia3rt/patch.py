@@ -9,13 +9,15 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from ia3rt import attention, ops
-from ia3rt.bank import Bank
-from ia3rt.modules import Wearer, computing_tensor
-from ia3rt.routing import Backend
+from ia3rt import ops
+from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.site import ModuleNames, Site
+from ia3rt.adapters.takeover import TakenOver, is_peft_model, read_peft_model
+from ia3rt.modules import attention
+from ia3rt.modules.sites import find_sites
+from ia3rt.modules.wearer import Wearer, computing_tensor
+from ia3rt.routing.route import Backend
 from ia3rt.runtime import Runtime
-from ia3rt.sites import ModuleNames, Site, find_sites
-from ia3rt.takeover import TakenOver, is_peft_model, read_peft_model
 
 
 def patch(

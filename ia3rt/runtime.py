@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt import generation
-from ia3rt.bank import Bank
-from ia3rt.checkpoint import read_checkpoint, write_checkpoint
-from ia3rt.composed import composed_vectors
-from ia3rt.merge import MergedWeights, merge
-from ia3rt.mix import BASE, CombinationType, Mix, MixLike
-from ia3rt.modules import Wearer, place, unwrap, wrap
-from ia3rt.pair import pair_layers
-from ia3rt.routing import Backend, Route, Routing
-from ia3rt.sites import ModuleNames, Site, SiteKey, name_matches, site_of
-from ia3rt.training import TrainedAdapters
-from ia3rt.wearers import wearer_of
+from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
+from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
+from ia3rt.adapters.site import ModuleNames, Site, SiteKey, name_matches
+from ia3rt.modules.merge import MergedWeights, merge
+from ia3rt.modules.pair import pair_layers
+from ia3rt.modules.sites import site_of
+from ia3rt.modules.wearer import Wearer, place, unwrap, wrap
+from ia3rt.modules.wearers import wearer_of
+from ia3rt.routing import generation
+from ia3rt.routing.composed import composed_vectors
+from ia3rt.routing.route import Backend, Route, Routing
+from ia3rt.routing.training import TrainedAdapters
 
 Vectors: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 

@@ -105,5 +105,12 @@ def test_beside_the_hugging_face_package_kernels(environment, sources, tmp_path)
     assert run(environment, "-c", CHECK, "kernels", cwd=sources) == str(sources / "ia3rt" / "__init__.py")
 
 
+@pytest.mark.parametrize("module", ["ia3rt", "ia3rt.cli.main"])
+def test_importing_it_imports_neither_transformers_nor_triton(module):
+    """Both take seconds, and Triton need not be there."""
+    code = f"import {module}, sys; print(*{{'transformers', 'triton', 'matplotlib', 'vllm'}} & sys.modules.keys())"
+    assert run(sys.executable, "-c", code, cwd=ROOT) == ""
+
+
 def test_the_folder_kernels_is_no_package_of_its_own():
     assert not (ROOT / "kernels" / "__init__.py").exists()

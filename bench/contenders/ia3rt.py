@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import ia3rt
+from ia3rt.adapters.site import SiteKey
 from ia3rt.bench.adapters import DISTINCT
 from ia3rt.bench.contenders.subject import InProcess, LeftOut, Way
 from ia3rt.bench.machine import free_memory
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
-from ia3rt.sites import SiteKey
 
 
 class Ia3rt(InProcess):  # type: ignore[misc]

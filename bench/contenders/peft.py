@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ia3rt.adapters.site import SiteKey
 from ia3rt.bench.contenders.subject import InProcess, LeftOut, Way
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
-from ia3rt.sites import SiteKey
 
 MOST = 100
 """Loading an adapter takes PEFT a part of a second, and more the more there are: nobody waits for thousands."""

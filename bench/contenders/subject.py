@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3rt.sites import SiteKey
+from ia3rt.adapters.site import SiteKey
 
 
 class LeftOut(Exception):  # noqa: N818  (nothing is wrong: a contender does not do this)

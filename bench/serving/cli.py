@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ia3rt.cli_errors import MissingPackageError, UsageError, errors_in_a_line
+from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
 
 CONTENDERS = ("base", "ia3rt", "lora", "base-compiled", "ia3rt-compiled")
 

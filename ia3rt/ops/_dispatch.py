@@ -34,7 +34,7 @@ def backend(x: Tensor) -> Literal["triton", "torch"]:
 
 
 def module(name: str, x: Tensor) -> Any:
-    """Return kernels/<name>.py, or reference.py, which has a stand-in for each of its launchers."""
+    """Return kernels/<name>.py, or ia3rt.reference, which has a stand-in for each of its launchers."""
     return importlib.import_module(f"ia3rt.kernels.{name}") if backend(x) == "triton" else reference
 
 

@@ -6,6 +6,8 @@ exact formula (IA³, Liu et al. 2022, section 3.3), and all of it is differentia
     bank    [capacity, width]        one row an adapter; row 0 is all ones
     mixes   int32 [slots, 2 + 2K]    mode (0 product, 1 linear), count n, K bank rows, K weights (fp32 bits)
     route   int32 [R]                row m of M wears mix route[m // (M // R)]; R = 1 is the uniform batch
+
+It imports nothing else of ia3rt: a truth stands alone.
 """
 
 from ia3rt.reference._activation import (

@@ -1,1 +1,4 @@
-"""ia3rt inside inference engines. Importing this package imports no engine."""
+"""Inference engines made to serve IA³ adapters: vLLM's plugin, and the command that starts its server.
+
+An engine's own names are imported in its folder only. It may import all of ia3rt; nothing but `cli` imports it.
+"""

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3rt.checkpoint import CONFIG_NAME, read_checkpoint
+from ia3rt.adapters.checkpoint import CONFIG_NAME, read_checkpoint
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ia3rt.cli_errors import MissingPackageError, UsageError
+from ia3rt.cli.errors import MissingPackageError, UsageError
 from ia3rt.serving.adapters import Served, find_adapters
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

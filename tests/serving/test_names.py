@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3rt.mix import Mix
+from ia3rt.adapters.mix import Mix
 from ia3rt.serving.vllm.merged_adapters import read_merged_adapters
 from ia3rt.serving.vllm.names import MOST, MixNameError, canonical, parse, spelled
 

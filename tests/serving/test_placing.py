@@ -11,9 +11,9 @@ from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from ia3rt.adapters.site import Site
 from ia3rt.serving.vllm import layers
 from ia3rt.serving.vllm.placing import Layers
-from ia3rt.sites import Site
 
 UP, OUTER = "layers.1.gate_up_proj", "layers.1.outer"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ia3rt.mix import Mix
+from ia3rt.adapters.mix import Mix
 from ia3rt.serving.vllm import requests
 from ia3rt.serving.vllm.requests import Requests, public_name
 from ia3rt.serving.vllm.source import Source

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TARGETS, peft_model, tiny_model
 
-from ia3rt.mix import Mix
+from ia3rt.adapters.mix import Mix
 from ia3rt.serving.vllm.source import Source
 
 

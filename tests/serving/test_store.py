@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ia3rt.checkpoint import read_checkpoint
+from ia3rt.adapters.checkpoint import read_checkpoint
 from ia3rt.serving.vllm.store import store
 
 

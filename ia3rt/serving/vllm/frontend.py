@@ -22,8 +22,8 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
-from ia3rt.checkpoint import is_ia3
-from ia3rt.mix import Mix
+from ia3rt.adapters.checkpoint import is_ia3
+from ia3rt.adapters.mix import Mix
 from ia3rt.serving.vllm import metrics
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.names import MixNameError, parse, spelled

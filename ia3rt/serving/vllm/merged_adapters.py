@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ia3rt.mix import CombinationType, Mix
+from ia3rt.adapters.mix import CombinationType, Mix
 from ia3rt.serving.vllm.names import MixNameError, check_size
 
 FIELD = "merged_adapters"

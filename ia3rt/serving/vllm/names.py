@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 
-from ia3rt.mix import CombinationType, Mix
+from ia3rt.adapters.mix import CombinationType, Mix
 
 MOST = 64
 """Adapters in one mix at most: a name of any length is one cheap request."""

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from ia3rt.adapters.site import Site
 from ia3rt.serving.vllm.layers import IA3Layer, Side
-from ia3rt.sites import Site
 
 Placed: TypeAlias = "dict[str, dict[Side, list[Tensor | None]]]"
 """By the vLLM layer's name and side: a vector, or None, for each layer that is packed into it."""

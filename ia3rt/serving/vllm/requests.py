@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm import envs
 from vllm.lora.request import LoRARequest
 
-from ia3rt.mix import Mix
+from ia3rt.adapters.mix import Mix
 from ia3rt.serving.vllm.names import canonical, spelled
 from ia3rt.serving.vllm.source import Source
 

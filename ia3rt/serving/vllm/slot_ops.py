@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ia3rt import reference
-from ia3rt.eager import scale_output_
+from ia3rt.modules.eager import scale_output_
 from ia3rt.ops._dispatch import backend, device_of
 from ia3rt.ops._op import custom_op
 

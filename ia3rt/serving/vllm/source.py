@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ia3rt.bank import Bank
-from ia3rt.checkpoint import is_ia3, read_checkpoint
-from ia3rt.composed import composed_vectors
-from ia3rt.mix import Mix
-from ia3rt.sites import Site
+from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.checkpoint import is_ia3, read_checkpoint
+from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.site import Site
+from ia3rt.routing.composed import composed_vectors
 
 _PREFIX = "ia3rt-mix:"
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ia3rt.checkpoint import CONFIG_NAME, PICKLE_NAME, SAFETENSORS_NAME, local_folder, read_checkpoint
+from ia3rt.adapters.checkpoint import CONFIG_NAME, PICKLE_NAME, SAFETENSORS_NAME, local_folder, read_checkpoint
 
 DIGEST_LENGTH = 32
 

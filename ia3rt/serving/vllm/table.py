@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ia3rt.eager import scale_output_
+from ia3rt.modules.eager import scale_output_
 from ia3rt.ops import backend
 from ia3rt.serving.vllm.slot_ops import activation_slots, linear_slots, scale_slots_, scaled_slots
 from ia3rt.serving.vllm.slots import TokenSlots

@@ -1,0 +1,199 @@
+"""The bank: the vectors of all resident adapters in one table, a row an adapter, a column slice a site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.site import Site, SiteKey
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A resident adapter. Compared by identity, so that a name used again is not taken for the old adapter.
+
+    Attributes:
+        name: what users call it.
+        row: its row of the bank.
+        sites: where it acts; everywhere else its row is ones.
+        config: the adapter_config.json it came with, empty where it came from none.
+    """
+
+    name: str
+    row: int
+    sites: frozenset[Site]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class ResolvedMix(NamedTuple):
+    """A mix whose adapters are resident: what the kernels and the torch backend evaluate.
+
+    `delta` has become `linear` here: 1 + Σ w_j (l_j - 1) is the weighted sum with the identity at 1 - Σ w_j. And
+    `linear` has got the complement of its adapters' sites at that weight: where none of them acts, the sum is 1.
+    """
+
+    mix: Mix
+    adapters: tuple[Adapter, ...]
+    rows: tuple[int, ...]
+    weights: tuple[float, ...] | None
+
+
+class Bank:
+    """The table [capacity, total_width] of all resident adapters; row 0 is the identity, and so is a site that an
+    adapter lacks.
+
+    Args:
+        sites: the columns, in this order.
+        device: where the table lives.
+        dtype: float32, or bfloat16 / float16 to halve the memory.
+        capacity: rows to begin with; the table doubles when they are used up.
+    """
+
+    @outside_inference_mode
+    def __init__(self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int) -> None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"the bank's dtype must be float32, bfloat16 or float16, got {dtype}")
+        if capacity < 1:
+            raise ValueError(f"the bank's capacity must be at least 1 adapter, got {capacity}")
+        self.sites: dict[SiteKey, Site] = {site.key: site for site in sites}
+        self.adapters: dict[str, Adapter] = {}
+        self.table = torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype)
+        self._free = list(range(capacity, 0, -1))
+        self._complements: dict[frozenset[Site], int] = {}
+
+    @property
+    def widths(self) -> list[int]:
+        """The sites' widths, in the order of their columns."""
+        return [site.width for site in self.sites.values()]
+
+    @property
+    def total_width(self) -> int:
+        """The length of a row: the sum of all sites' widths."""
+        return sum(self.widths)
+
+    def resolve(self, mix: Mix) -> ResolvedMix:
+        """Looks the mix's adapters up.
+
+        Raises:
+            ValueError: one of them is not resident.
+        """
+        for name in mix.adapters:
+            if name not in self.adapters:
+                loaded = ", ".join(repr(known) for known in self.adapters) or "none"
+                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {loaded})")
+        adapters = tuple(self.adapters[name] for name in mix.adapters)
+        rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
+        if weights is not None and (rest := 1.0 - sum(weights)):
+            if mix.combination_type == "delta":
+                rows, weights = (0, *rows), (rest, *weights)
+            else:
+                rows, weights = (*rows, self._complement(adapters)), (*weights, rest)
+        return ResolvedMix(mix, adapters, rows, weights)
+
+    def check_name(self, name: str) -> None:
+        """Raises ValueError where no new adapter can have this name."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an adapter's name must be a string that is not empty, got {name!r}")
+        if name in self.adapters:
+            raise ValueError(
+                f"an adapter named {name!r} is already loaded: delete_adapter it first, or use another name"
+            )
+
+    def pack(self, name: str, vectors: Mapping[Site, Tensor]) -> Tensor:
+        """Lays an adapter's vectors out as a bank row of its own: float32, on the CPU, ones where it has no vector.
+
+        Sites that the bank lacks come after those it has, in the order of `vectors`.
+
+        Raises:
+            ValueError: a vector of another width than its site's, or with a NaN or inf, or nothing to load.
+        """
+        if not vectors:
+            raise ValueError(f"adapter {name!r} has no vectors")
+        for site, vector in vectors.items():
+            if vector.numel() != site.width or max(vector.shape, default=0) != site.width:
+                raise ValueError(
+                    f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected {site.width} "
+                    "numbers. It was made for a model of another size"
+                )
+        pieces = []
+        for site in self.all_sites(vectors):
+            pieces.append(
+                vectors[site].detach().reshape(-1).float().cpu() if site in vectors else torch.ones(site.width)
+            )
+        row = torch.cat(pieces)
+        if not row.to(self.table.dtype).isfinite().all():
+            for site, vector in vectors.items():
+                if not vector.isfinite().all():
+                    raise ValueError(
+                        f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged"
+                    )
+            raise ValueError(f"adapter {name!r} has values too large for the bank's {self.table.dtype}: use float32")
+        return row
+
+    def all_sites(self, vectors: Mapping[Site, Tensor]) -> list[Site]:
+        """The bank's sites and then those of `vectors` that it lacks."""
+        return [*self.sites.values(), *(site for site in vectors if site.key not in self.sites)]
+
+    @outside_inference_mode
+    def add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any] | None = None) -> Adapter:
+        """Makes an adapter resident: one copy into a free row. Either all of it happens or nothing.
+
+        The table is another tensor afterwards where a row or a column had to be added.
+
+        Raises:
+            ValueError: as `check_name` and `pack`.
+        """
+        self.check_name(name)
+        row = self.pack(name, vectors)
+        sites = {site.key: site for site in self.all_sites(vectors)}
+        if len(sites) > len(self.sites) or not self._free:
+            self._grow(sites)
+        index = self._free.pop()
+        self.table[index].copy_(row)
+        self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}))
+        return self.adapters[name]
+
+    def remove(self, name: str) -> Adapter:
+        """Frees an adapter's row; the numbers stay there until the next adapter overwrites them."""
+        adapter = self.adapters.pop(name)
+        self._free.append(adapter.row)
+        return adapter
+
+    def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
+        """A resident adapter's vectors, [width] each: views of its row."""
+        columns = torch.split(self.table[adapter.row], self.widths)
+        return {
+            site: column for site, column in zip(self.sites.values(), columns, strict=True) if site in adapter.sites
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Moves the table."""
+        self.table = self.table.to(device)
+
+    @outside_inference_mode
+    def _complement(self, adapters: Iterable[Adapter]) -> int:
+        """The row that is 0 where any of `adapters` acts and 1 elsewhere, also at sites that the bank gets later."""
+        acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in adapters))
+        if acts not in self._complements:
+            if not self._free:
+                self._grow(self.sites)
+            row = self._complements[acts] = self._free.pop()
+            self.table[row].fill_(1.0)
+            for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
+                if site in acts:
+                    columns.fill_(0.0)
+        return self._complements[acts]
+
+    def _grow(self, sites: dict[SiteKey, Site]) -> None:
+        capacity, width = self.table.shape
+        rows = capacity if self._free else 2 * capacity
+        table = self.table.new_ones(rows, sum(site.width for site in sites.values()))
+        table[:capacity, :width] = self.table
+        self.table, self.sites = table, sites
+        self._free = [*range(rows - 1, capacity - 1, -1), *self._free]

@@ -1,0 +1,127 @@
+"""The command `ia3rt`: declares its subcommands and options. The work is done elsewhere, imported when asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ia3rt import __version__
+from ia3rt.bench.cli import app as bench
+from ia3rt.cli.errors import errors_in_a_line
+
+app = typer.Typer(
+    help="Many IA³ adapters on one PyTorch model.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench, name="bench", help="Measure ia3rt beside PEFT and others, and write a report; compare reports.")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ia3rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Many IA³ adapters on one PyTorch model."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Your own model: a folder, or an id on the Hugging Face Hub."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="An IA³ adapter of --model: a folder or a Hub id. Repeatable."),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt for --model. Repeatable.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to compute, such as cpu; by default cuda if there is one.")
+    ] = None,
+) -> None:
+    """Show on a small model what ia3rt does: a batch of mixed adapters, their accuracy, and what switching costs.
+
+    Takes a minute or two on a CPU. Exits with 1 if the model is not bit for bit itself again at the end.
+    """
+    from ia3rt.cli.demo import run_demo
+    from ia3rt.cli.demo.inputs import bundled_inputs, own_inputs
+
+    console = Console()
+    with errors_in_a_line():
+        if model is not None:
+            inputs = own_inputs(console, model, adapter or [], prompt or [], device)
+        elif adapter or prompt:
+            raise typer.BadParameter("--adapter and --prompt go with --model, which says what they are for")
+        else:
+            inputs = bundled_inputs(console, device)
+        exact = run_demo(console, inputs)
+    raise typer.Exit(0 if exact else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face Hub.")],
+    adapters: Annotated[
+        Path, typer.Option(metavar="DIR", help="A folder with a folder for each adapter, IA³ or LoRA.")
+    ],
+    host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where the server listens.")] = 8000,
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How many different adapters and mixes one batch may have; as many as there are, up to 32.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Serve a model with a folder of adapters: vLLM's OpenAI server, with the options that this needs.
+
+    A request's model is an adapter's name, or a mix such as a*b or mix:a*0.7+b*0.3. Other options go to vLLM, such as
+    --dtype bfloat16 or --tensor-parallel-size 2.
+    """
+    from ia3rt.serving.command import serve as become_server
+
+    with errors_in_a_line():
+        become_server(Console(), model, adapters, host, port, max_loras, context.args)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(metavar="PATH_OR_HUB_ID", help="A PEFT IA³ checkpoint.")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The Hub repository's branch, tag or commit.")
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The folder inside that holds the adapter.")
+    ] = None,
+) -> None:
+    """Describe an IA³ adapter: its vectors, how far they are from 1, and which models they fit.
+
+    Loads no model. Exits with 1 if a number is NaN or infinite.
+    """
+    from ia3rt.adapters.checkpoint import read_checkpoint
+    from ia3rt.cli.inspection import describe, render
+
+    with errors_in_a_line():
+        description = describe(read_checkpoint(adapter, revision=revision, subfolder=subfolder))
+    Console().print(render(description, adapter))
+    if not description.is_finite:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,94 @@
+"""The key and the value projection in one launch: they read the same x, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt import ops
+from ia3rt.modules.autocast import autocast
+from ia3rt.modules.layer import IA3Layer
+from ia3rt.modules.weights import dense_weight
+from ia3rt.routing.route import Route
+
+_NAMES = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"))
+
+
+class _Ahead(NamedTuple):
+    """The second layer's result, computed with the first's, and what it is for: an input, worn by a route."""
+
+    y: Tensor
+    x: Tensor
+    version: int | None
+    route: Route | None
+
+
+class Pair:
+    """Two output-scaled layers: the first to be called computes for both, and the second takes its part.
+
+    Where the second is called first, or not at all, or with another x, each layer computes for itself.
+
+    Attributes:
+        in_order: whether the second layer has come for its part each time.
+    """
+
+    def __init__(self, first: IA3Layer, second: IA3Layer) -> None:
+        self._first = first
+        self._second = second
+        self._ahead: _Ahead | None = None
+        self.in_order = True
+
+    def forward(self, layer: IA3Layer, x: Tensor) -> Tensor | None:
+        """The result of `layer`, one of the two, for x; None where it has to compute that itself."""
+        ahead, self._ahead = self._ahead, None
+        if layer is self._second:
+            fits = ahead is not None and ahead.x is x and (ahead.version, ahead.route) == self._state(x)
+            return ahead.y if ahead is not None and fits else None
+        if ahead is not None:
+            self.in_order = False  # nobody came for it: computing ahead is in vain in this model
+        if not self.in_order:
+            return None
+        y, y_second = self._compute(x)
+        self._ahead = _Ahead(y_second, x, *self._state(x))
+        return y
+
+    def _state(self, x: Tensor) -> tuple[int | None, Route | None]:
+        """What tells whether x was changed in place meanwhile, where that is kept track of, or the route."""
+        if torch.compiler.is_compiling():
+            return None, None  # one graph holds both calls, and would be compiled anew for each state
+        return None if x.is_inference() else x._version, self._first.ia3_routing.route
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tables = self._first.ia3_routing.tables
+        arguments: list[Tensor | None] = []
+        for layer in (self._first, self._second):
+            assert layer.ia3_out is not None
+            _, *matrix = autocast(x, *dense_weight(layer))
+            arguments += [*matrix, tables.bank[layer.ia3_out]]
+        y, y_second = ops.linear_pair(*autocast(x), *arguments, tables.mixes, tables.route)
+        return y, y_second
+
+
+def pair_layers(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
+    """Pairs the layers at `paths` that stand side by side as key and value projections; unpairs what no longer fits."""
+    for path in paths:
+        layer = modules[path]
+        parent, _, name = path.rpartition(".")
+        for first, second in _NAMES:
+            if name == first and isinstance(layer, IA3Layer):
+                other = modules.get(f"{parent}.{second}" if parent else second)
+                pair = Pair(layer, other) if isinstance(other, IA3Layer) and _fit(layer, other) else None
+                for each in (layer, other):
+                    if isinstance(each, IA3Layer):
+                        vars(each)["ia3_pair"] = pair
+
+
+def _fit(first: IA3Layer, second: IA3Layer) -> bool:
+    weights = [dense_weight(layer)[0] for layer in (first, second)]
+    if any(weight is None for weight in weights):
+        return False
+    only_outputs = all(layer.ia3_in is None and layer.ia3_out is not None for layer in (first, second))
+    return only_outputs and weights[0].shape[1] == weights[1].shape[1]  # type: ignore[union-attr]

@@ -1,0 +1,73 @@
+"""Attentions with one projection for q, k and v, whose vector is applied where the rotary embedding is.
+
+The rotary embedding reads and writes q and k anyway, so the vector costs no pass of its own, whatever the projection is
+made of: a quantised one too. And one launch takes the place of the dozen operations of transformers' embedding.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ia3rt import ops
+from ia3rt.adapters.site import Side
+from ia3rt.modules.qkv_forms import Form, form_of, form_of_class, original_forward
+from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
+
+
+class IA3QKV(Wearer):
+    """An attention of a known form, which scales the output of its projection where q and k are rotated.
+
+    Attributes:
+        ia3_form: the form, of the drop-in class.
+        ia3_module: the module that its forward is from, and finds the attention functions in.
+    """
+
+    ia3_form: ClassVar[Form | None]
+    ia3_module: ClassVar[Any]
+
+    def __init_subclass__(cls) -> None:
+        """Recognises the form once, when the drop-in class is made."""
+        super().__init_subclass__()
+        original = original_class(cls)
+        forward = original_forward(original)
+        cls.ia3_form = form_of_class(original)
+        cls.ia3_module = None if forward is None else sys.modules[forward.__module__]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward, its vector applied; the projection's own output, and its hooks, see none of it."""
+        assert self.ia3_form is not None
+        return self.ia3_form.worn(self, *args, **kwargs)
+
+    def ia3_rotated(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """q, k and v of a projection's output [batch, length, width]: scaled and rotated, [batch, heads, length, D]."""
+        assert self.ia3_form is not None and self.ia3_out is not None
+        tables, parts = self.ia3_routing.tables, self.ia3_form.parts
+        vectors = parts(self, tables.bank[self.ia3_out])
+        rotated = ops.rope(*parts(self, qkv), *vectors, *position_embeddings, tables.mixes, tables.route, False)
+        return tuple([part.transpose(1, 2) for part in rotated])
+
+    def ia3_attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        """What the attention function that the model's config names returns."""
+        functions, eager = self.ia3_module.ALL_ATTENTION_FUNCTIONS, self.ia3_module.eager_attention_forward
+        interface = functions.get_interface(self.config._attn_implementation, eager)  # type: ignore[union-attr]
+        dropout = self.attention_dropout if self.training else 0.0
+        return interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    @classmethod
+    def is_fused(cls, module: nn.Module) -> bool:
+        """Whether its forward is one that the kernel takes the middle of."""
+        return form_of(module) is not None
+
+    def ia3_how(self, side: Side, rows: int) -> How:
+        """The rotary embedding's kernel."""
+        from ia3rt.kernels.configs import rope_config  # not before: Triton may not be installed
+
+        assert self.ia3_form is not None
+        projection = getattr(self, self.ia3_form.projection)
+        q, *_ = self.ia3_form.parts(self, self.ia3_routing.tables.bank[self.ia3_out or 0])
+        config = rope_config(rows, q.shape[-1], computing_tensor(projection).dtype)
+        words = f"{config.block_m} rows × {config.group(q.shape[-2])} heads, {config.num_warps} warps"
+        return How("rope", words, "q, k and v are read and rotated here anyway: the vector costs no pass")

@@ -1,0 +1,163 @@
+"""Finds the places of a model where an IA³ vector can act, by structure instead of by model name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
+from ia3rt.modules.quantised import is_gptq
+
+# Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
+# its input, the key and value projections (or the projection that fuses them with the query) at their output.
+_OUTPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
+    (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"k_proj", "v_proj"})),
+    (frozenset({"qkv_proj", "o_proj"}), frozenset({"qkv_proj"})),
+    (frozenset({"c_attn", "c_proj"}), frozenset({"c_attn"})),
+    (frozenset({"query_key_value", "dense"}), frozenset({"query_key_value"})),
+    (frozenset({"q", "k", "v", "o"}), frozenset({"k", "v"})),
+)
+_INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
+    (frozenset({"up_proj", "down_proj"}), frozenset({"down_proj"})),
+    (frozenset({"gate_up_proj", "down_proj"}), frozenset({"down_proj"})),
+    (frozenset({"c_fc", "c_proj"}), frozenset({"c_proj"})),
+    (frozenset({"dense_h_to_4h", "dense_4h_to_h"}), frozenset({"dense_4h_to_h"})),
+    (frozenset({"fc1", "fc2"}), frozenset({"fc2"})),
+    (frozenset({"wi", "wo"}), frozenset({"wo"})),
+    (frozenset({"wi_0", "wi_1", "wo"}), frozenset({"wo"})),
+)
+
+
+def module_widths(module: nn.Module) -> tuple[int, int] | None:
+    """The lengths (in, out) of the vectors that `module` can wear, or None where it can wear none."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads its weight and never calls its forward
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        in_features, out_features = module.get_parameter("weight").shape  # transformers' Conv1D keeps W transposed
+        return in_features, out_features
+    if is_gptq(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]
+    return None
+
+
+def find_sites(
+    model: nn.Module,
+    target_modules: ModuleNames | None = None,
+    feedforward_modules: ModuleNames | None = None,
+    exclude_modules: ModuleNames | None = None,
+) -> list[Site]:
+    """The sites of `model`, in the order of its modules.
+
+    Args:
+        model: any module tree.
+        target_modules: modules that wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
+            expression, or "all-linear" (all but the output embedding). None finds the key and value projections and
+            the second MLP matrix of each decoder layer by structure.
+        feedforward_modules: which of them wear it at the input. None means those that are a second MLP matrix by
+            structure.
+        exclude_modules: modules left out, whatever else matches.
+
+    Raises:
+        ValueError: nothing matches, `feedforward_modules` reaches outside `target_modules`, or a module named is of a
+            type that wears no vector.
+    """
+    modules = dict(model.named_modules())
+    structural = dict(_structural_sites(model, modules))
+    if target_modules is None:
+        if feedforward_modules is not None:
+            raise ValueError("feedforward_modules needs target_modules: it says which of them wear the input vector")
+        sides: dict[str, Side] = structural
+    else:
+        paths = _named(model, modules, target_modules)
+        if feedforward_modules is None:
+            sides = {path: structural.get(path, "out") for path in paths}
+        else:
+            sides = {path: "in" if name_matches(path, feedforward_modules) else "out" for path in paths}
+            _check_feedforward(feedforward_modules, modules, sides)
+    sites = []
+    for path, side in sides.items():
+        if exclude_modules is None or not name_matches(path, exclude_modules):
+            sites.append(site_of(modules, path, side))
+    if not sites:
+        asked = "by structure" if target_modules is None else f"with target_modules={target_modules!r}"
+        raise ValueError(
+            f"no IA³ site found in {type(model).__name__} {asked}; name the modules in target_modules, as in PEFT: "
+            f"its linear modules are called {_linear_names(modules)}"
+        )
+    return sites
+
+
+def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
+    """The site at `path` and `side`.
+
+    Raises:
+        ValueError: the model lacks the module, or its type wears no vector.
+    """
+    if path not in modules:
+        raise ValueError(
+            f"the model has no module {path!r}: the adapter was made for another model, or for a part of this one"
+        )
+    widths = module_widths(modules[path])
+    if widths is None:
+        raise ValueError(
+            f"module {path!r} is a {type(modules[path]).__name__}, which wears no vector: only nn.Linear, "
+            "transformers' Conv1D and GPTQ's layers do"
+        )
+    if "forward" in vars(modules[path]) and "_old_forward" not in vars(modules[path]):
+        raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
+    return Site(path, side, widths[0 if side == "in" else 1])
+
+
+def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleNames) -> list[str]:
+    if names == "all-linear":
+        head = _asked(model, "get_output_embeddings")
+        return [path for path, module in modules.items() if module_widths(module) and module is not head]
+    return [path for path in modules if path and name_matches(path, names)]
+
+
+def _check_feedforward(names: ModuleNames, modules: Mapping[str, nn.Module], sides: Mapping[str, Side]) -> None:
+    outside = [path for path in modules if path and name_matches(path, names) and path not in sides]
+    if outside:
+        raise ValueError(f"feedforward_modules matches {outside[0]!r}, which target_modules does not: add it there")
+
+
+def _linear_names(modules: Mapping[str, nn.Module]) -> str:
+    names = sorted({path.rpartition(".")[2] for path, module in modules.items() if module_widths(module)})
+    return ", ".join(names) if names else "(there are none)"
+
+
+def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Side]]:
+    root = _decoder_path(model, modules)
+    for parent, module in modules.items():
+        if not (parent == root or root == "" or parent.startswith(f"{root}.")):
+            continue
+        children = {name for name, child in module.named_children() if module_widths(child)}
+        chosen: dict[str, Side] = {}
+        sided: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ...] = (
+            ("out", _OUTPUT_SITES),
+            ("in", _INPUT_SITES),
+        )
+        for side, table in sided:
+            for siblings, wearers in table:
+                if siblings <= children:
+                    chosen.update(dict.fromkeys(wearers, side))
+        for name, _ in module.named_children():
+            if name in chosen:
+                yield f"{parent}.{name}" if parent else name, chosen[name]
+
+
+def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """The part of the model to search: the text decoder, so that a vision or audio tower stays as it is."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ""
+    decoder = _asked(model, "get_decoder")
+    return next((path for path, module in modules.items() if module is decoder), "")
+
+
+def _asked(model: nn.Module, method: str) -> object:
+    """What a transformers model answers, None for any other."""
+    ask = getattr(model, method, None)
+    return ask() if callable(ask) else None

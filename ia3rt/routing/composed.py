@@ -1,0 +1,111 @@
+"""The torch backend's view of what the rows wear: each mix multiplied or summed out once, when it is set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ia3rt import reference
+from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.site import Site
+
+
+class ComposedMixes:
+    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are."""
+
+    def __init__(self) -> None:
+        self._scales: tuple[Tensor, ...] = ()
+        self._whole = torch.empty(0)
+        self._starts: tuple[int, ...] = ()
+        self._ends: tuple[int, ...] = ()
+        self._buffer = torch.empty(0, 0)
+        self._rows: tuple[Tensor, ...] = ()
+        self._table: Tensor | None = None
+
+    @classmethod
+    def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, index: Tensor | None) -> ComposedMixes:
+        """Mixes of other rows than the bank's, with gradients.
+
+        Args:
+            rows: [rows, total_width], what the mixes' rows are.
+            widths: the sites'.
+            mixes: int32 [slots, 2 + 2 K], the distinct mixes in use, packed.
+            index: int64 [rows], the mix of each row; None keeps one row a mix.
+        """
+        made = cls()
+        composed = reference.compose(rows, mixes)
+        if index is not None:
+            composed = composed[index.to(rows.device)]
+        shaped = composed[0] if len(composed) == 1 else composed.unsqueeze(1)
+        made._split(shaped, widths)
+        return made
+
+    def scale(self, position: int) -> Tensor:
+        """What a site wears: [width] where all rows wear one mix, else [rows, 1, width].
+
+        Args:
+            position: the site's in the bank.
+        """
+        if torch.compiler.is_compiling():
+            # One input to the graph and not one a site: each costs its checks at every call.
+            return self._whole[..., self._starts[position] : self._ends[position]]
+        return self._scales[position]
+
+    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: Tensor | None) -> None:
+        """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.
+
+        Args:
+            bank: the adapters.
+            mixes: the distinct mixes in use.
+            rows: int64 [rows], the mix of each row; None keeps one row a mix.
+        """
+        count = len(mixes) if rows is None else len(rows)
+        if bank.table is not self._table or count != len(self._buffer):
+            self._table = bank.table
+            self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
+            self._rows = self._buffer.unbind()
+            shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
+            self._split(shaped, bank.widths)
+        composed = self._buffer if rows is None else self._buffer.new_empty(len(mixes), bank.total_width)
+        for out, mix in zip(self._rows if rows is None else composed, mixes, strict=True):
+            compose_into(out, bank.table, mix)
+        if rows is not None:
+            torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+
+    def _split(self, whole: Tensor, widths: list[int]) -> None:
+        self._whole = whole
+        self._starts = tuple(accumulate(widths[:-1], initial=0))
+        self._ends = tuple(accumulate(widths))
+        self._scales = torch.split(whole, widths, dim=-1)
+
+
+def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
+    """Writes a mix's composed row.
+
+    Args:
+        out: [total_width] float32, overwritten.
+        table: [capacity, total_width], the bank.
+        mix: what to compose, in the order of its rows, in float32.
+    """
+    if mix.weights is not None:
+        out.zero_()
+        for row, weight in zip(mix.rows, mix.weights, strict=True):
+            out.add_(table[row].float() * weight)  # rounded before it is added, as in PEFT
+    elif mix.rows:
+        out.copy_(table[mix.rows[0]])
+        for row in mix.rows[1:]:
+            out.mul_(table[row])
+    else:
+        out.fill_(1.0)
+
+
+def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
+    """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
+    row = torch.empty(bank.total_width, device=bank.table.device)
+    compose_into(row, bank.table, mix)
+    acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
+    vectors = zip(bank.sites.values(), torch.split(row, bank.widths), strict=True)
+    return {site: vector for site, vector in vectors if site in acts}

@@ -1,0 +1,24 @@
+"""The torch backend's multiplication, whole and by pieces."""
+
+import pytest
+import torch
+
+from ia3rt.modules import eager
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((700, 1000), 1), ((2, 700, 1000), 1), ((5, 300, 1000), 5), ((4, 1, 300, 1000), 2), ((1, 9, 3), 1)],
+)
+def test_large_tensors_go_by_pieces_to_the_same_result(dtype, shape, rows):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    scale = torch.rand(shape[-1]) if rows == 1 else torch.rand(rows, 1, shape[-1])
+    by_row = x.double().reshape(rows, -1, shape[-1]) * scale.double()
+    expected = by_row.reshape(shape).to(torch.float32).to(dtype)
+    kept = x.clone()
+    assert torch.equal(eager.scale_input(x, scale, None), expected)
+    assert torch.equal(x, kept)
+    assert eager.scale_output_(x, scale, None) is x
+    assert torch.equal(x, expected)

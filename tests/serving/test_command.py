@@ -1,0 +1,98 @@
+"""`ia3rt serve`: what it tells vLLM, and what it tells its user."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny import peft_model, tiny_model
+from typer.testing import CliRunner
+
+from ia3rt.cli.main import app
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would have replaced this process, in which vLLM is taken to be installed."""
+    commands: list[list[str]] = []
+    find = importlib.util.find_spec
+    spec = importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: spec if name == "vllm" else find(name, *more))
+    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    return commands
+
+
+def serve(*arguments: object):
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+def values(command: list[str], option: str) -> list[str]:
+    rest = command[command.index(option) + 1 :]
+    end = next((place for place, value in enumerate(rest) if value.startswith("--")), len(rest))
+    return rest[:end]
+
+
+def test_serves_a_folder(started) -> None:
+    result = serve("some/model", "--adapters", EXAMPLES, "--port", 8123, "--dtype", "float32", "--enforce-eager")
+    assert result.exit_code == 0, result.output
+    (command,) = started
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
+    assert values(command, "--port") == ["8123"] and values(command, "--host") == ["127.0.0.1"]
+    names = sorted(folder.name for folder in EXAMPLES.iterdir())
+    assert values(command, "--lora-modules") == [f"{name}={(EXAMPLES / name).absolute()}" for name in names]
+    assert values(command, "--lora-target-modules") == ["down_proj", "k_proj", "v_proj"]
+    assert values(command, "--max-lora-rank") == ["1"] and values(command, "--max-loras") == [str(len(names))]
+    assert command[-3:] == ["--dtype", "float32", "--enforce-eager"]
+    assert f'"model": "mix:{names[0]}*0.7+{names[1]}*0.3"' in result.output and "127.0.0.1:8123" in result.output
+    assert "230" in result.output  # 57,600 numbers of 4 bytes
+
+
+def test_loras_too(started, tmp_path) -> None:
+    for rank in (4, 20):
+        (tmp_path / f"rank{rank}").mkdir()
+        config = {"peft_type": "LORA", "r": 4, "rank_pattern": {"k_proj": rank}}
+        (tmp_path / f"rank{rank}" / "adapter_config.json").write_text(json.dumps(config))
+    peft_model(tiny_model(), "llama", "b").save_pretrained(tmp_path)
+    assert serve("m", "--adapters", tmp_path).exit_code == 0
+    (command,) = started
+    assert values(command, "--max-lora-rank") == ["32"]
+    assert "--lora-target-modules" not in command
+    assert [value.partition("=")[0] for value in values(command, "--lora-modules")] == ["b", "rank20", "rank4"]
+
+
+def test_as_many_slots_as_are_asked_for(started) -> None:
+    assert serve("m", "--adapters", EXAMPLES, "--max-loras", 200).exit_code == 0
+    assert values(started[0], "--max-loras") == ["200"] and int(values(started[0], "--max-cpu-loras")[0]) >= 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--adapters", "missing"], "missing is no folder"),
+        (["--adapters", "empty"], "holds no adapter"),
+        (["--adapters", "damaged"], "damaged"),
+        (["--adapters", EXAMPLES, "--max-loras", "0"], "one slot"),
+        (["--adapters", EXAMPLES, "--max-lora-rank=8"], "is set by ia3rt serve"),
+    ],
+)
+def test_what_cannot_be_served(started, arguments, told, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty" / "nothing").mkdir(parents=True)
+    (tmp_path / "damaged" / "a").mkdir(parents=True)
+    (tmp_path / "damaged" / "a" / "adapter_config.json").write_text('{"peft_type": "IA3"')
+    result = serve("m", *arguments)
+    assert result.exit_code != 0 and told in " ".join(result.output.split())
+    assert started == []
+
+
+def test_without_vllm(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    result = serve("m", "--adapters", EXAMPLES)
+    assert result.exit_code == 1 and "pip install 'ia3rt[vllm]'" in result.output
