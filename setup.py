@@ -17,6 +17,20 @@ setup(
     description="A Triton-accelerated runtime for many IA³ adapters on one Hugging Face model",
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
+    author="ia3rt contributors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["IA3", "adapters", "PEFT", "LoRA", "Triton", "PyTorch", "transformers", "vLLM", "LLM inference"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # kernels/ has no __init__.py (on sys.path it would hide the Hugging Face package `kernels`), so no
     # find_packages: each package is named, and its folder is where the repository keeps it.
@@ -43,6 +57,7 @@ setup(
     ],
     package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench", "ia3rt.examples": "examples"},
     package_data={
+        "ia3rt": ["py.typed"],
         "ia3rt.kernels": ["tuned/*.json"],
         "ia3rt.bench": ["budget.json"],
         "ia3rt.examples": ["*.md", "adapters/*/*"],  # what `ia3rt demo` shows

@@ -6,12 +6,13 @@ import site
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["ia3rt", "kernels", "bench", "examples", "setup.py", "pyproject.toml", "README.md"]
+SOURCES = ["ia3rt", "kernels", "bench", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 CHECK = """
 import importlib.resources, importlib.util, sys
 import ia3rt, ia3rt.bench.interleaved, ia3rt.kernels.configs
@@ -49,6 +50,15 @@ def sources(tmp_path_factory):
     return copied
 
 
+def installed_files(sources):
+    """What has to be installed, as it lies inside of ia3rt: the code, what its types are read by, and data."""
+    for folder in ("ia3rt", "kernels", "bench", "examples"):
+        for path in (sources / folder).rglob("*"):
+            if path.is_file():
+                inside = path.relative_to(sources / folder)
+                yield inside if folder == "ia3rt" else Path(folder) / inside
+
+
 @pytest.fixture
 def environment(tmp_path):
     """A fresh environment without ia3rt, whose other packages are this one's: torch is too large to install again."""
@@ -83,6 +93,8 @@ def test_wheel(environment, sources, tmp_path):
         sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", sources, cwd=tmp_path
     )
     (wheel,) = (tmp_path / "dist").iterdir()
+    expected = {f"ia3rt/{path}" for path in installed_files(sources)}
+    assert len(expected) > 150 and expected <= set(zipfile.ZipFile(wheel).namelist())
     install(environment, wheel, cwd=tmp_path)
     assert str(environment.parent.parent) in run(environment, "-c", CHECK, cwd=tmp_path)
     assert "demo" in run(environment.parent / "ia3rt", "--help", cwd=tmp_path)
@@ -92,6 +104,11 @@ def test_wheel(environment, sources, tmp_path):
 def test_editable_install(environment, sources, tmp_path):
     install(environment, "--editable", sources, cwd=tmp_path)
     assert run(environment, "-c", CHECK, cwd=tmp_path) == str(sources / "ia3rt" / "__init__.py")
+    # Each package is found where it stands, so that all its files are.
+    packages = sorted({".".join(["ia3rt", *path.parent.parts]) for path in installed_files(sources)})
+    packages = [name for name in packages if "adapters." not in name]  # of data, in examples
+    code = f"import importlib.util; print(*(name for name in {packages} if not importlib.util.find_spec(name)))"
+    assert run(environment, "-c", code, cwd=tmp_path) == ""
     assert "demo" in run(environment.parent / "ia3rt", "--help", cwd=tmp_path)
 
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny import peft_model, save_each, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from words import WORDS, save_tiny, word_tokenizer
 
 import ia3rt
 from ia3rt.adapters.mix import BASE, Mix
@@ -25,7 +25,6 @@ from ia3rt.cli.demo.measure import accuracy, all_logits, batches, encode, genera
 from ia3rt.cli.errors import MissingPackageError, UsageError
 from ia3rt.examples import tasks
 
-WORDS = ["<pad>", "<unk>", "good", "bad", "positive", "negative", *(f"w{i}" for i in range(40))]
 TASK = Task(
     "mood",
     (" positive", " negative"),
@@ -40,23 +39,6 @@ TASK = Task(
 
 def recorder(width: int = 100) -> Console:
     return Console(width=width, record=True, file=open("/dev/null", "w"))
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
-    made.padding_side = "left"
-    return made
-
-
-def save_tiny(folder: Path) -> dict[str, Path]:
-    """The folders of a tiny Llama with its tokenizer, and of two adapters of it."""
-    model = tiny_model()
-    model.save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    b, c = save_each(peft_model(model, "llama", "bc"), folder / "adapters")
-    return {"model": folder / "model", "b": b, "c": c}
 
 
 @pytest.fixture

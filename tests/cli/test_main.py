@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_demo import save_tiny
 from tiny import peft_model, save_each, tiny_model
 from typer.testing import CliRunner, Result
+from words import save_tiny
 
 import ia3rt
 from ia3rt.cli import demo

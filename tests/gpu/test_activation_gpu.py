@@ -1,4 +1,4 @@
-"""The activation op at the sizes of real models, and what only a GPU shows. Small sizes: ../test_activation.py."""
+"""The activation op at the sizes of real models, and what only a GPU shows. Small sizes: kernels/test_activation.py."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""The attention op at the sizes of real models, and what only a GPU shows. Small sizes: ../test_attention.py."""
+"""The attention op at the sizes of real models, and what only a GPU shows. Small sizes: kernels/test_attention.py."""
 
 import pytest
 import torch
-from test_attention import SLOTS, Layer
+from attended import SLOTS, Layer
 from workloads import POPULARITY, popularity
 
 from ia3rt import ops

@@ -1,4 +1,4 @@
-"""The first half of an MLP at the sizes of real models, and what only a GPU shows. Small sizes: ../test_gate_up.py."""
+"""The first half of an MLP at the sizes of real models, and what only a GPU shows. Small: kernels/test_gate_up.py."""
 
 import pytest
 import torch

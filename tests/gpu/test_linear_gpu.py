@@ -1,4 +1,4 @@
-"""The linear and scale ops at the sizes of real models, and what only a GPU shows. Small sizes: ../test_linear.py."""
+"""The linear and scale ops at the sizes of real models, and what only a GPU shows. Small: kernels/test_linear.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The quantised linear layer at the sizes of real models, and what only a GPU shows. Small: ../test_quantised.py."""
+"""Quantised layers at the sizes of real models, and what only a GPU shows. Small: kernels/test_linear_quantised.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The rope op at the sizes of real models, and what only a GPU shows. Small sizes: ../test_rope.py."""
+"""The rope op at the sizes of real models, and what only a GPU shows. Small sizes: kernels/test_rope.py."""
 
 import pytest
 import torch

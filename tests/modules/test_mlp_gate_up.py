@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_mlp import IDS, check, make
+from mlps import IDS, check, make
 from tiny import FAMILIES, logits, peft_model, save_each, tiny_model
 from torch import nn
 

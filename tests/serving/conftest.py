@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-ADAPTERS = [f"a{number:02d}" for number in range(32)]
 # Fewer slots than adapters, and less room in the cache behind them: adapters lose their places and are read again.
 OPTIONS = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
 OPTIONS += ["--max-loras", "6", "--max-cpu-loras", "12", "--block-size", "32", "--max-num-seqs", "16"]
@@ -22,7 +21,7 @@ if importlib.util.find_spec("vllm") is None:
     collect_ignore = [f"test_{name}.py" for name in of_vllm]
 else:
     from server import Server
-    from truth import Truth, make_lora, save_smollm2
+    from truth import ADAPTERS, Truth, make_lora, save_smollm2
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.utils.network_utils import get_open_port

@@ -1,8 +1,12 @@
-"""The benchmarks' server, and what it counts."""
+"""The benchmarks' server, what it counts, and asking it."""
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
+import openai
+from truth import NEW_TOKENS
 
 from ia3rt.bench.serving import server
 
@@ -14,3 +18,23 @@ class Server(server.Server):
         """The numbers of /metrics, by name and labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if x and x[0] != "#")}
+
+
+def client(server: Server) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+async def ask(api: openai.AsyncOpenAI, model: str, prompt: list[int], **extra: object) -> list[int]:
+    body = {"return_token_ids": True, "ignore_eos": True, **extra}
+    answer = await api.completions.create(
+        model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, extra_body=body
+    )
+    return answer.choices[0].model_extra["token_ids"]
+
+
+def say(server: Server, model: str, prompt: list[int], **extra: object) -> list[int]:
+    async def once() -> list[int]:
+        async with client(server) as api:
+            return await ask(api, model, prompt, **extra)
+
+    return asyncio.run(once())

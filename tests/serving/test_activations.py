@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from test_layers import LORA, ROWS, SLOTS, worn
+from loaded_layers import LORA, ROWS, SLOTS, worn
 from torch import nn
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.mistral import MistralMLP

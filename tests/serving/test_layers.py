@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loaded_layers import HEAD, IN, OUT, ROWS, layer_of, load, parts, worn
 from torch import Tensor
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
@@ -15,24 +16,10 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ia3rt.serving.vllm import layers
-from ia3rt.serving.vllm.slots import TokenSlots
 
-IN, OUT, HEAD = 24, 16, 4
 pytestmark = pytest.mark.usefixtures("one_process")
-SLOTS = 3
-ROWS = [1, SLOTS, 0, 1, 2]  # the last slot is left empty
-LORA = SimpleNamespace(max_lora_rank=2, fully_sharded_loras=False, lora_dtype=torch.float32)
-
-
-def layer_of(cls: type, base: torch.nn.Module) -> layers.IA3Layer:
-    layer = cls(base)
-    layer.create_lora_weights(SLOTS, LORA)
-    layer.ia3_slots = TokenSlots(64, SLOTS, torch.device("cpu"))
-    layer.ia3_slots.write(ROWS, lora=False)
-    return layer
 
 
 @pytest.fixture(params=[(1, 0), (2, 0), (2, 1), (4, 3)], ids=lambda rank: f"rank {rank[1]} of {rank[0]}")
@@ -43,32 +30,12 @@ def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
     return size, number
 
 
-def load(base: torch.nn.Module, whole: dict[object, tuple[Tensor, Tensor]]) -> None:
-    """Has vLLM's loaders cut the weights and biases; by shard, as its models do."""
-    for shard, (weight, bias) in whole.items():
-        more = () if shard is None else (shard,)
-        base.weight.weight_loader(base.weight, weight, *more)
-        base.bias.weight_loader(base.bias, bias, *more)
-    # On a CPU vLLM packs the weight; it stays beside that, as on a GPU, where kernels read it.
-    dispatch_cpu_unquantized_gemm(base, remove_weight=False)
-
-
-def parts(sizes: dict[object, int]) -> dict[object, tuple[Tensor, Tensor]]:
-    return {shard: (torch.randn(size, IN), torch.randn(size)) for shard, size in sizes.items()}
-
-
 def vectors(width: int) -> list[Tensor]:
     return [1 + 0.5 * torch.randn(width) for _ in range(2)]
 
 
 def share(whole: Tensor, size: int, number: int, dim: int = -1) -> Tensor:
     return whole.chunk(size, dim)[number]
-
-
-def worn(two: list[Tensor]) -> Tensor:
-    """What the tokens wear: [len(ROWS), width]; slots 0 and 1 hold the two vectors."""
-    ones = torch.ones_like(two[0])
-    return torch.stack([two[row] if row < 2 else ones for row in ROWS])
 
 
 def test_packed_columns(rank) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_layers import IN, OUT, layer_of, load, parts
+from loaded_layers import IN, OUT, layer_of, load, parts
 from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer

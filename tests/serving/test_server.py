@@ -12,10 +12,9 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import ADAPTERS
 from safetensors.torch import load_file, save_file
-from server import Server
-from truth import NEW_TOKENS, Truth, greedy_with_lora
+from server import Server, ask, client, say
+from truth import ADAPTERS, Truth, greedy_with_lora
 
 SUM = "mix:a03*0.7+a04*0.3"
 MIXES = {
@@ -26,26 +25,6 @@ MIXES = {
 }
 """Mixes by their names in requests: PEFT's adapters, and the weights of their sum."""
 BAD = ["nobody", "a00*nobody", "mix:a00*much", "mix:", "a00**a01", "mix:a00*nan", "a00*lora", "*"]
-
-
-def client(server: Server) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
-
-
-async def ask(api: openai.AsyncOpenAI, model: str, prompt: list[int], **extra: object) -> list[int]:
-    body = {"return_token_ids": True, "ignore_eos": True, **extra}
-    answer = await api.completions.create(
-        model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, extra_body=body
-    )
-    return answer.choices[0].model_extra["token_ids"]
-
-
-def say(server: Server, model: str, prompt: list[int], **extra: object) -> list[int]:
-    async def once() -> list[int]:
-        async with client(server) as api:
-            return await ask(api, model, prompt, **extra)
-
-    return asyncio.run(once())
 
 
 def post(server: Server, path: str, **body: object) -> httpx.Response:

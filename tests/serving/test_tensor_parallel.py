@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import Server
-from test_server import say
+from server import Server, say
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from truth import Truth

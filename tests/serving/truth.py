@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 TARGETS = dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 NEW_TOKENS = 12
+ADAPTERS = [f"a{number:02d}" for number in range(32)]
 
 
 def save_smollm2(folder: Path) -> None:
