@@ -12,6 +12,10 @@ from ia3rt import reference
 from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.site import Site
 
+# torch shares elementwise work between threads from 32,768 numbers on, and then each waits for all: where other
+# processes keep the cores busy that takes a time slice of theirs, a thousand times as long as copying a row does.
+_PIECE = 32_704
+
 
 class ComposedMixes:
     """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are."""
@@ -22,7 +26,8 @@ class ComposedMixes:
         self._starts: tuple[int, ...] = ()
         self._ends: tuple[int, ...] = ()
         self._buffer = torch.empty(0, 0)
-        self._rows: tuple[Tensor, ...] = ()
+        self._rows: list[tuple[Tensor, ...]] = []
+        self._columns: tuple[Tensor, ...] = ()
         self._table: Tensor | None = None
 
     @classmethod
@@ -65,15 +70,25 @@ class ComposedMixes:
         count = len(mixes) if rows is None else len(rows)
         if bank.table is not self._table or count != len(self._buffer):
             self._table = bank.table
+            self._columns = _pieces(bank.table)
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
-            self._rows = self._buffer.unbind()
+            self._rows = [_pieces(row) for row in self._buffer]
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
             self._split(shaped, bank.widths)
-        composed = self._buffer if rows is None else self._buffer.new_empty(len(mixes), bank.total_width)
-        for out, mix in zip(self._rows if rows is None else composed, mixes, strict=True):
-            compose_into(out, bank.table, mix)
-        if rows is not None:
+        if rows is None:
+            for out, mix in zip(self._rows, mixes, strict=True):
+                _compose_into(out, self._columns, mix)
+            return
+        composed = self._buffer.new_empty(len(mixes), bank.total_width)
+        distinct = [_pieces(row) for row in composed]
+        for out, mix in zip(distinct, mixes, strict=True):
+            _compose_into(out, self._columns, mix)
+        if not composed.is_cpu:
             torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+            return
+        for out, slot in zip(self._rows, rows.tolist(), strict=True):
+            for piece, source in zip(out, distinct[slot], strict=True):
+                piece.copy_(source)
 
     def _split(self, whole: Tensor, widths: list[int]) -> None:
         self._whole = whole
@@ -82,30 +97,36 @@ class ComposedMixes:
         self._scales = torch.split(whole, widths, dim=-1)
 
 
-def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
+def _pieces(whole: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of rows, [..., numbers], that no threads share on a CPU; the whole elsewhere, where each is a launch."""
+    return torch.split(whole, _PIECE, dim=-1) if whole.is_cpu else (whole,)
+
+
+def _compose_into(out: Sequence[Tensor], columns: Sequence[Tensor], mix: ResolvedMix) -> None:
     """Writes a mix's composed row.
 
     Args:
-        out: [total_width] float32, overwritten.
-        table: [capacity, total_width], the bank.
+        out: the row's pieces, float32, overwritten.
+        columns: the bank's, [capacity, numbers] each.
         mix: what to compose, in the order of its rows, in float32.
     """
-    if mix.weights is not None:
-        out.zero_()
-        for row, weight in zip(mix.rows, mix.weights, strict=True):
-            out.add_(table[row].float() * weight)  # rounded before it is added, as in PEFT
-    elif mix.rows:
-        out.copy_(table[mix.rows[0]])
-        for row in mix.rows[1:]:
-            out.mul_(table[row])
-    else:
-        out.fill_(1.0)
+    for piece, table in zip(out, columns, strict=True):
+        if mix.weights is not None:
+            piece.zero_()
+            for row, weight in zip(mix.rows, mix.weights, strict=True):
+                piece.add_(table[row].float() * weight)  # rounded before it is added, as in PEFT
+        elif mix.rows:
+            piece.copy_(table[mix.rows[0]])
+            for row in mix.rows[1:]:
+                piece.mul_(table[row])
+        else:
+            piece.fill_(1.0)
 
 
 def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
     """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
     row = torch.empty(bank.total_width, device=bank.table.device)
-    compose_into(row, bank.table, mix)
+    _compose_into(_pieces(row), _pieces(bank.table), mix)
     acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
     vectors = zip(bank.sites.values(), torch.split(row, bank.widths), strict=True)
     return {site: vector for site, vector in vectors if site in acts}
