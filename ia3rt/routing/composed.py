@@ -11,6 +11,7 @@ from torch import Tensor
 from ia3rt import reference
 from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.site import Site
+from ia3rt.routing.staging import Staging
 
 # torch shares elementwise work between threads from 32,768 numbers on, and then each waits for all: where other
 # processes keep the cores busy that takes a time slice of theirs, a thousand times as long as copying a row does.
@@ -29,6 +30,8 @@ class ComposedMixes:
         self._rows: list[tuple[Tensor, ...]] = []
         self._columns: tuple[Tensor, ...] = ()
         self._table: Tensor | None = None
+        self._index = torch.empty(0, dtype=torch.int32)
+        self._staging: Staging | None = None
 
     @classmethod
     def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, index: Tensor | None) -> ComposedMixes:
@@ -73,6 +76,8 @@ class ComposedMixes:
             self._columns = _pieces(bank.table)
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
             self._rows = [_pieces(row) for row in self._buffer]
+            self._index = torch.empty(count, dtype=torch.int32, device=bank.table.device)
+            self._staging = None if bank.table.is_cpu else Staging(count, bank.table.device)
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
             self._split(shaped, bank.widths)
         if rows is None:
@@ -83,8 +88,11 @@ class ComposedMixes:
         distinct = [_pieces(row) for row in composed]
         for out, mix in zip(distinct, mixes, strict=True):
             _compose_into(out, self._columns, mix)
-        if not composed.is_cpu:
-            torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+        if self._staging is not None:
+            turn = self._staging.turn()
+            turn.ints[:count] = rows.tolist()
+            turn.copy_to(self._index, count)
+            torch.index_select(composed, 0, self._index, out=self._buffer)
             return
         for out, slot in zip(self._rows, rows.tolist(), strict=True):
             for piece, source in zip(out, distinct[slot], strict=True):
