@@ -36,9 +36,9 @@ def gate_up_kernel(
     biases,  # of gate and of up, [N] or None
     y_ptr,  # [M, N], contiguous
     site,  # of width N
-    stride_x,
     stride_wn,
     stride_wk,
+    stride_x,
     K,
     N,
     M,
@@ -166,8 +166,8 @@ def _launch_pointers(
         biases,
         y,
         site,
-        x.stride(0),
         *gate.stride(),
+        x.stride(0),
         K,
         N,
         *routing,

@@ -37,6 +37,8 @@ from ia3rt.kernels.tuned import LinearConfig
 @triton.jit(do_not_specialize=ROUTING)
 def linear_kernel(
     x_ptr,  # [M, K], columns contiguous
+    stride_wn,
+    stride_wk,
     weight_a,  # [N, K], any strides
     epilogue_a,
     y_a,  # [M, N], contiguous; where SPLIT fp32 [programs along axis 1, M, N]
@@ -44,10 +46,8 @@ def linear_kernel(
     epilogue_b,
     y_b,
     site_in,  # of width K
-    stride_x,
-    stride_wn,
-    stride_wk,
     stride_l_out,
+    stride_x,
     K,
     N,
     M,
@@ -190,11 +190,11 @@ def _launch_pointers(
     operands = [(layer.weight, layer.epilogue, out) for layer, out in zip(layers, written, strict=True)]
     linear_kernel[(len(layers) * config.tiles(M, N), splits)](
         x,
+        *weight.stride(),
         *of_layers(operands),
         site_in,
-        x.stride(0),
-        *weight.stride(),
         Site.of(l_out).stride,
+        x.stride(0),
         K,
         N,
         *routing,

@@ -40,12 +40,12 @@ def linear_quantised_kernel(
     scales_ptr,
     zeros_ptr,  # or None
     groups_ptr,  # or None
+    group_size,
     bias_ptr,  # [N] or None
     y_ptr,  # [M, N], contiguous; where SPLIT fp32 [programs along axis 1, M, N]
     site_out,  # of width N
     stride_x,
     stride_w,
-    group_size,
     K,
     N,
     M,
@@ -148,12 +148,12 @@ def linear_quantised(
         scales,
         zeros,
         groups,
+        group_size,
         bias,
         y if partials is None else partials,
         Site.of(l_out),
         x.stride(0),
         weight.stride(0),
-        group_size,
         K,
         N,
         *routing,
