@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.attention_decode import decode, splits_of
-from ia3rt.kernels.attention_tile import Heads, Inputs, Mask, attend, finish
+from ia3rt.kernels.attention_tile import Inputs, attend, finish
 from ia3rt.kernels.configs import arch_of, attention_config
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
@@ -28,14 +28,14 @@ from ia3rt.kernels.mixes import ROUTING, Routing, Site
 def attention_kernel(
     out_ptr,  # [B, Sq, Hq, D], contiguous
     lse_ptr,  # fp32 [B, Hq, Sq], contiguous
+    site_v,  # of width Hkv * D
+    site_k,  # the same
     inputs,
-    stride_table,
-    site_k,  # of width Hkv * D
-    site_v,  # the same
+    stride_table,  # or None
+    window,  # or None
     Hq,
     Sq,
     Skv,
-    window,
     M,  # the sequences, B
     mix_size,
     rows_per_mix,
@@ -132,12 +132,11 @@ def attention(
     config = attention_config(rows, D, q.dtype, arch_of(q.device), masked=mask is not None)
     group = heads if packs else 1
     grid = (triton.cdiv(Sq * group, config.block_m), B * Hq // group)
-    qkv = Heads.of(q), Heads.of(k), Heads.of(v)
-    page, stride_table = (None, None) if table is None else (k.shape[2], table.stride(0))
-    read = Inputs(*qkv, Mask.of(mask), ranges, table, page, scale, softcap), stride_table, Site.of(l_k)
+    inputs = Inputs.of(q, k, v, mask, ranges, table, scale, softcap)
     # As if the mixes were several where there is one: a load, but not another kernel for it to be built.
     routing = Routing.of(mixes, route, B)._replace(rows_per_mix=B // route.numel())
-    sizes = Hq, Sq, Skv, window
+    sizes = None if table is None else table.stride(0), window, Hq, Sq, Skv
+    read = Site.of(l_k), inputs, *sizes, *routing
     constants = dict(
         CAUSAL=causal,
         D=D,
@@ -150,7 +149,7 @@ def attention(
     )
     splits = splits_of(grid[0] * grid[1], Skv, config.block_n, q.device) if packs else 1
     if splits > 1:
-        decode(o, lse, splits, grid, read, Site.of(l_v), routing, sizes, constants)
+        decode(o, lse, splits, grid, read, Site.of(l_v), routing, constants)
     else:
-        attention_kernel[grid](o, lse, *read, Site.of(l_v), *sizes, *routing, **constants)
+        attention_kernel[grid](o, lse, Site.of(l_v), *read, **constants)
     return o, lse

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.attention_tile import Inputs, attend, finish
+from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import processors_of
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
@@ -24,13 +24,13 @@ from ia3rt.kernels.mixes import ROUTING, Routing, Site
 def decode_kernel(
     sums_ptr,  # fp32 [splits, B, Hq, Sq, D]
     ends_ptr,  # fp32 [2, splits, B, Hq, Sq]: the largest score, and Σ p
-    inputs,  # and the rest as attention_kernel
+    site_k,  # and the rest as attention_kernel
+    inputs,
     stride_table,
-    site_k,
+    window,
     Hq,
     Sq,
     Skv,
-    window,
     M,
     mix_size,
     rows_per_mix,
@@ -138,17 +138,16 @@ def decode(
     lse: Tensor,
     splits: int,
     grid: tuple[int, int],
-    read: tuple[Inputs, int | None, Site],
+    read: tuple[Any, ...],
     site_v: Site,
     routing: Routing,
-    sizes: tuple[int, int, int, int | None],
     constants: dict[str, Any],
 ) -> None:
-    """Write o and lse; the arguments are what attention_kernel is launched with."""
+    """Write o and lse; `read` is what attention_kernel would be launched with behind site_v."""
     B, Sq, Hq, D = o.shape
     sums = o.new_empty((splits, B, Hq, Sq, D), dtype=torch.float32)
     ends = o.new_empty((2, splits, B, Hq, Sq), dtype=torch.float32)
-    decode_kernel[(*grid, splits)](sums, ends, *read, *sizes, *routing, **constants)
+    decode_kernel[(*grid, splits)](sums, ends, *read, **constants)
     combine_kernel[(Sq, Hq, B)](
         o,
         lse,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.attention_tile import Heads, Inputs, Mask, masked, scores, sees, span
+from ia3rt.kernels.attention_tile import Inputs, masked, scores, sees, span
 from ia3rt.kernels.configs import arch_of, attention_gradient_configs
 
 
@@ -65,7 +65,7 @@ def _probabilities(
     s, capped = scores(dots, inputs)
     seen = sees(queries, keys, start, end, shift, window, CAUSAL) & (queries < Sq)
     if inputs.mask is not None:
-        s = masked(s, inputs.mask, mask_rows, keys, seen)
+        s = masked(s, inputs, mask_rows, keys, seen)
     p = tl.where(seen, tl.exp2(s - lse), 0.0)
     ds = p * (dps - delta)
     if inputs.softcap is not None:
@@ -78,9 +78,9 @@ def key_gradient_kernel(
     dk_ptr,  # [B, Hkv, Skv, D], contiguous
     dv_ptr,
     do_ptr,  # [B, Sq, Hq, D], contiguous
-    inputs,
     lse_ptr,
     delta_ptr,
+    inputs,
     Hq,
     Sq,
     Skv,
@@ -94,7 +94,7 @@ def key_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute dk and dv of one block of keys."""
-    of_q, of_k, of_v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+    of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     Hkv = Hq // HEADS
     b, hkv = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
     first = tl.program_id(0) * BLOCK_N
@@ -102,10 +102,10 @@ def key_gradient_kernel(
     start, end, shift, _, _ = span(b, 0, 0, inputs, Sq, Skv, None, False)
     own = (keys < Skv)[:, None] & (dims < D)[None, :]
     wide_b = b.to(tl.int64)
-    k_rows = wide_b * of_k.stride_b + hkv * of_k.stride_head + keys.to(tl.int64) * of_k.stride_row
-    v_rows = wide_b * of_v.stride_b + hkv * of_v.stride_head + keys.to(tl.int64) * of_v.stride_row
-    k = tl.load(of_k.x + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
-    v = tl.load(of_v.x + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    k_rows = wide_b * of_k.b + hkv * of_k.head + keys.to(tl.int64) * of_k.row
+    v_rows = wide_b * of_v.b + hkv * of_v.head + keys.to(tl.int64) * of_v.row
+    k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
     low, high = 0, Sq
     if CAUSAL:
         low = max(0, first - shift) // BLOCK_M * BLOCK_M
@@ -118,18 +118,16 @@ def key_gradient_kernel(
         for query in range(low, high, BLOCK_M):
             queries = query + tl.arange(0, BLOCK_M)
             there = (queries < Sq)[:, None] & (dims < D)[None, :]
-            q_rows = wide_b * of_q.stride_b + head * of_q.stride_head + queries.to(tl.int64) * of_q.stride_row
-            q = tl.load(of_q.x + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
+            q_rows = wide_b * of_q.b + head * of_q.head + queries.to(tl.int64) * of_q.row
+            q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
             do_rows = ((wide_b * Sq + queries) * Hq + head) * D
             do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=there, other=0.0)
             of_row = (wide_b * Hq + head) * Sq + queries
             lse = tl.load(lse_ptr + of_row, mask=queries < Sq, other=0.0)
             delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
             mask_rows = wide_b
-            if mask is not None:
-                mask_rows = (
-                    wide_b * mask.stride_b + head * mask.stride_head + queries.to(tl.int64) * mask.stride_query
-                )[None, :]
+            if inputs.mask is not None:
+                mask_rows = (wide_b * of_mask.b + head * of_mask.head + queries.to(tl.int64) * of_mask.row)[None, :]
             p, ds = _probabilities(
                 tl.dot(k, tl.trans(q), input_precision=PRECISION),
                 tl.dot(v, tl.trans(do), input_precision=PRECISION),
@@ -157,9 +155,9 @@ def key_gradient_kernel(
 def query_gradient_kernel(
     dq_ptr,  # [B, Hq, Sq, D], contiguous
     do_ptr,  # and the rest as key_gradient_kernel
-    inputs,
     lse_ptr,
     delta_ptr,
+    inputs,
     Hq,
     Sq,
     Skv,
@@ -173,35 +171,33 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute dq of one block of queries. Under a causal mask the last blocks have most to do, and go first."""
-    of_q, of_k, of_v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+    of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, head = tl.program_id(1) // Hq, tl.program_id(1) % Hq
     hkv = head // HEADS
     queries, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     own = (queries < Sq)[:, None] & (dims < D)[None, :]
     wide_b = b.to(tl.int64)
-    q_rows = wide_b * of_q.stride_b + head * of_q.stride_head + queries.to(tl.int64) * of_q.stride_row
-    q = tl.load(of_q.x + q_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    q_rows = wide_b * of_q.b + head * of_q.head + queries.to(tl.int64) * of_q.row
+    q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=own, other=0.0)
     do_rows = ((wide_b * Sq + queries) * Hq + head) * D
     do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=own, other=0.0)
     of_row = (wide_b * Hq + head) * Sq + queries
     lse = tl.load(lse_ptr + of_row, mask=queries < Sq, other=0.0)
     delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
     mask_rows = wide_b
-    if mask is not None:
-        mask_rows = (wide_b * mask.stride_b + head * mask.stride_head + queries.to(tl.int64) * mask.stride_query)[
-            :, None
-        ]
+    if inputs.mask is not None:
+        mask_rows = (wide_b * of_mask.b + head * of_mask.head + queries.to(tl.int64) * of_mask.row)[:, None]
     last = min(Sq, first + BLOCK_M) - 1
     start, end, shift, begin, stop = span(b, first, last, inputs, Sq, Skv, window, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in range(max(begin, 0) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         there = (keys < end)[:, None] & (dims < D)[None, :]
-        k_rows = wide_b * of_k.stride_b + hkv * of_k.stride_head + keys.to(tl.int64) * of_k.stride_row
-        v_rows = wide_b * of_v.stride_b + hkv * of_v.stride_head + keys.to(tl.int64) * of_v.stride_row
-        k = tl.load(of_k.x + k_rows[:, None] + dims[None, :], mask=there, other=0.0)
-        v = tl.load(of_v.x + v_rows[:, None] + dims[None, :], mask=there, other=0.0)
+        k_rows = wide_b * of_k.b + hkv * of_k.head + keys.to(tl.int64) * of_k.row
+        v_rows = wide_b * of_v.b + hkv * of_v.head + keys.to(tl.int64) * of_v.row
+        k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=there, other=0.0)
+        v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=there, other=0.0)
         _, ds = _probabilities(
             tl.dot(q, tl.trans(k), input_precision=PRECISION),
             tl.dot(do, tl.trans(v), input_precision=PRECISION),
@@ -266,8 +262,8 @@ def attention_gradient(
     delta_kernel[(triton.cdiv(rows, 16),)](
         delta, do, o, rows, Hq, Sq, D=D, BLOCK_M=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True
     )
-    inputs = Inputs(Heads.of(q), Heads.of(k), Heads.of(v), Mask.of(mask), ranges, None, None, scale, softcap)
-    shared = do, inputs, lse, delta, Hq, Sq, Skv, window
+    inputs = Inputs.of(q, k, v, mask, ranges, None, scale, softcap)
+    shared = do, lse, delta, inputs, Hq, Sq, Skv, window
     constants = dict(
         CAUSAL=causal,
         D=D,

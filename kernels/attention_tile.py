@@ -20,52 +20,63 @@ from ia3rt.kernels.mixes import mixed_scale, worn_by
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-class Heads(NamedTuple):
-    """One of q, k and v: [B, heads, S, D], numbers contiguous; k and v can be pages, [pages, heads, page, D]."""
+class Strides(NamedTuple):
+    """Those of q, k or v, whose last one is 1: [B, heads, S, D], or [pages, heads, page, D]."""
 
-    x: Tensor
-    stride_b: int
-    stride_head: int
-    stride_row: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Heads":
-        """Lay out one of them."""
-        return cls(x, *x.stride()[:3])
+    b: int
+    head: int
+    row: int
 
 
-class Mask(NamedTuple):
-    """What is added to scores or, where it is int8, says which there are: [B, Hq, Sq, Skv], any strides."""
+class MaskStrides(NamedTuple):
+    """Those of a mask, [B, Hq, Sq, Skv]."""
 
-    x: Tensor
-    stride_b: int
-    stride_head: int
-    stride_query: int
-    stride_key: int
-
-    @classmethod
-    def of(cls, mask: Tensor | None) -> "Mask | None":
-        """Lay out a mask; a boolean one as int8."""
-        if mask is None:
-            return None
-        return cls(mask.view(torch.int8) if mask.dtype == torch.bool else mask, *mask.stride())
+    b: int
+    head: int
+    row: int
+    key: int
 
 
 class Inputs(NamedTuple):
     """What a launch attends to."""
 
-    q: Heads
-    k: Heads
-    v: Heads
-    mask: Mask | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    """Added to the scores; or int8, which scores there are."""
     ranges: Tensor | None
     """int32 [B, 2]."""
     table: Tensor | None
     """int32 [B, max pages]."""
+    q_strides: Strides
+    k_strides: Strides
+    v_strides: Strides
+    mask_strides: MaskStrides | None
     page: int | None
     """The keys of a page, where there is a table."""
     scale: float
     softcap: float | None
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        ranges: Tensor | None,
+        table: Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> "Inputs":
+        """Lay out what attention is given."""
+        strides = (Strides(*x.stride()[:3]) for x in (q, k, v))
+        mask_strides = None if mask is None else MaskStrides(*mask.stride())
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.int8)
+        page = None if table is None else k.shape[2]
+        return cls(q, k, v, mask, ranges, table, *strides, mask_strides, page, scale, softcap)
 
 
 @triton.jit
@@ -123,21 +134,27 @@ def sees(queries, keys, start, end, shift, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def key_rows(b, head, keys, inside, inputs, stride_table, of):
+def rows_of(b, heads, rows, strides):
+    """Return the 64-bit offsets of rows."""
+    return b.to(tl.int64) * strides.b + heads.to(tl.int64) * strides.head + rows.to(tl.int64) * strides.row
+
+
+@triton.jit
+def key_rows(b, head, keys, inside, inputs, stride_table, strides):
     """Return the 64-bit offsets of keys [N] in k or v: of sequence b, or of the pages that its row of the table has."""
     where, places = b.to(tl.int64), keys
     if inputs.table is not None:
         pages = inputs.table + b * stride_table + keys // inputs.page
         where = tl.load(pages, mask=inside, other=0).to(tl.int64)
         places = keys % inputs.page
-    return where * of.stride_b + head.to(tl.int64) * of.stride_head + places.to(tl.int64) * of.stride_row
+    return rows_of(where, head, places, strides)
 
 
 @triton.jit
-def masked(s, mask, mask_rows, keys, inside):
+def masked(s, inputs, mask_rows, keys, inside):
     """Add an additive mask to scores in base 2, or take out what a boolean one takes out."""
-    mask_ptrs = mask.x + mask_rows + keys.to(tl.int64) * mask.stride_key
-    if mask.x.dtype.element_ty == tl.int8:
+    mask_ptrs = inputs.mask + mask_rows + keys.to(tl.int64) * inputs.mask_strides.key
+    if inputs.mask.dtype.element_ty == tl.int8:
         s = tl.where(tl.load(mask_ptrs, mask=inside, other=0) != 0, s, float("-inf"))
     else:
         s += tl.load(mask_ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2_E
@@ -171,16 +188,12 @@ def attend(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     queries, heads = rows // GROUP, first_head + rows % GROUP
     dims = tl.arange(0, BLOCK_D)
-    q_rows = (
-        b.to(tl.int64) * inputs.q.stride_b
-        + heads.to(tl.int64) * inputs.q.stride_head
-        + queries.to(tl.int64) * inputs.q.stride_row
-    )
+    q_rows = rows_of(b, heads, queries, inputs.q_strides)
     there = (queries < Sq)[:, None] & (dims < D)[None, :]
-    q = tl.load(inputs.q.x + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
+    q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
     if site_k.l is not None:
         s_k = mixed_scale(site_k, worn_by(b + tl.arange(0, 1), routing), hkv * D + dims, (hkv + 1) * D, UNROLL=0)
-        q = (q.to(tl.float32) * s_k).to(inputs.q.x.dtype.element_ty)
+        q = (q.to(tl.float32) * s_k).to(inputs.q.dtype.element_ty)
 
     first = block * BLOCK_M // GROUP
     last = min(Sq - 1, (block * BLOCK_M + BLOCK_M - 1) // GROUP)
@@ -200,14 +213,9 @@ def attend(
     inner = min(max(tl.cdiv(max(inner, 0), BLOCK_N) * BLOCK_N, begin), max(stop, begin))
     outer = max(min(max(outer, 0) // BLOCK_N * BLOCK_N, stop), inner)
 
-    mask = inputs.mask
     mask_rows = b.to(tl.int64)
-    if mask is not None:
-        mask_rows = (
-            b.to(tl.int64) * mask.stride_b
-            + heads.to(tl.int64) * mask.stride_head
-            + queries.to(tl.int64) * mask.stride_query
-        )[:, None]
+    if inputs.mask is not None:
+        mask_rows = rows_of(b, heads, queries, inputs.mask_strides)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -219,10 +227,10 @@ def attend(
             for key in range(low, high, BLOCK_N):
                 keys = key + tl.arange(0, BLOCK_N)
                 inside = keys < end
-                k_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.k)
-                k_ptrs = inputs.k.x + k_rows[None, :] + dims[:, None]
-                v_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.v)
-                v_ptrs = inputs.v.x + v_rows[:, None] + dims[None, :]
+                k_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.k_strides)
+                k_ptrs = inputs.k + k_rows[None, :] + dims[:, None]
+                v_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.v_strides)
+                v_ptrs = inputs.v + v_rows[:, None] + dims[None, :]
                 if phase == 1 and D == BLOCK_D:
                     k = tl.load(k_ptrs)
                 elif phase == 1:
@@ -230,15 +238,15 @@ def attend(
                 else:
                     k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
                 s, _ = scores(tl.dot(q, k, input_precision=PRECISION), inputs)
-                if mask is not None:
+                if inputs.mask is not None:
                     within = inside[None, :] & (queries < Sq)[:, None]
-                    s = masked(s, mask, mask_rows, keys[None, :], within)
+                    s = masked(s, inputs, mask_rows, keys[None, :], within)
                 if phase != 1:
                     seen = sees(queries[:, None], keys[None, :], start, end, shift, window, CAUSAL)
                     s = tl.where(seen, s, float("-inf"))
                 new = tl.maximum(most, tl.max(s, 1))
                 safe = new
-                if phase != 1 or mask is not None:
+                if phase != 1 or inputs.mask is not None:
                     safe = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf is not a number
                 p = tl.exp2(s - safe[:, None])
                 kept = tl.exp2(most - safe)

@@ -17,12 +17,12 @@ SUM_TILE = 4, 128
 
 @triton.jit(do_not_specialize=[*ROUTING, "splits"])
 def sum_kernel(
-    partial_a,  # fp32 [splits, M, N], contiguous
     epilogue_a,
     y_a,  # [M, N], contiguous
-    partial_b,  # and those of the second layer; None where there is one
-    epilogue_b,
+    partial_a,  # fp32 [splits, M, N], contiguous
+    epilogue_b,  # and those of the second layer; None where there is one
     y_b,
+    partial_b,
     stride_l_out,
     splits,
     N,
@@ -37,10 +37,10 @@ def sum_kernel(
     """Add the partial sums of one tile of y_a or of y_b, and finish it."""
     tile = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    if partial_b is not None:  # noqa: SIM102  (this is known when the kernel is compiled, and what follows is not)
+    if y_b is not None:  # noqa: SIM102  (this is known when the kernel is compiled, and what follows is not)
         if tile >= tiles:
             tile -= tiles
-            partial_a, epilogue_a, y_a = partial_b, epilogue_b, y_b
+            epilogue_a, y_a, partial_a = epilogue_b, y_b, partial_b
     row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M=1)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
@@ -57,7 +57,7 @@ def sum_kernel(
 def add_partials(layers: Sequence[Layer], ys: Sequence[Tensor], partials: Tensor, routing: Routing) -> None:
     """Write y of one layer, or of two that are alike, from linear_kernel's partials, fp32 [layers, splits, M, N]."""
     _, splits, M, N = partials.shape
-    operands = [(partial, layer.epilogue, y) for partial, layer, y in zip(partials, layers, ys, strict=True)]
+    operands = [(layer.epilogue, y, partial) for layer, y, partial in zip(layers, ys, partials, strict=True)]
     rows, cols = SUM_TILE
     sum_kernel[(len(layers) * triton.cdiv(M, rows) * triton.cdiv(N, cols),)](
         *of_layers(operands),

@@ -35,8 +35,8 @@ class Layer(NamedTuple):
         return Epilogue(self.bias, self.l_out)
 
 
-def of_layers(operands: Sequence[tuple[object, Epilogue, object]]) -> tuple[object, ...]:
-    """Return a kernel's arguments of one layer or of two: what it reads, what follows, and where the result goes."""
+def of_layers(operands: Sequence[tuple[object, object, object]]) -> tuple[object, ...]:
+    """Return a kernel's arguments of one layer or of two, three each: those of a second that there is not are None."""
     first, second = (*operands, (None, None, None))[:2]
     return *first, *second
 

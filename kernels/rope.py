@@ -47,6 +47,7 @@ def rope_kernel(
     HEADS_KV: tl.constexpr,
     GROUP_Q: tl.constexpr,
     GROUP_KV: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # for each block of rows: the groups of q, k and v
     D: tl.constexpr,
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -56,7 +57,6 @@ def rope_kernel(
     """Compute a group of heads for BLOCK_M rows. Programs that share rows, and so cos and sin, are neighbours."""
     OF_Q: tl.constexpr = HEADS_Q // GROUP_Q
     OF_KV: tl.constexpr = HEADS_KV // GROUP_KV
-    PROGRAMS: tl.constexpr = OF_Q + OF_KV if v is None else OF_Q + 2 * OF_KV
     program = tl.program_id(0) % PROGRAMS
     rows = tl.program_id(0) // PROGRAMS * BLOCK_M + tl.arange(0, BLOCK_M)
     read = rows < M
@@ -137,6 +137,7 @@ def _launch(
         HEADS_KV=heads_kv,
         GROUP_Q=group_q,
         GROUP_KV=group_kv,
+        PROGRAMS=programs,
         D=D,
         ROTARY=cos.shape[1],
         INTERLEAVED=interleaved,
