@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.attention_decode import decode, splits_of
-from ia3rt.kernels.attention_tile import Inputs, attend, finish
+from ia3rt.kernels.attention_inputs import Inputs
+from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import arch_of, attention_config
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.attention_tile import Inputs, masked, scores, sees, span
+from ia3rt.kernels.attention_inputs import Inputs, masked
+from ia3rt.kernels.attention_tile import scores, sees, span
 from ia3rt.kernels.configs import arch_of, attention_gradient_configs
 
 
