@@ -63,12 +63,12 @@ class Inputs(NamedTuple):
         softcap: float | None,
     ) -> "Inputs":
         """Lay out what attention is given."""
-        strides = (Strides(*x.stride()[:3]) for x in (q, k, v))
+        of_q, of_k, of_v = (Strides(*x.stride()[:3]) for x in (q, k, v))
         mask_strides = None if mask is None else MaskStrides(*mask.stride())
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.int8)
         page = None if table is None else k.shape[2]
-        return cls(q, k, v, mask, ranges, table, *strides, mask_strides, page, scale, softcap)
+        return cls(q, k, v, mask, ranges, table, of_q, of_k, of_v, mask_strides, page, scale, softcap)
 
 
 @triton.jit
