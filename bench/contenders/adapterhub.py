@@ -32,6 +32,7 @@ class AdapterHub(Subject):  # type: ignore[misc]
     does_no_more = "it is timed in forwards, generation and switching only"
 
     def __init__(self, workshop: Workshop, names: Sequence[str], python: Path) -> None:
+        super().__init__(None)
         settings = workshop.settings
         self._results = Path(workshop.folder.name) / "adapterhub.pt"
         self._worker = subprocess.Popen(
