@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -59,13 +60,15 @@ class Ia3rt(Subject):  # type: ignore[misc]
         return table.numel() * table.element_size()
 
 
-def build(workshop: Workshop, names: Sequence[str]) -> tuple[nn.Module, ia3rt.Runtime]:
+def build(
+    workshop: Workshop, names: Sequence[str], backend: Literal["triton"] | None = None
+) -> tuple[nn.Module, ia3rt.Runtime]:
     """A patched model that shares all weights, with these adapters."""
     free, needed = free_memory(workshop.settings.device), 4 * workshop.adapters.numbers * len(names)
     if free is not None and needed > free // 2:
         raise LeftOut(f"{len(names):,} adapters take {needed / 1e9:,.1f} GB of the {free / 1e9:,.1f} GB that are free")
     model = clone(workshop.model)
-    runtime = ia3rt.patch(model, capacity=len(names))
+    runtime = ia3rt.patch(model, capacity=len(names), backend=backend)
     vectors = [workshop.adapters.vectors(name) for name in names[:DISTINCT]]
     for position, name in enumerate(names):
         if position < DISTINCT:

@@ -22,16 +22,16 @@ PLOTTED = ("forward", "mixed", "combine", "scale")
 """The suites of which there is a plot."""
 
 
-def counted_table(launched: dict[str, dict[str, int]] | None = None) -> str:
+def counted_table(launched: dict[str, int] | None = None) -> str:
     """A row for what is worn: a layer's counts in a decoding step in float32, and its launches as Triton's backend."""
-    counts = count_layers("decode", torch.float32)
+    counts = count_layers()
     launched = launches() if launched is None else launched
 
     def row(wearing: Wearing, made: Counts) -> tuple[str, ...]:
         operations = sum(made.operations.values())
         base = sum(counts[Wearing("base", by_row=wearing.by_row)].operations.values())
         ours = launched.get(str(wearing))
-        on_gpu = operations if wearing.contender != "ia3rt" else None if ours is None else sum(ours.values())
+        on_gpu = ours if wearing.contender == "ia3rt" else operations
         return (
             str(wearing),
             f"{operations} ({operations - base:+})",
