@@ -112,12 +112,13 @@ class CaseResult:
     failed: dict[str, str] = field(default_factory=dict)
     control: Measurement | None = None
 
-    def is_within_noise(self, measured: Measurement) -> bool:
-        """Whether a contender's ratio is no win and no loss; see `Measurement.is_within`."""
-        return measured.is_within(self.control)
+    @property
+    def all_measured(self) -> list[Measurement]:
+        """The contenders' measurements, and the control's after them."""
+        return [*self.measurements, *([self.control] if self.control else [])]
 
     def rate(self, measurement: Measurement) -> float | None:
-        """Units a second at the median."""
+        """Units a second at the median; None where that says nothing."""
         return None if self.work is None else self.work / measurement.taken.p50
 
 
@@ -162,7 +163,7 @@ class Result:
         for case, plain in zip(self.cases, made["cases"], strict=True):
             for measurement, numbers in zip(case.measurements, plain["measurements"], strict=True):
                 numbers["noise"] = measurement.is_noise
-                numbers["within_noise"] = case.is_within_noise(measurement)
+                numbers["within_noise"] = measurement.is_within(case.control)
             if case.control is not None:
                 plain["control"]["doubt"] = case.control.doubt
         return made
@@ -229,7 +230,7 @@ def write_csv(result: Result, file: Path) -> None:
         writer = csv.writer(opened)
         writer.writerow(COLUMNS)
         for case in result.cases:
-            for measurement in (*case.measurements, *([case.control] if case.control else [])):
+            for measurement in case.all_measured:
                 writer.writerow(_line(case, measurement))
 
 
@@ -238,5 +239,5 @@ def _line(case: CaseResult, measured: Measurement) -> list[object]:
     shown = ("", "", "") if ratio is None or measured.is_noise else (ratio.p20, ratio.p50, ratio.p80)
     unit = "bytes" if case.unit == "bytes" else "s"
     head = [case.suite, case.name, measured.contender, unit, taken.p20, taken.p50, taken.p80]
-    tail = [measured.is_noise, case.is_within_noise(measured), len(measured.samples), measured.turns, measured.note]
+    tail = [measured.is_noise, measured.is_within(case.control), len(measured.samples), measured.turns, measured.note]
     return [*head, "" if rate is None else rate, case.reference, *shown, *tail]

@@ -33,8 +33,8 @@ class Way:
 
     run: Callable[[int], object]
     result: Callable[[], Tensor] | None = None
-    before: Callable[[int], None] | None = None
-    after: Callable[[], None] | None = None
+    before: Callable[[int], None] = lambda _: None
+    after: Callable[[], None] = lambda: None
     note: str = ""
 
 

@@ -220,7 +220,7 @@ def test_the_command_compare(after: float, code: int, tmp_path: Path) -> None:
 def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_path) -> None:
     made = result(controlled(ratio, control, shape))
     (measured,) = (m for m in made.cases[0].measurements if m.contender == "ia3rt")
-    assert made.cases[0].is_within_noise(measured) == within
+    assert measured.is_within(made.cases[0].control) == within
     console = Console(record=True, width=200)
     terminal.print_result(console, made)
     printed = console.export_text()
