@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Worker(_subject.Subject):  # type: ignore[misc]
         self.way = getattr(self, what)(**{**message, **tokens})
 
     def run(self, turn: int) -> dict[str, float]:
-        wait = torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
+        wait: Callable[[], object] = torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
         wait()
         start = time.perf_counter()
         self.way.run(turn)

@@ -44,10 +44,8 @@ class Counts:
 
     def less(self, other: Counts) -> Counts:
         """The difference."""
-        operations = Counter(self.operations)
-        operations.subtract(other.operations)
-        kept = Counter({name: count for name, count in operations.items() if count})
-        return Counts(kept, self.modules - other.modules, self.calls - other.calls, self.bytes - other.bytes)
+        operations = self.operations - other.operations
+        return Counts(operations, self.modules - other.modules, self.calls - other.calls, self.bytes - other.bytes)
 
 
 @dataclass(frozen=True)
