@@ -59,7 +59,7 @@ def build_model(settings: Settings) -> PreTrainedModel:
 
 
 def _random(shape: Shape, settings: Settings) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -71,16 +71,10 @@ def _random(shape: Shape, settings: Settings) -> PreTrainedModel:
         head_dim=shape.head_dim,
         max_position_embeddings=8192,
         tie_word_embeddings=shape.tied,
-        dtype=settings.dtype,
     )
     torch.manual_seed(SEED)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(settings.dtype)
-    try:
-        with settings.device:
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with settings.device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=settings.dtype)  # type: ignore[no-untyped-call]
     return model
 
 

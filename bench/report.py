@@ -24,7 +24,6 @@ COLORS = {
     "ia3rt": "#d62728",
     "ia3rt-compiled": "#ff9a8b",
 }
-_OTHERS = ("#d62728", "#ff9a8b", "#7f7f7f", "#2ca02c", "#1f77b4", "#7fb2dd")  # the kernels' ways have their own names
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -66,7 +65,7 @@ def _document(result: Result) -> Iterator[str]:
         yield f'<h2 id="{name}">{name}</h2><p>{_text(SUITES[name].about)}</p>'
         if plots := svg(cases, SUITES[name].x):
             alternative = f"{name}: plots of the table below"
-            yield f'<img alt="{alternative}" src="data:image/svg+xml;base64,{_encoded(plots)}">'
+            yield f'<img alt="{alternative}" src="data:image/svg+xml;base64,{base64.b64encode(plots).decode()}">'
         yield from _table(cases)
         for line in left_out(cases):
             yield f'<p class="dim">{_text(line)}</p>'
@@ -205,12 +204,9 @@ def _unit(cases: Sequence[CaseResult]) -> tuple[str, float]:
 
 
 def _color(contender: str, names: Sequence[str]) -> str:
-    return COLORS.get(contender) or _OTHERS[list(names).index(contender) % len(_OTHERS)]
+    """A contender's own; for the kernels' ways matplotlib's, in turn."""
+    return COLORS.get(contender) or f"C{list(names).index(contender)}"
 
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def _encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")

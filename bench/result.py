@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -177,23 +177,25 @@ class Result:
         """
         if plain.get("schema") not in READABLE:
             known = " or ".join(map(str, READABLE))
-            raise ValueError(
-                f"not a result of `ia3rt bench` with schema {known}: its schema is {plain.get('schema')!r}"
-            )
-        plain = {key: value for key, value in plain.items() if key not in ("schema", "noise_bound")}
+            raise ValueError(f"not a result of `ia3rt bench` with schema {known}: it has {plain.get('schema')!r}")
         cases = []
-        for case in plain.pop("cases"):
-            measurements = [_measurement(numbers) for numbers in case.pop("measurements")]
-            control = case.pop("control", None)
-            control = None if control is None else _measurement(control)
-            cases.append(CaseResult(**case, measurements=measurements, control=control))
-        return cls(**plain, cases=cases)
+        for case in plain["cases"]:
+            measurements = [_measurement(numbers) for numbers in case["measurements"]]
+            control = None if case.get("control") is None else _measurement(case["control"])
+            cases.append(_made(CaseResult, case, measurements=measurements, control=control))
+        result: Result = _made(cls, plain, cases=cases)
+        return result
 
 
-def _measurement(plain: dict[str, Any]) -> Measurement:
+def _measurement(plain: dict[str, Any]) -> Any:
     ratio = plain["ratio"] and Timing(**plain["ratio"])
-    rest = {key: plain[key] for key in ("contender", "turns", "samples", "note")}
-    return Measurement(**rest, taken=Timing(**plain["taken"]), ratio=ratio)
+    return _made(Measurement, plain, taken=Timing(**plain["taken"]), ratio=ratio)
+
+
+def _made(kind: Any, plain: dict[str, Any], **parts: Any) -> Any:
+    """What JSON holds of a dataclass: without what was added for those who read the JSON, which it computes anew."""
+    names = {field.name for field in fields(kind)}
+    return kind(**({name: value for name, value in plain.items() if name in names} | parts))
 
 
 def write_json(result: Result, file: Path) -> None:
