@@ -21,6 +21,7 @@ from ia3rt.bench.shapes import SHAPES
 from ia3rt.bench.terminal import print_result, shown_progress
 from ia3rt.bench.tune import linear_shapes, measure_on
 from ia3rt.bench.tune import tune as find_best
+from ia3rt.cli.errors import errors_in_a_line
 from ia3rt.kernels.configs import arch_of, processors_of
 from ia3rt.kernels.tuned import LinearConfig, LinearShape, write_linear_configs
 
@@ -79,7 +80,7 @@ def layers(
     effort = Effort(least=rounds, most=rounds, seconds=0, sample=0)
     asked = Settings(["kernels"], [], cases, shape, device=_gpu(), dtype=getattr(torch, dtype), effort=effort)
     console = Console()
-    with shown_progress(console) as progress:
+    with errors_in_a_line(), shown_progress(console) as progress:
         result = run(asked, progress)
     print_result(console, result)
     if out is not None:
@@ -113,7 +114,7 @@ def tune(
 
 def _gpu() -> torch.device:
     if not torch.cuda.is_available():
-        raise typer.BadParameter("this needs a GPU: there is none here. Kernels run, untuned, without it.")
+        raise typer.BadParameter("this needs a GPU, and there is none here")
     return torch.device("cuda", torch.cuda.current_device())
 
 

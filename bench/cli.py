@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,12 +89,11 @@ def run(
 
     `ia3rt bench compare BEFORE.json AFTER.json` compares two runs.
 
-    All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails in a
-    case.
+    All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails.
     """
     with errors_in_a_line():
-        given = dict(model=model, layers=layers, cases=cases, adapterhub_python=adapterhub_python)
-        settings = _settings(suites, device, dtype, against, quick, given)
+        given = dict(model=model, layers=layers, quick=quick, cases=cases, adapterhub_python=adapterhub_python)
+        settings = _settings(suites, against, device, dtype, **given)
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingPackageError("the report needs matplotlib: pip install 'ia3rt[bench]'")
         out.mkdir(parents=True, exist_ok=True)
@@ -128,26 +126,20 @@ def compare(
 
 
 def _settings(
-    suites: list[str] | None,
-    device: str | None,
-    dtype: str | None,
-    against: str | None,
-    quick: bool,
-    given: Mapping[str, Any],
+    suites: list[str] | None, against: str | None, device: str | None, dtype: str | None, **given: Any
 ) -> Settings:
     from ia3rt.bench.contenders.registry import CONTENDERS
     from ia3rt.bench.models import shape_of
     from ia3rt.bench.settings import FULL, QUICK, Settings
     from ia3rt.bench.suites.registry import SUITES, cases_of
 
-    where = _device(device)
+    where, quick = _device(device), given["quick"]
     default = [name for name in CONTENDERS if not (quick and name.endswith("-compiled"))]
     settings = Settings(
         suites=known("SUITE", suites or list(SUITES), SUITES),
         contenders=known("--against", default if against is None else split(against), CONTENDERS),
         device=where,
         dtype=_dtype(dtype, where),
-        quick=quick,
         effort=QUICK if quick else FULL,
         **given,
     )
