@@ -42,7 +42,8 @@ def terminal_tables(timed: Sequence[Timed]) -> Group:
             justify: JustifyMethod = "left" if title == "server" else "right"
             table.add_column(title, justify=justify, min_width=width, max_width=max(width, 8))
         for row in rows(one):
-            table.add_row(*row, style="dim" if row[0] == CONTROL else "")
+            cells = (cell.replace(" (", "\n(") for cell in row)  # what a control may be off by, on a line of its own
+            table.add_row(*cells, style="dim" if row[0] == CONTROL else "")
         made.append(table)
     return Group(*made)
 
