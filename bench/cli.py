@@ -132,8 +132,9 @@ def _settings(
     from ia3rt.bench.models import shape_of
     from ia3rt.bench.settings import FULL, QUICK, Settings
     from ia3rt.bench.suites.registry import SUITES, cases_of
+    from ia3rt.cli.demo.inputs import device_of
 
-    where, quick = _device(device), given["quick"]
+    where, quick = device_of(device), given["quick"]
     default = [name for name in CONTENDERS if not (quick and name.endswith("-compiled"))]
     settings = Settings(
         suites=known("SUITE", suites or list(SUITES), SUITES),
@@ -152,18 +153,6 @@ def _settings(
     if python is not None and not python.is_file():
         raise UsageError("--adapterhub-python", f"there is no file {python}")
     return settings
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UsageError("--device", f"{name!r} is of no use here: {first}") from error
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:

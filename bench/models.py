@@ -12,7 +12,7 @@ from torch import nn
 
 from ia3rt.bench.settings import Settings
 from ia3rt.bench.shapes import SHAPES, Shape
-from ia3rt.cli.errors import UsageError
+from ia3rt.cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,8 +84,7 @@ def _pretrained(settings: Settings) -> PreTrainedModel:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
     except (OSError, ValueError) as error:  # transformers' messages go on for pages
-        first = str(error).strip().partition("\n")[0]
-        raise UsageError("--model", f"{first} (built in are {', '.join(SHAPES)})") from error
+        raise UsageError("--model", f"{first_line(error)} (built in are {', '.join(SHAPES)})") from error
     return model.to(settings.device)  # type: ignore[no-any-return]
 
 
