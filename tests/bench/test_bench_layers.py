@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_roofline_is_the_slower_of_memory_and_multiplication():
-    card = Card("", bytes_per_second=10.0, flops_per_second=100.0)
+    card = Card(bytes_per_second=10.0, flops_per_second=100.0)
     assert seconds([Work(30, 100), Work(10, 900)], card) == 3 + 9
 
 

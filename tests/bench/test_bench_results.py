@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from ia3rt.bench import readable, terminal
 from ia3rt.bench.compare import compare
+from ia3rt.bench.profile.document import measured_table
 from ia3rt.bench.report import svg, write_html
 from ia3rt.bench.result import CaseResult, Measurement, Result, read_json, write_csv, write_json
 from ia3rt.bench.suites.registry import SUITES
@@ -230,6 +231,14 @@ def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_
     write_html(made, tmp_path / "a.html")
     assert read_json(tmp_path / "a.json").as_dict() == json.loads(json.dumps(made.as_dict()))
     assert "control" in (tmp_path / "a.csv").read_text() and "control" in (tmp_path / "a.html").read_text()
+
+
+def test_a_documents_table_has_the_control() -> None:
+    command = "ia3rt bench forward --out a/folder --against base,ia3rt"
+    table = measured_table(result(controlled(1.2, 1.04), controlled(0.97, 1.04), command=command))
+    assert "`ia3rt bench forward --against base,ia3rt`" in table
+    row = "| forward: decode rows=1 length=8 | 2.00 |"
+    assert f"{row} 1.20 | 1.040 (± 0.040) |" in table and f"{row} 0.970 ° | 1.040 (± 0.040) |" in table
 
 
 def test_a_result_without_controls_is_read(tmp_path) -> None:
