@@ -86,7 +86,7 @@ def ran(command: str, on: Mapping[str, Any], versions: Mapping[str, str | None])
     """What was run, if that is said, and in a line below it on which machine, with which packages."""
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "numpy")
     where = f"{on['processor']}, {on['cores']} cores, {on['torch_threads']} threads; {packages}."
-    shown = re.sub(r" --out \S+", "", command)  # where its files went is for a reader to say
+    shown = re.sub(r" --out [^\s`]+", "", command)  # where its files went is for a reader to say
     return f"{shown}\\\n{where}" if command else where
 
 

@@ -234,7 +234,7 @@ def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_
 
 
 def test_a_documents_table_has_the_control() -> None:
-    command = "ia3rt bench forward --out a/folder --against base,ia3rt"
+    command = "ia3rt bench forward --against base,ia3rt --out a/folder"
     table = measured_table(result(controlled(1.2, 1.04), controlled(0.97, 1.04), command=command))
     assert "`ia3rt bench forward --against base,ia3rt`" in table
     row = "| forward: decode rows=1 length=8 | 2.00 |"
