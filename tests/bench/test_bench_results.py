@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON, CSV and HTML; comparing two runs; and keeping a budget."""
+"""What a run leaves behind: JSON, CSV and HTML; comparing two runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ia3rt.bench import budget as budgets
 from ia3rt.bench import readable, terminal
-from ia3rt.bench.budget import Rule, check, read_budget
 from ia3rt.bench.compare import compare
+from ia3rt.bench.profile.document import measured_table
 from ia3rt.bench.report import svg, write_html
 from ia3rt.bench.result import CaseResult, Measurement, Result, read_json, write_csv, write_json
 from ia3rt.bench.suites.registry import SUITES
@@ -209,49 +208,6 @@ def test_the_command_compare(after: float, code: int, tmp_path: Path) -> None:
     assert f"{after:.3g} ×" in done.output
 
 
-RULE = Rule("forward", "decode *", "ia3rt", "base", 1.3)
-
-
-def test_a_budget_that_is_kept_and_one_that_breaks() -> None:
-    assert check(result(case(1.2)), [RULE]) == ([], [])
-    (broken,), idle = check(result(case(1.2), case(1.5, rows=4)), [RULE])
-    assert not idle and broken.case == "decode rows=4 length=8"
-    assert "may take 1.3" in str(broken)
-
-
-def test_noise_breaks_a_budget_only_where_all_of_it_is_too_much() -> None:
-    assert check(result(case(1.35, SHAKY)), [RULE]) == ([], [])
-    assert len(check(result(case(9.0, SHAKY)), [RULE])[0]) == 1
-
-
-def test_rules_without_a_case_are_named() -> None:
-    others = [dataclasses.replace(RULE, suite="train"), dataclasses.replace(RULE, reference="peft")]
-    assert check(result(case(1.2)), [RULE, *others]) == ([], others)
-
-
-def test_the_budget_of_ci_fits_the_quick_cases() -> None:
-    for rule in read_budget(Path(budgets.__file__).with_name("budget.json")):
-        made = [case for case in SUITES[rule.suite].cases(True) if budgets.fnmatch.fnmatchcase(case.name, rule.case)]
-        assert made, rule
-        assert all(case.references[0] == rule.reference for case in made), rule
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"rules": []}',
-        '{"rules": [{"suite": "forward"}]}',
-        '{"rules": [{"suite": "a", "case": "b", "contender": "c", "reference": "d", "most": 0}]}',
-    ],
-)
-def test_what_is_no_budget(content: str, tmp_path: Path) -> None:
-    (tmp_path / "budget.json").write_text(content)
-    with pytest.raises(ValueError, match="is not a budget"):
-        read_budget(tmp_path / "budget.json")
-
-
 @pytest.mark.parametrize(
     ("ratio", "control", "shape", "within"),
     [
@@ -265,7 +221,7 @@ def test_what_is_no_budget(content: str, tmp_path: Path) -> None:
 def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_path) -> None:
     made = result(controlled(ratio, control, shape))
     (measured,) = (m for m in made.cases[0].measurements if m.contender == "ia3rt")
-    assert made.cases[0].is_within_noise(measured) == within
+    assert measured.is_within(made.cases[0].control) == within
     console = Console(record=True, width=200)
     terminal.print_result(console, made)
     printed = console.export_text()
@@ -275,6 +231,14 @@ def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_
     write_html(made, tmp_path / "a.html")
     assert read_json(tmp_path / "a.json").as_dict() == json.loads(json.dumps(made.as_dict()))
     assert "control" in (tmp_path / "a.csv").read_text() and "control" in (tmp_path / "a.html").read_text()
+
+
+def test_a_documents_table_has_the_control() -> None:
+    command = "ia3rt bench forward --against base,ia3rt --out a/folder"
+    table = measured_table(result(controlled(1.2, 1.04), controlled(0.97, 1.04), command=command))
+    assert "`ia3rt bench forward --against base,ia3rt`" in table
+    row = "| forward: decode rows=1 length=8 | 2.00 |"
+    assert f"{row} 1.20 | 1.040 (± 0.040) |" in table and f"{row} 0.970 ° | 1.040 (± 0.040) |" in table
 
 
 def test_a_result_without_controls_is_read(tmp_path) -> None:
