@@ -63,7 +63,7 @@ setup(
     },
     install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
     extras_require={
-        "bench": ["matplotlib", "peft>=0.21", "transformers>=5"],
+        "bench": ["matplotlib", "peft>=0.21", "pytest-benchmark", "transformers>=5"],
         "demo": ["transformers>=5", "gguf", "peft>=0.21"],
         "test": [
             "accelerate",
@@ -76,6 +76,7 @@ setup(
             "numpy",
             "peft>=0.21",
             "pytest",
+            "pytest-benchmark",
             "pytest-xdist",
             "ruff",
             "setuptools>=77",
