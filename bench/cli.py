@@ -81,6 +81,10 @@ def run(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the JSON, CSV and HTML files go.")] = Path(
         "bench-results"
     ),
+    budget: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A budget of ratios, such as bench/budget.json; exits with 1 if one breaks."),
+    ] = None,
     adapterhub_python: Annotated[
         Path | None, typer.Option(metavar="PATH", help="The Python of an environment with AdapterHub's `adapters`.")
     ] = None,
@@ -89,11 +93,15 @@ def run(
 
     `ia3rt bench compare BEFORE.json AFTER.json` compares two runs.
 
-    All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails.
+    All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails in a
+    case or a budget is broken.
     """
     with errors_in_a_line():
+        from ia3rt.bench.budget import read_budget
+
         given = dict(model=model, layers=layers, quick=quick, cases=cases, adapterhub_python=adapterhub_python)
         settings = _settings(suites, against, device, dtype, **given)
+        rules = read_budget(budget) if budget is not None else []
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingPackageError("the report needs matplotlib: pip install 'ia3rt[bench]'")
         out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +114,8 @@ def run(
         terminal.print_result(console, result)
         for file in _write(result, out):
             console.print(Text(f"written: {file}", style="dim"), soft_wrap=True)
-    raise typer.Exit(1 if _ours_failed(result) else 0)
+        kept = not rules or _keeps(console, result, rules)
+    raise typer.Exit(0 if kept and not _ours_failed(result) else 1)
 
 
 @app.command()
@@ -174,6 +183,22 @@ def _write(result: Result, out: Path) -> list[Path]:
     for write, file in zip((write_json, write_csv, write_html), files, strict=True):
         write(result, file)
     return files
+
+
+def _keeps(console: Console, result: Result, rules: Any) -> bool:
+    from ia3rt.bench.budget import check
+
+    broken, idle = check(result, rules)
+    for rule in idle:
+        console.print(Text(f"budget: not measured: {rule.suite}: {rule.case}: {rule.contender}", style="dim"))
+    for each in broken:
+        console.print(Text(f"budget: broken: {each}", style="red"), soft_wrap=True)
+    if len(idle) == len(rules):
+        console.print(Text("budget: broken: none of its rules was measured", style="red"))
+        return False
+    if not broken:
+        console.print(Text(f"budget: {len(rules) - len(idle)} of {len(rules)} rules measured, all kept", style="green"))
+    return not broken
 
 
 def _ours_failed(result: Result) -> bool:

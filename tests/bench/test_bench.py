@@ -421,8 +421,14 @@ def test_useless_options(arguments: list[str], parts: list[str], tmp_path: Path)
     assert_one_line(bench(*arguments, "--out", tmp_path / "out"), 2, *parts)
 
 
+def test_a_useless_budget(tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text("{}")
+    assert_one_line(bench("--budget", tmp_path / "budget.json"), 1, "Error:", "is not a budget")
+    assert_one_line(bench("--budget", tmp_path / "none.json"), 1, "Error:", "none.json")
+
+
 def test_help_is_quick_and_names_everything() -> None:
     output = bench("--help").output
-    for name in [*SUITES, *CONTENDERS, "compare", "--cases"]:
+    for name in [*SUITES, *CONTENDERS, "compare", "--budget"]:
         assert name in output
     assert OURS[0] in output

@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON, CSV and HTML; comparing two runs."""
+"""What a run leaves behind: JSON, CSV and HTML; comparing two runs; and keeping a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ia3rt.bench import budget as budgets
 from ia3rt.bench import readable, terminal
+from ia3rt.bench.budget import Rule, check, read_budget
 from ia3rt.bench.compare import compare
 from ia3rt.bench.profile.document import measured_table
 from ia3rt.bench.report import svg, write_html
@@ -206,6 +208,49 @@ def test_the_command_compare(after: float, code: int, tmp_path: Path) -> None:
     )
     assert done.exit_code == code, done.output
     assert f"{after:.3g} ×" in done.output
+
+
+RULE = Rule("forward", "decode *", "ia3rt", "base", 1.3)
+
+
+def test_a_budget_that_is_kept_and_one_that_breaks() -> None:
+    assert check(result(case(1.2)), [RULE]) == ([], [])
+    (broken,), idle = check(result(case(1.2), case(1.5, rows=4)), [RULE])
+    assert not idle and broken.case == "decode rows=4 length=8"
+    assert "may take 1.3" in str(broken)
+
+
+def test_noise_breaks_a_budget_only_where_all_of_it_is_too_much() -> None:
+    assert check(result(case(1.35, SHAKY)), [RULE]) == ([], [])
+    assert len(check(result(case(9.0, SHAKY)), [RULE])[0]) == 1
+
+
+def test_rules_without_a_case_are_named() -> None:
+    others = [dataclasses.replace(RULE, suite="train"), dataclasses.replace(RULE, reference="peft")]
+    assert check(result(case(1.2)), [RULE, *others]) == ([], others)
+
+
+def test_the_budget_of_ci_fits_the_quick_cases() -> None:
+    for rule in read_budget(Path(budgets.__file__).with_name("budget.json")):
+        made = [case for case in SUITES[rule.suite].cases(True) if budgets.fnmatch.fnmatchcase(case.name, rule.case)]
+        assert made, rule
+        assert all(case.references[0] == rule.reference for case in made), rule
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"rules": []}',
+        '{"rules": [{"suite": "forward"}]}',
+        '{"rules": [{"suite": "a", "case": "b", "contender": "c", "reference": "d", "most": 0}]}',
+    ],
+)
+def test_what_is_no_budget(content: str, tmp_path: Path) -> None:
+    (tmp_path / "budget.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a budget"):
+        read_budget(tmp_path / "budget.json")
 
 
 @pytest.mark.parametrize(
