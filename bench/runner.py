@@ -96,7 +96,8 @@ def run_case(
     else:
         if reference:
             ways[CONTROL] = control_of(made, reference)
-        measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
+        with case.beside():
+            measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
     return _case_result(suite, case, reference, measurements, made)
 
 

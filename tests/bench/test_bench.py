@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,23 @@ def test_a_ratio_that_varies_too_much_is_noise() -> None:
     ways = {"base": 1.0, "steady": lambda turn: 2 + 0.01 * (turn % 5), "ia3rt": lambda turn: 2 + 0.2 * (turn % 5)}
     measured = FakeMachine().measure(ways, effort)
     assert measured["ia3rt"].is_noise and not measured["steady"].is_noise
+
+
+def test_what_goes_on_beside_a_case_does_so_while_it_is_timed(workshop: Workshop) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def beside():
+        seen.append("begins")
+        yield
+        seen.append("ends")
+
+    def ways(*_: object) -> Ways:
+        seen.append("made")
+        return Ways({"base": Way(lambda _: seen.append("timed"), lambda: seen.append("compared") or torch.ones(1))})
+
+    run_case("any", Case("any", {"n": 1}, ways, beside=beside), workshop)
+    assert list(dict.fromkeys(seen)) == ["made", "compared", "begins", "timed", "ends"] and seen[-1] == "ends"
 
 
 def test_short_runs_are_repeated_within_a_sample() -> None:
