@@ -76,6 +76,7 @@ class Suite:
         cases: makes the cases; is told whether only the quick ones are wanted.
         x: the parameter along the axis of its plots.
         wants: says why a device is of no use for it; None where it is.
+        in_graph: makes of a case the one that `--graph` adds after it; None where it adds none.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Suite:
     cases: Callable[[bool], Iterator[Case]]
     x: str
     wants: Callable[[torch.device], str | None] = lambda _: None
+    in_graph: Callable[[Case], Case] | None = None
 
 
 def by_subject(

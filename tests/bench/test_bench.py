@@ -432,6 +432,7 @@ def test_cases_by_name() -> None:
         (["--dtype", "float8"], ["--dtype", "'float8'", "bfloat16"]),
         (["--adapterhub-python", "/nowhere/python"], ["--adapterhub-python", "/nowhere/python"]),
         (["kernels", "--device", "cpu"], ["SUITE", "GPU"]),
+        (["forward", "--graph", "--device", "cpu"], ["--graph", "need a CUDA GPU", "this run is on cpu", "leave"]),
         (["forward", "--cases", "decode 1*"], ["--cases", "'decode 1*'", "'decode rows=1 length=128'"]),
     ],
 )
@@ -447,6 +448,6 @@ def test_a_useless_budget(tmp_path: Path) -> None:
 
 def test_help_is_quick_and_names_everything() -> None:
     output = bench("--help").output
-    for name in [*SUITES, *CONTENDERS, "compare", "--budget"]:
+    for name in [*SUITES, *CONTENDERS, "compare", "--budget", "--graph"]:
         assert name in output
     assert OURS[0] in output
