@@ -22,8 +22,24 @@ from ia3rt.ops._op import Op, is_observed
 from ia3rt.ops._repeat import repeat_of
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_repeats: dict[object, dict[object, Callable[..., Any] | None]] = {}
-"""By op and what is fixed, then by what is not: what launches the same kernels again; None where nothing does."""
+_MOST = 512  # calls that are known of an op; each takes some kilobytes
+
+
+class _Calls:
+    """The calls of an op with fixed arguments that are laid out alike.
+
+    Attributes:
+        repeats: by all else that matters, what launches the same kernels again.
+        seen: those that were made once, and whether a second one is worth noting. One of its kind may be the only one,
+            as the length of a prompt is.
+    """
+
+    def __init__(self) -> None:
+        self.repeats: dict[object, Callable[..., Any]] = {}
+        self.seen: dict[object, bool] = {}
+
+
+_calls: dict[object, _Calls] = {}
 
 
 class Tables(Protocol):
@@ -47,7 +63,7 @@ class Bound:
 
     Args:
         op: the op.
-        fixed: arguments by name; one of them is a tensor.
+        fixed: arguments by name.
 
     Attributes:
         call: (tables, the op's other tensors in their order) to what the op returns.
@@ -64,14 +80,16 @@ class Bound:
         pointers = [tensor.data_ptr() for tensor in self._tensors.values()]
         layouts = tuple((name, _layout(tensor)) for name, tensor in self._tensors.items())
         rest = tuple((name, value) for name, value in fixed.items() if name not in self._tensors)
-        self._known = _repeats.setdefault((op, layouts, rest), {})
+        self._calls = _calls.setdefault((op, layouts, rest), _Calls())
         self.call = self._through_op
-        if _dispatch.backend(next(iter(self._tensors.values()))) == "triton" and not any(at % 16 for at in pointers):
+        if not any(at % 16 for at in pointers) and _dispatch.kernels_work():
             from ia3rt.kernels import launch  # not before: Triton may not be installed
 
             if launch.can_repeat():
                 make = _caller(len(self._inputs), len(pointers))
-                self.call = make(self._known, self._miss, launch.knobs.runtime, *self._tensors.values(), *pointers)
+                self.call = make(
+                    self._calls.repeats, self._miss, launch.knobs.runtime, *self._tensors.values(), *pointers
+                )
 
     def _arguments(self, tables: Tables, inputs: Sequence[Tensor]) -> list[Any]:
         given = {**self._fixed, **dict(zip(self._inputs, inputs, strict=True))}
@@ -87,13 +105,20 @@ class Bound:
 
         if any(map(is_observed, inputs)) or launch.is_watched() or any(at % 16 for at in _pointers(tables, inputs)):
             return self._through_op(tables, *inputs)
-        key = _key(tables, inputs)
-        if key in self._known:  # as None, or it would have been launched
+        key, calls = _key(tables, inputs), self._calls
+        if not calls.seen.get(key) or _dispatch.backend(inputs[0]) != "triton" or not _is_here(inputs[0]):
+            if len(calls.seen) >= _MOST:
+                calls.seen.clear()
+                calls.repeats.clear()
+            calls.seen.setdefault(key, True)
             return self._through_op(tables, *inputs)
         recorded = launch.record(self._op.body, *self._arguments(tables, inputs))
         names = *(f"x{i}" for i in range(len(inputs))), *(f"t{i}" for i in range(len(self._tensors))), "mixes", "route"
         bases = dict(zip(names, (*inputs, *self._tensors.values(), tables.mixes, tables.route), strict=True))
-        self._known[key] = repeat_of(recorded, bases) if _is_here(inputs[0]) else None
+        repeat = repeat_of(recorded, bases)
+        if repeat is not None:
+            calls.repeats[key] = repeat
+        calls.seen[key] = False
         return recorded.result
 
 

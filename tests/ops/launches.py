@@ -125,7 +125,7 @@ def main() -> None:
         fits = [R for R in worn if not isinstance(R, int) or count % R == 0]
         kinds = {name: RANDOM.choice(["plain", "plain or shifted", "half", "padded"]) for name in names}
         routes = RANDOM.sample(fits, min(2, len(fits)))
-        for _ in range(5):  # other tensors laid out alike, under two routes by turns
+        for _ in range(8):  # other tensors laid out alike, under two routes by turns
             given = {name: columns(kind, rows, width, dtype) for name, kind in kinds.items()}
             case.check(worn[RANDOM.choice(routes)], given)
     print(repeats)
