@@ -1,8 +1,8 @@
 """Times the way from a drop-in's forward to the call that launches, beside torch's own op: `ia3rt bench launch`.
 
 The CPU is taken for an H100. Kernels are compiled for it, and everything that Python does for a launch is done; the C
-launcher is replaced by a function that does nothing. So what is timed is what a GPU waits for in eager decoding, on this
-machine's processor, less the driver's own part.
+launcher is replaced by a function that does nothing. So what is timed is what a GPU waits for in eager decoding, on
+this machine's processor, less the driver's own part.
 """
 
 from __future__ import annotations

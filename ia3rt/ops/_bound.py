@@ -146,10 +146,11 @@ def _key(tables: Tables, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
 def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
     """Write `call` for so many inputs and fixed tensors."""
     xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
-    given, fixed = ", ".join(xs), ", ".join([*ts, *(f"p_{t}" for t in ts)])
+    given, fixed = ", ".join(xs), [*ts, *(f"p_{t}" for t in ts)]
+    arguments = ", ".join(["tables", *xs, *(f"p_{x}" for x in xs), *fixed, "*tables.at"])
     layouts = ", ".join(f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs)
     source = f"""
-def make(known, miss, hooks, {fixed}):
+def make({", ".join(["known", "miss", "hooks", *fixed])}):
     def call(tables, {given}):
         if (compiling() or grad() or modes() or functorch() is not None
                 or {" or ".join(f"type({x}) is not Tensor" for x in xs)}
@@ -159,7 +160,7 @@ def make(known, miss, hooks, {fixed}):
         repeat = known.get((tables.layout, device(), tf32(), x0.get_device(), {layouts}))
         if repeat is None or ({" | ".join(f"p_{x}" for x in xs)}) & 15:
             return miss(tables, {given})
-        return repeat(tables, {given}, {", ".join(f"p_{x}" for x in xs)}, {fixed}, *tables.at)
+        return repeat({arguments})
     return call
 """
     scope = {
