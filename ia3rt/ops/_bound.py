@@ -30,13 +30,11 @@ class Tables(Protocol):
     Attributes:
         mixes: int32 [slots, 2 + 2K].
         route: int32 [R].
-        at: where the two begin.
         layout: equal where the shapes of both are.
     """
 
     mixes: Tensor
     route: Tensor
-    at: tuple[int, int]
     layout: tuple[int, ...]
 
 
@@ -96,7 +94,9 @@ class Bound:
 
     def _miss(self, tables: Tables, *inputs: Tensor) -> Any:
         """The op's result; what it launches is noted, where a call that is like this one can launch it again."""
-        observed = any(map(is_observed, inputs)) or any(at % 16 for at in (*tables.at, *(x.data_ptr() for x in inputs)))
+        observed = any(map(is_observed, inputs)) or any(
+            x.data_ptr() % 16 for x in (*inputs, tables.mixes, tables.route)
+        )
         if observed or not _dispatch.may_repeat(inputs[0]) or not self._calls.is_second(_key(tables, inputs)):
             return self._through_op(tables, *inputs)
         names = *(f"x{i}" for i in range(len(inputs))), *(f"t{i}" for i in range(len(self._tensors))), "mixes", "route"
@@ -128,7 +128,7 @@ def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
     """Write `call` for so many inputs and fixed tensors."""
     xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
     given, fixed = ", ".join(xs), [*ts, *(f"p_{t}" for t in ts)]
-    arguments = ", ".join([*_parameters(inputs, tensors)[:-2], "*tables.at"])
+    arguments = ", ".join([*_parameters(inputs, tensors)[:-2], "tables.mixes.data_ptr()", "tables.route.data_ptr()"])
     layouts = ", ".join(f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs)
     source = f"""
 def make({", ".join(["known", "miss", "hooks", *fixed])}):

@@ -25,8 +25,7 @@ BANK = torch.ones(9, 4096)
 
 def tables(R: int, slots: int = 64, longest: int = 8) -> SimpleNamespace:
     mixes, route = torch.zeros(slots, 2 + 2 * longest, dtype=torch.int32), torch.zeros(R, dtype=torch.int32)
-    at = mixes.data_ptr(), route.data_ptr()
-    return SimpleNamespace(mixes=mixes, route=route, at=at, layout=(R, slots, longest))
+    return SimpleNamespace(mixes=mixes, route=route, layout=(R, slots, longest))
 
 
 def flat(value: object, names: dict[int, str]) -> object:
