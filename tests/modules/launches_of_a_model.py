@@ -12,7 +12,7 @@ import sys
 import torch
 from tiny import tiny_model, token_ids
 from torch import Tensor, nn
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from ia3rt.bench.compiled.driver import stop_at_launches
 
@@ -21,11 +21,14 @@ stop_at_launches(lambda *call: launched.append(call))
 
 import ia3rt  # noqa: E402
 from ia3rt.kernels import launch  # noqa: E402
+from ia3rt.modules import layer, mlp, pair, qkv  # noqa: E402
 from ia3rt.ops import _repeat  # noqa: E402
 
 repeated = 0
 if sys.argv[1] == "triton":
     launch.can_repeat = lambda: False  # type: ignore[assignment]
+    for drop_ins in (layer, mlp, pair, qkv):  # and nothing is prepared
+        drop_ins.can_prepare = lambda tables: False  # type: ignore[assignment]
 else:
     write = _repeat._Writer.function
 
@@ -81,7 +84,17 @@ def phi3() -> nn.Module:
     return Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0)).to(torch.bfloat16).eval()
 
 
-for make in (lambda: tiny_model("llama", torch.bfloat16), lambda: tiny_model("gpt2", torch.bfloat16), phi3):
+def mistral() -> nn.Module:
+    """Without biases."""
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2)).to(torch.bfloat16).eval()
+
+
+def tiny(family: str) -> nn.Module:
+    return tiny_model(family, torch.bfloat16)
+
+
+for make in (lambda: tiny("llama"), lambda: tiny("gpt2"), phi3, mistral):
     runtime = patched(make())
     model = runtime.model
     forward(runtime, 2, 1)
@@ -96,8 +109,14 @@ for make in (lambda: tiny_model("llama", torch.bfloat16), lambda: tiny_model("gp
         model.to(dtype)
         forward(runtime, 2, 1)
     model.to(torch.bfloat16)
+    forward(runtime, 2, 1)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    forward(runtime, 2, 1)
+    for parameter in model.parameters():  # at the same place
+        parameter.data = parameter.data.view(torch.float16)
+    forward(runtime, 2, 1)
+    model.to(torch.bfloat16)
     forward(runtime, 2, 1)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     forward(runtime, 2, 1)
