@@ -46,13 +46,14 @@ class _Writer:
         self._inputs = inputs
         self._made = {f"y{i}": tensor for i, tensor in enumerate(recorded.made)}
         self._bases = {**inputs, **self._made}
-        self._scope: dict[str, Any] = {"rebased": _rebased}
+        self._scope: dict[str, Any] = {"rebased": _rebased, "view": torch.as_strided}
 
     def function(self) -> Callable[..., Any]:
         from triton.runtime import driver
 
         results = self._recorded.result
         returned = self._results([results] if isinstance(results, Tensor) else results or [])
+        self._bases |= returned  # laid out as they are returned
         device = next(iter(self._inputs.values())).device
         self._scope |= {"empty": _EMPTY[device.type], "stream": driver.active.get_current_stream}
         lines = []
@@ -61,7 +62,12 @@ class _Writer:
             layout = tuple(made.shape), made.stride(), self._constant(made.dtype)
             lines.append(f"{name} = empty({layout[0]}, {layout[1]}, {layout[2]}); p_{name} = {name}.data_ptr()")
         lines.append(f"at = stream({max(0, device.index or 0)})")
-        for compiled, grid, arguments in self._recorded.launches:
+        for step in self._recorded.launches:
+            if hasattr(step, "out"):
+                arguments = ", ".join(map(self._tensor, step.arguments))
+                lines.append(f"{self._constant(step.function)}({arguments}, out={self._tensor(step.out)})")
+                continue
+            compiled, grid, arguments = step
             run = [self._constant(each) for each in (compiled.run, compiled.function, compiled.packed_metadata)]
             written = ", ".join(map(self._written, arguments))
             lines.append(f"{run[0]}({', '.join(map(str, grid))}, at, {run[1]}, {run[2]}, None, None, None, {written})")
@@ -78,7 +84,9 @@ class _Writer:
         for result in results:
             (name,) = [name for name, made in self._made.items() if _storage(made) == _storage(result)] or [""]
             made = self._made.get(name)
-            if made is None or name in named or made.numel() != result.numel() or made.dtype != result.dtype:
+            if made is None or name in named or (made.data_ptr(), made.dtype) != (result.data_ptr(), result.dtype):
+                raise _Unknown
+            if made.numel() != result.numel():
                 raise _Unknown
             named[name] = result
         return named
@@ -95,6 +103,18 @@ class _Writer:
             return f"rebased({self._constant(_rebased(value, None))}, {name})"
         is_literal = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
         return repr(value) if is_literal else self._constant(value)
+
+    def _tensor(self, tensor: Tensor) -> str:
+        """The tensor itself: the known one that begins there, or a view of it."""
+        name = self._pointer(tensor).removeprefix("p_")
+        if name not in self._made and name not in self._parameters:
+            raise _Unknown
+        base = self._bases[name]
+        if (base.shape, base.stride(), base.dtype) == (tensor.shape, tensor.stride(), tensor.dtype):
+            return name
+        if base.dtype != tensor.dtype:
+            raise _Unknown
+        return f"view({name}, {tuple(tensor.shape)}, {tensor.stride()}, {name}.storage_offset())"
 
     def _pointer(self, tensor: Tensor) -> str:
         """Where the tensor begins: the one among those known that begins there, or the only one of its storage."""
