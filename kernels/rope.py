@@ -43,6 +43,7 @@ def rope_kernel(
     C,
     mix_size,
     rows_per_mix,
+    PARTS: tl.constexpr,  # 3, or 2 where v is None: Triton 3.6 compares no tuple that holds a None, as v does without l
     HEADS_Q: tl.constexpr,
     HEADS_KV: tl.constexpr,
     GROUP_Q: tl.constexpr,
@@ -57,7 +58,7 @@ def rope_kernel(
     """Compute a group of heads for BLOCK_M rows. Programs that share rows, and so cos and sin, are neighbours."""
     OF_Q: tl.constexpr = HEADS_Q // GROUP_Q
     OF_KV: tl.constexpr = HEADS_KV // GROUP_KV
-    PROGRAMS: tl.constexpr = OF_Q + OF_KV if v is None else OF_Q + 2 * OF_KV
+    PROGRAMS: tl.constexpr = OF_Q + (PARTS - 1) * OF_KV
     program = tl.program_id(0) % PROGRAMS
     rows = tl.program_id(0) // PROGRAMS * BLOCK_M + tl.arange(0, BLOCK_M)
     read = rows < M
@@ -101,7 +102,7 @@ def rope_kernel(
                 INTERLEAVED,
                 TRANSPOSED,
             )
-        elif v is not None:
+        elif PARTS == 3:
             finish_heads(v, rows, y_rows, stride_y, read, written, None, None, worn, head, GROUP_KV, D, 0, False, False)
 
 
@@ -139,6 +140,7 @@ def _launch(
         cos.shape[0],
         mix_size(mixes),
         M // route.numel(),
+        PARTS=len(parts),
         HEADS_Q=heads_q,
         HEADS_KV=heads_kv,
         GROUP_Q=group_q,
