@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bar import Guarded, assert_meets_bar
+from bar import Guarded, assert_meets_bar, sums_of
 from grid import DTYPES, ROWS
 from torch import Tensor
 from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
@@ -47,7 +47,8 @@ class Layer:
         result.assert_untouched()
         exact = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
         truth = reference.linear(x.double(), **exact, mixes=mixes, route=route)
-        assert_meets_bar(result.out, reference.linear(x, **tensors, mixes=mixes, route=route), truth)
+        sums = sums_of(x, **tensors, mixes=mixes, route=route)
+        assert_meets_bar(result.out, reference.linear(x, **tensors, mixes=mixes, route=route), truth, sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -264,7 +265,8 @@ def check_pair(a: Layer, b: Layer, rows: int, route: Tensor, config=None, **chan
         result.assert_untouched()
         exact = {name: None if tensor is None else tensor.double() for name, tensor in layer.items()}
         truth = reference.linear(x.double(), **exact, l_in=None, mixes=mixes, route=route)
-        assert_meets_bar(y, reference.linear(x, **layer, l_in=None, mixes=mixes, route=route), truth)
+        sums = sums_of(x, **layer, l_in=None, mixes=mixes, route=route)
+        assert_meets_bar(y, reference.linear(x, **layer, l_in=None, mixes=mixes, route=route), truth, sums)
 
 
 def two_layers(device: torch.device, N: int, K: int, dtype: torch.dtype) -> tuple[Layer, Layer]:

@@ -2,7 +2,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from bar import Guarded, assert_meets_bar
+from bar import Guarded, assert_meets_bar, sums_of
 from torch import Tensor
 from workloads import POPULARITY, popularity, random_bank, random_mixes
 
@@ -101,7 +101,8 @@ class Layer:
         exact = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
         truth = reference.linear(x.double(), self.weight.dense, **exact, **arguments)
         in_torch = reference.linear(x, self.weight.dense.to(x.dtype), **tensors, **arguments)
-        assert_meets_bar(result.out, in_torch, truth)
+        sums = sums_of(x, self.weight.dense, **tensors, **arguments)
+        assert_meets_bar(result.out, in_torch, truth, sums)
 
 
 @pytest.mark.parametrize("kind", KINDS)
