@@ -250,6 +250,13 @@ def test_a_zero_factor_is_zero_and_the_identity_is_exact(device) -> None:
     assert (y[2:] == 0).all()
 
 
+@pytest.mark.parametrize("M", [4, 20])
+def test_a_long_sum(M, device) -> None:
+    """Compiled, and here as then, fp32 is added one product after another: in parts it errs no more than torch does."""
+    layer = Layer(device, N=64, K=14336)
+    layer.check(layer.randn(M, layer.K), layer.mixes(), layer.route("uniform", M), l_in=None)
+
+
 def check_pair(a: Layer, b: Layer, rows: int, route: Tensor, config=None, **changes: Tensor | None) -> None:
     """Compare two layers in one launch with the reference; `changes` are to the second."""
     x, mixes = a.randn(rows, a.K), a.mixes()

@@ -166,6 +166,13 @@ def test_programs_share_a_sum(kind, device) -> None:
     layer.check(layer.randn(18, layer.K), layer.route("zipf", 18), config)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_sum(kind, device) -> None:
+    """Compiled, and here as then, fp32 is added one product after another: in parts it errs no more than torch does."""
+    layer = Layer(device, kind, torch.float32, N=64, K=8192, g=128)
+    layer.check(layer.randn(4, layer.K), layer.route("uniform", 4))
+
+
 def test_strided_operands(device) -> None:
     layer = Layer(device, "int8")
     q, *rest = layer.weight.stored
