@@ -103,11 +103,12 @@ def measure_on(device: torch.device, rounds: int = 20, turns: int = 20) -> Measu
 
         def layer() -> Layer:
             l_out = None if shape.scales_input else inputs.site(shape.N)
-            return Layer(inputs.randn(shape.N, shape.K), None, l_out, inputs.randn(shape.rows, shape.N))
+            return Layer(inputs.randn(shape.N, shape.K), None, l_out)
 
         layers = [[layer() for _ in range(shape.layers)] for _ in range(copies)]
-        assert not shape.descriptors or fits_descriptors(x, layers[0])
-        runs = {index: _run(x, l_in, layers, routing, config) for index, config in enumerate(configs)}
+        ys = [inputs.randn(shape.rows, shape.N) for _ in range(shape.layers)]
+        assert not shape.descriptors or fits_descriptors(x, layers[0], ys)
+        runs = {index: _run(x, l_in, layers, ys, routing, config) for index, config in enumerate(configs)}
         ways = {}
         for index, run in runs.items():
             try:
@@ -125,14 +126,15 @@ def _run(
     x: Tensor,
     l_in: Tensor | None,
     layers: list[list[Layer]],
+    ys: list[Tensor],
     routing: tuple[Tensor, Tensor],
     config: LinearConfig | None,
 ) -> Callable[[int], None]:
     def run(turn: int) -> None:
         chosen = layers[turn % len(layers)]
         if config is None:
-            launch_library(x, l_in, chosen, *routing)
+            launch_library(x, l_in, chosen, ys, *routing)
         else:
-            launch(x, l_in, chosen, *routing, config)
+            launch(x, l_in, chosen, ys, *routing, config)
 
     return run

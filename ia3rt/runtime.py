@@ -279,7 +279,12 @@ class Runtime:
             raise ValueError("route needs at least one row")
         for mix in resolved:
             for adapter in mix.adapters:
-                _check_no_experts(adapter.name, adapter.sites)
+                site = adapter.site_in_experts
+                if site is not None:
+                    raise ValueError(
+                        f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
+                        "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
+                    )
         before = self._routing.route
         self._routing.wear(_indexed(Route.by_row(resolved), len(resolved), index))
         return self._restoring(before)
@@ -429,15 +434,6 @@ class Runtime:
                 self._merged = self._merged[0], before
             elif self._hooks is not None:
                 self._routing.restore(before)
-
-
-def _check_no_experts(name: str, sites: frozenset[Site]) -> None:
-    for site in sites:
-        if "experts" in site.path.split("."):
-            raise ValueError(
-                f"adapter {name!r} acts at {site}, inside a mixture's experts, where the rows of the batch are mixed "
-                "up: it can be worn by all rows (set_adapter), not by some"
-            )
 
 
 def _indexed(route: Route, mixes: int, index: Tensor | None) -> Route:

@@ -1,6 +1,6 @@
 """y = s ∘ act(gate) ∘ up, and y = s ∘ act(x): an MLP's activation, and the input site of the linear layer behind it.
 
-s is what each row's mix is at that site (scale.py; l_ff of IA³, Liu et al. 2022, section 3.3). It costs one multiply
+s is what each row's mix is at that site (mixes.py; l_ff of IA³, Liu et al. 2022, section 3.3). It costs one multiply
 here, where gate and up are read and y is written anyway; inside the GEMM behind it would cost far more (linear.py).
 The activations are those of activation_tile.py.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ia3rt.kernels.activation_tile import activate
 from ia3rt.kernels.configs import activation_config
-from ia3rt.kernels.scale import load_slots, mix_size, mixed_scale
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, mixed_scale, worn_by
 from ia3rt.reference import Activation
 
 
@@ -33,27 +33,26 @@ def _store(ptr, rows, N, cols, values, inside):
     tl.store(ptr + rows[:, None] * N + cols[None, :], values.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def activation_kernel(
     gate_ptr,  # [M, N], columns contiguous
     up_ptr,  # the same, or None
     y_ptr,  # [M, N], contiguous
-    l_ptr,  # [capacity, N], columns contiguous, or None
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
+    site,  # of width N
     stride_gate,
     stride_up,
-    stride_l,
+    N,
+    M,
     mix_size,
     rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     KIND: tl.constexpr,
-    UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Compute one tile of y. Programs that share columns of the bank are neighbours, so that these stay in L2."""
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -61,36 +60,34 @@ def activation_kernel(
     y, _ = activate(_load(gate_ptr, wide_rows, stride_gate, cols, inside), KIND)
     if up_ptr is not None:
         y *= _load(up_ptr, wide_rows, stride_up, cols, inside)
-    if l_ptr is not None:
-        slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
-        y *= mixed_scale(l_ptr, stride_l, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
+    if site.l is not None:
+        y *= mixed_scale(site, worn_by(rows, routing), cols, N, UNROLL=0)
     _store(y_ptr, wide_rows, N, cols, y, inside)
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def activation_gradient_kernel(
     dy_ptr,  # [M, N], columns contiguous
     gate_ptr,  # the same
     up_ptr,  # the same, or None
     dgate_ptr,  # [M, N], contiguous
     dup_ptr,  # the same, or None where up is
-    l_ptr,  # [capacity, N], columns contiguous, or None
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
+    site,  # of width N
     stride_dy,
     stride_gate,
     stride_up,
-    stride_l,
+    N,
+    M,
     mix_size,
     rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     KIND: tl.constexpr,
-    UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Compute one tile of dgate = s ∘ dy ∘ up ∘ act'(gate) and of dup = s ∘ dy ∘ act(gate)."""
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -99,9 +96,8 @@ def activation_gradient_kernel(
     dy = _load(dy_ptr, wide_rows, stride_dy, cols, inside)
     if up_ptr is not None:
         slope *= _load(up_ptr, wide_rows, stride_up, cols, inside)
-    if l_ptr is not None:
-        slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
-        dy *= mixed_scale(l_ptr, stride_l, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
+    if site.l is not None:
+        dy *= mixed_scale(site, worn_by(rows, routing), cols, N, UNROLL=0)
     if up_ptr is not None:
         _store(dup_ptr, wide_rows, N, cols, dy * act, inside)
     _store(dgate_ptr, wide_rows, N, cols, dy * slope, inside)
@@ -125,16 +121,11 @@ def _launch(
     kernel[triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)](
         *read,
         *written,
-        l,
-        mixes,
-        route,
-        M,
+        Site.of(l),
+        *(0 if tensor is None else tensor.stride(0) for tensor in read),
         N,
-        *(0 if tensor is None else tensor.stride(0) for tensor in (*read, l)),
-        mix_size(mixes),
-        M // route.numel(),
+        *Routing.of(mixes, route, M),
         KIND=kind,
-        UNIFORM=route.numel() == 1,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

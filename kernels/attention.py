@@ -19,42 +19,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.attention_decode import decode, splits_of
+from ia3rt.kernels.attention_inputs import Inputs
 from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import arch_of, attention_config
-from ia3rt.kernels.scale import mix_size
+from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
 
-@triton.jit(do_not_specialize=["B", "Sq", "Skv", "window", "mix_size", "rows_per_mix", "stride_table"])
+@triton.jit(do_not_specialize=[*ROUTING, "stride_table", "Sq", "Skv", "window"])
 def attention_kernel(
     out_ptr,  # [B, Sq, Hq, D], contiguous
     lse_ptr,  # fp32 [B, Hq, Sq], contiguous
-    q_ptr,  # [B, Hq, Sq, D]
-    k_ptr,  # [B, Hkv, Skv, D], or [pages, Hkv, page, D]
-    v_ptr,
-    mask_ptr,  # [B, Hq, Sq, Skv], int8 where it is boolean, or None
-    ranges_ptr,  # int32 [B, 2] or None
-    table_ptr,  # int32 [B, max pages] or None
-    l_k_ptr,
-    l_v_ptr,
-    mixes_ptr,
-    route_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    mask_strides,
-    stride_table,
-    page,
-    stride_l_k,
-    stride_l_v,
-    mix_size,
-    rows_per_mix,
-    B,
+    site_v,  # of width Hkv * D
+    site_k,  # the same
+    inputs,
+    stride_table,  # or None
+    window,  # or None
     Hq,
     Sq,
     Skv,
-    scale,
-    softcap,
-    window,
+    M,  # the sequences, B
+    mix_size,
+    rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -65,6 +52,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute one block of rows. Under a causal mask the last blocks have most to do, and go first."""
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     groups = Hq // GROUP
     b, first_head = tl.program_id(1) // groups, tl.program_id(1) % groups * GROUP
@@ -76,29 +64,12 @@ def attention_kernel(
         first_head,
         0,
         1,
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        mask_ptr,
-        ranges_ptr,
-        table_ptr,
-        l_k_ptr,
-        mixes_ptr,
-        route_ptr,
-        q_strides,
-        k_strides,
-        v_strides,
-        mask_strides,
+        inputs,
         stride_table,
-        page,
-        stride_l_k,
-        mix_size,
-        B,
-        rows_per_mix,
+        site_k,
+        routing,
         Sq,
         Skv,
-        scale,
-        softcap,
         window,
         CAUSAL,
         D,
@@ -109,28 +80,8 @@ def attention_kernel(
         BLOCK_D,
     )
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    finish(
-        acc,
-        most,
-        total,
-        b,
-        hkv,
-        first_head + rows % GROUP,
-        rows // GROUP,
-        out_ptr,
-        lse_ptr,
-        l_v_ptr,
-        mixes_ptr,
-        route_ptr,
-        stride_l_v,
-        mix_size,
-        B,
-        rows_per_mix,
-        Hq,
-        Sq,
-        D,
-        BLOCK_D,
-    )
+    heads, queries = first_head + rows % GROUP, rows // GROUP
+    finish(acc, most, total, b, hkv, heads, queries, out_ptr, lse_ptr, site_v, routing, Hq, Sq, D, BLOCK_D)
 
 
 def attention(
@@ -182,14 +133,11 @@ def attention(
     config = attention_config(rows, D, q.dtype, arch_of(q.device), masked=mask is not None)
     group = heads if packs else 1
     grid = (triton.cdiv(Sq * group, config.block_m), B * Hq // group)
-    shared = (
-        *(q, k, v, None if mask is None else mask.view(torch.int8) if mask.dtype == torch.bool else mask),
-        *(ranges, table, l_k, l_v, mixes, route),
-        *(q.stride()[:3], k.stride()[:3], v.stride()[:3], (0, 0, 0, 0) if mask is None else mask.stride()),
-        *(0 if table is None else table.stride(0), k.shape[2]),
-        *(0 if l is None else l.stride(0) for l in (l_k, l_v)),  # noqa: E741
-        *(mix_size(mixes), B // route.numel(), B, Hq, Sq, Skv, scale, softcap, window),
-    )
+    inputs = Inputs.of(q, k, v, mask, ranges, table, scale, softcap)
+    # As if the mixes were several where there is one: a load, but not another kernel for it to be built.
+    routing = Routing.of(mixes, route, B)._replace(rows_per_mix=B // route.numel())
+    sizes = None if table is None else table.stride(0), window, Hq, Sq, Skv
+    read = Site.of(l_k), inputs, *sizes, *routing
     constants = dict(
         CAUSAL=causal,
         D=D,
@@ -202,7 +150,7 @@ def attention(
     )
     splits = splits_of(grid[0] * grid[1], Skv, config.block_n, q.device) if packs else 1
     if splits > 1:
-        decode(o, lse, splits, grid, shared, constants)
+        decode(o, lse, splits, grid, read, Site.of(l_v), routing, constants)
     else:
-        attention_kernel[grid](o, lse, *shared, **constants)
+        attention_kernel[grid](o, lse, Site.of(l_v), *read, **constants)
     return o, lse

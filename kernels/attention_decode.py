@@ -17,39 +17,25 @@ from torch import Tensor
 
 from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import processors_of
+from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
 
-@triton.jit(do_not_specialize=["B", "Sq", "Skv", "window", "mix_size", "rows_per_mix", "stride_table"])
+@triton.jit(do_not_specialize=[*ROUTING, "stride_table", "Sq", "Skv", "window"])
 def decode_kernel(
     sums_ptr,  # fp32 [splits, B, Hq, Sq, D]
     ends_ptr,  # fp32 [2, splits, B, Hq, Sq]: the largest score, and Σ p
-    q_ptr,  # and the rest as attention_kernel
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    ranges_ptr,
-    table_ptr,
-    l_k_ptr,
-    l_v_ptr,
-    mixes_ptr,
-    route_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    mask_strides,
+    site_k,  # and the rest as attention_kernel
+    inputs,
     stride_table,
-    page,
-    stride_l_k,
-    stride_l_v,
-    mix_size,
-    rows_per_mix,
-    B,
+    window,
     Hq,
     Sq,
     Skv,
-    scale,
-    softcap,
-    window,
+    M,
+    mix_size,
+    rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,6 +46,7 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute what one share of the keys adds to one block of rows."""
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     groups = Hq // GROUP
     b, first_head = tl.program_id(1) // groups, tl.program_id(1) % groups * GROUP
     share, shares = tl.program_id(2), tl.num_programs(2)
@@ -70,29 +57,12 @@ def decode_kernel(
         first_head,
         share,
         shares,
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        mask_ptr,
-        ranges_ptr,
-        table_ptr,
-        l_k_ptr,
-        mixes_ptr,
-        route_ptr,
-        q_strides,
-        k_strides,
-        v_strides,
-        mask_strides,
+        inputs,
         stride_table,
-        page,
-        stride_l_k,
-        mix_size,
-        B,
-        rows_per_mix,
+        site_k,
+        routing,
         Sq,
         Skv,
-        scale,
-        softcap,
         window,
         CAUSAL,
         D,
@@ -104,37 +74,37 @@ def decode_kernel(
     )
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     queries, dims = rows // GROUP, tl.arange(0, BLOCK_D)
-    of_row = ((share * B + b).to(tl.int64) * Hq + first_head + rows % GROUP) * Sq + queries
+    of_row = ((share * M + b).to(tl.int64) * Hq + first_head + rows % GROUP) * Sq + queries
     mask = (queries < Sq)[:, None] & (dims < D)[None, :]
     tl.store(sums_ptr + of_row[:, None] * D + dims[None, :], acc, mask=mask)
     tl.store(ends_ptr + of_row, most, mask=queries < Sq)
-    tl.store(ends_ptr + shares.to(tl.int64) * B * Hq * Sq + of_row, total, mask=queries < Sq)
+    tl.store(ends_ptr + shares.to(tl.int64) * M * Hq * Sq + of_row, total, mask=queries < Sq)
 
 
-@triton.jit(do_not_specialize=["B", "Sq", "mix_size", "rows_per_mix", "splits"])
+@triton.jit(do_not_specialize=[*ROUTING, "Sq", "splits"])
 def combine_kernel(
     out_ptr,
     lse_ptr,
     sums_ptr,
     ends_ptr,
-    l_v_ptr,
-    mixes_ptr,
-    route_ptr,
-    stride_l_v,
-    mix_size,
-    rows_per_mix,
-    B,
+    site_v,
+    splits,
     Hq,
     Sq,
-    splits,
+    M,
+    mix_size,
+    rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Combine the shares of one row."""
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     query, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, BLOCK_D)
-    size = B.to(tl.int64) * Hq * Sq
+    size = M.to(tl.int64) * Hq * Sq
     row = (b.to(tl.int64) * Hq + head) * Sq + query + tl.arange(0, 1)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     most = tl.full([1], float("-inf"), tl.float32)
@@ -151,28 +121,7 @@ def combine_kernel(
         total = total * kept + its_total * added
         most = new
     heads, queries = head + tl.arange(0, 1), query + tl.arange(0, 1)
-    finish(
-        acc,
-        most,
-        total,
-        b,
-        head // HEADS,
-        heads,
-        queries,
-        out_ptr,
-        lse_ptr,
-        l_v_ptr,
-        mixes_ptr,
-        route_ptr,
-        stride_l_v,
-        mix_size,
-        B,
-        rows_per_mix,
-        Hq,
-        Sq,
-        D,
-        BLOCK_D,
-    )
+    finish(acc, most, total, b, head // HEADS, heads, queries, out_ptr, lse_ptr, site_v, routing, Hq, Sq, D, BLOCK_D)
 
 
 def splits_of(programs: int, Skv: int, block_n: int, device: torch.device) -> int:
@@ -185,30 +134,30 @@ def splits_of(programs: int, Skv: int, block_n: int, device: torch.device) -> in
 
 
 def decode(
-    o: Tensor, lse: Tensor, splits: int, grid: tuple[int, int], shared: tuple[Any, ...], constants: dict[str, Any]
+    o: Tensor,
+    lse: Tensor,
+    splits: int,
+    grid: tuple[int, int],
+    read: tuple[Any, ...],
+    site_v: Site,
+    routing: Routing,
+    constants: dict[str, Any],
 ) -> None:
-    """Write o and lse; the arguments are what attention_kernel is launched with."""
+    """Write o and lse; `read` is what attention_kernel would be launched with behind site_v."""
     B, Sq, Hq, D = o.shape
     sums = o.new_empty((splits, B, Hq, Sq, D), dtype=torch.float32)
     ends = o.new_empty((2, splits, B, Hq, Sq), dtype=torch.float32)
-    decode_kernel[(*grid, splits)](sums, ends, *shared, **constants)
-    l_v, mixes, route = shared[7:10]
-    stride_l_v, mix_size, rows_per_mix = shared[17:20]
+    decode_kernel[(*grid, splits)](sums, ends, *read, **constants)
     combine_kernel[(Sq, Hq, B)](
         o,
         lse,
         sums,
         ends,
-        l_v,
-        mixes,
-        route,
-        stride_l_v,
-        mix_size,
-        rows_per_mix,
-        B,
+        site_v,
+        splits,
         Hq,
         Sq,
-        splits,
+        *routing,
         D=D,
         HEADS=constants["HEADS"],
         BLOCK_D=constants["BLOCK_D"],

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.attention_tile import masked, scores, sees, span
+from ia3rt.kernels.attention_inputs import Inputs, masked
+from ia3rt.kernels.attention_tile import scores, sees, span
 from ia3rt.kernels.configs import arch_of, attention_gradient_configs
 
 
@@ -52,26 +53,23 @@ def _probabilities(
     delta,
     queries,
     keys,
-    mask_ptr,
+    inputs,
     mask_rows,
-    stride_key,
     start,
     end,
     shift,
     Sq,
-    scale,
-    softcap,
     window,
     CAUSAL: tl.constexpr,
 ):
     """Return (P, ds) of q·k and do·v; queries, lse and delta broadcast against keys."""
-    s, capped = scores(dots, scale, softcap)
+    s, capped = scores(dots, inputs)
     seen = sees(queries, keys, start, end, shift, window, CAUSAL) & (queries < Sq)
-    if mask_ptr is not None:
-        s = masked(s, mask_ptr, mask_rows, keys, stride_key, seen)
+    if inputs.mask is not None:
+        s = masked(s, inputs, mask_rows, keys, seen)
     p = tl.where(seen, tl.exp2(s - lse), 0.0)
     ds = p * (dps - delta)
-    if softcap is not None:
+    if inputs.softcap is not None:
         ds = ds * (1 - capped * capped)
     return p, ds
 
@@ -81,22 +79,12 @@ def key_gradient_kernel(
     dk_ptr,  # [B, Hkv, Skv, D], contiguous
     dv_ptr,
     do_ptr,  # [B, Sq, Hq, D], contiguous
-    q_ptr,
-    k_ptr,
-    v_ptr,
     lse_ptr,
     delta_ptr,
-    mask_ptr,
-    ranges_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    mask_strides,
+    inputs,
     Hq,
     Sq,
     Skv,
-    scale,
-    softcap,
     window,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
@@ -107,17 +95,18 @@ def key_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute dk and dv of one block of keys."""
+    of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     Hkv = Hq // HEADS
     b, hkv = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
     first = tl.program_id(0) * BLOCK_N
     keys, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    start, end, shift, _, _ = span(b, 0, 0, ranges_ptr, None, Sq, Skv, None, False)
+    start, end, shift, _, _ = span(b, 0, 0, inputs, Sq, Skv, None, False)
     own = (keys < Skv)[:, None] & (dims < D)[None, :]
     wide_b = b.to(tl.int64)
-    k_rows = wide_b * k_strides[0] + hkv * k_strides[1] + keys.to(tl.int64) * k_strides[2]
-    v_rows = wide_b * v_strides[0] + hkv * v_strides[1] + keys.to(tl.int64) * v_strides[2]
-    k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
-    v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    k_rows = wide_b * of_k.b + hkv * of_k.head + keys.to(tl.int64) * of_k.row
+    v_rows = wide_b * of_v.b + hkv * of_v.head + keys.to(tl.int64) * of_v.row
+    k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
     low, high = 0, Sq
     if CAUSAL:
         low = max(0, first - shift) // BLOCK_M * BLOCK_M
@@ -130,18 +119,16 @@ def key_gradient_kernel(
         for query in range(low, high, BLOCK_M):
             queries = query + tl.arange(0, BLOCK_M)
             there = (queries < Sq)[:, None] & (dims < D)[None, :]
-            q_rows = wide_b * q_strides[0] + head * q_strides[1] + queries.to(tl.int64) * q_strides[2]
-            q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
+            q_rows = wide_b * of_q.b + head * of_q.head + queries.to(tl.int64) * of_q.row
+            q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
             do_rows = ((wide_b * Sq + queries) * Hq + head) * D
             do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=there, other=0.0)
             of_row = (wide_b * Hq + head) * Sq + queries
             lse = tl.load(lse_ptr + of_row, mask=queries < Sq, other=0.0)
             delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
             mask_rows = wide_b
-            if mask_ptr is not None:
-                mask_rows = (
-                    wide_b * mask_strides[0] + head * mask_strides[1] + queries.to(tl.int64) * mask_strides[2]
-                )[None, :]
+            if inputs.mask is not None:
+                mask_rows = (wide_b * of_mask.b + head * of_mask.head + queries.to(tl.int64) * of_mask.row)[None, :]
             p, ds = _probabilities(
                 tl.dot(k, tl.trans(q), input_precision=PRECISION),
                 tl.dot(v, tl.trans(do), input_precision=PRECISION),
@@ -149,22 +136,19 @@ def key_gradient_kernel(
                 delta[None, :],
                 queries[None, :],
                 keys[:, None],
-                mask_ptr,
+                inputs,
                 mask_rows,
-                mask_strides[3],
                 start,
                 end,
                 shift,
                 Sq,
-                scale,
-                softcap,
                 window,
                 CAUSAL,
             )
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     rows = (tl.program_id(1).to(tl.int64) * Skv + keys) * D
-    tl.store(dk_ptr + rows[:, None] + dims[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=own)
+    tl.store(dk_ptr + rows[:, None] + dims[None, :], (dk * inputs.scale).to(dk_ptr.dtype.element_ty), mask=own)
     tl.store(dv_ptr + rows[:, None] + dims[None, :], dv.to(dv_ptr.dtype.element_ty), mask=own)
 
 
@@ -172,22 +156,12 @@ def key_gradient_kernel(
 def query_gradient_kernel(
     dq_ptr,  # [B, Hq, Sq, D], contiguous
     do_ptr,  # and the rest as key_gradient_kernel
-    q_ptr,
-    k_ptr,
-    v_ptr,
     lse_ptr,
     delta_ptr,
-    mask_ptr,
-    ranges_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    mask_strides,
+    inputs,
     Hq,
     Sq,
     Skv,
-    scale,
-    softcap,
     window,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
@@ -198,34 +172,33 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute dq of one block of queries. Under a causal mask the last blocks have most to do, and go first."""
+    of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, head = tl.program_id(1) // Hq, tl.program_id(1) % Hq
     hkv = head // HEADS
     queries, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     own = (queries < Sq)[:, None] & (dims < D)[None, :]
     wide_b = b.to(tl.int64)
-    q_rows = wide_b * q_strides[0] + head * q_strides[1] + queries.to(tl.int64) * q_strides[2]
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    q_rows = wide_b * of_q.b + head * of_q.head + queries.to(tl.int64) * of_q.row
+    q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=own, other=0.0)
     do_rows = ((wide_b * Sq + queries) * Hq + head) * D
     do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=own, other=0.0)
     of_row = (wide_b * Hq + head) * Sq + queries
     lse = tl.load(lse_ptr + of_row, mask=queries < Sq, other=0.0)
     delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
     mask_rows = wide_b
-    if mask_ptr is not None:
-        mask_rows = (wide_b * mask_strides[0] + head * mask_strides[1] + queries.to(tl.int64) * mask_strides[2])[
-            :, None
-        ]
+    if inputs.mask is not None:
+        mask_rows = (wide_b * of_mask.b + head * of_mask.head + queries.to(tl.int64) * of_mask.row)[:, None]
     last = min(Sq, first + BLOCK_M) - 1
-    start, end, shift, begin, stop = span(b, first, last, ranges_ptr, None, Sq, Skv, window, CAUSAL)
+    start, end, shift, begin, stop = span(b, first, last, inputs, Sq, Skv, window, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in range(max(begin, 0) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         there = (keys < end)[:, None] & (dims < D)[None, :]
-        k_rows = wide_b * k_strides[0] + hkv * k_strides[1] + keys.to(tl.int64) * k_strides[2]
-        v_rows = wide_b * v_strides[0] + hkv * v_strides[1] + keys.to(tl.int64) * v_strides[2]
-        k = tl.load(k_ptr + k_rows[:, None] + dims[None, :], mask=there, other=0.0)
-        v = tl.load(v_ptr + v_rows[:, None] + dims[None, :], mask=there, other=0.0)
+        k_rows = wide_b * of_k.b + hkv * of_k.head + keys.to(tl.int64) * of_k.row
+        v_rows = wide_b * of_v.b + hkv * of_v.head + keys.to(tl.int64) * of_v.row
+        k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=there, other=0.0)
+        v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=there, other=0.0)
         _, ds = _probabilities(
             tl.dot(q, tl.trans(k), input_precision=PRECISION),
             tl.dot(do, tl.trans(v), input_precision=PRECISION),
@@ -233,21 +206,18 @@ def query_gradient_kernel(
             delta[:, None],
             queries[:, None],
             keys[None, :],
-            mask_ptr,
+            inputs,
             mask_rows,
-            mask_strides[3],
             start,
             end,
             shift,
             Sq,
-            scale,
-            softcap,
             window,
             CAUSAL,
         )
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     rows = (tl.program_id(1).to(tl.int64) * Sq + queries) * D
-    tl.store(dq_ptr + rows[:, None] + dims[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=own)
+    tl.store(dq_ptr + rows[:, None] + dims[None, :], (dq * inputs.scale).to(dq_ptr.dtype.element_ty), mask=own)
 
 
 def attention_gradient(
@@ -293,10 +263,8 @@ def attention_gradient(
     delta_kernel[(triton.cdiv(rows, 16),)](
         delta, do, o, rows, Hq, Sq, D=D, BLOCK_M=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True
     )
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.int8)
-    strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], (0, 0, 0, 0) if mask is None else mask.stride())
-    shared = (do, q, k, v, lse, delta, mask, ranges, *strides, Hq, Sq, Skv, scale, softcap, window)
+    inputs = Inputs.of(q, k, v, mask, ranges, None, scale, softcap)
+    shared = do, lse, delta, inputs, Hq, Sq, Skv, window
     constants = dict(
         CAUSAL=causal,
         D=D,

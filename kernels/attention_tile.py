@@ -11,9 +11,8 @@ Scores are in base 2: log2(e) is in the softmax scale. A row's maximum is −inf
 import triton
 import triton.language as tl
 
-from ia3rt.kernels.scale import load_slots, mixed_scale
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ia3rt.kernels.attention_inputs import LOG2_E, key_rows, masked, rows_of
+from ia3rt.kernels.mixes import mixed_scale, worn_by
 
 
 @triton.jit
@@ -27,27 +26,27 @@ def tanh(x):
 
 
 @triton.jit
-def scores(dots, scale, softcap):
+def scores(dots, inputs):
     """Return (scores in base 2, tanh of the capped score) of q·k; without a softcap the latter is not used."""
-    if softcap is None:
-        s, capped = dots * (scale * LOG2_E), dots
+    if inputs.softcap is None:
+        s, capped = dots * (inputs.scale * LOG2_E), dots
     else:
-        capped = tanh(dots * (scale / softcap))
-        s = capped * (softcap * LOG2_E)
+        capped = tanh(dots * (inputs.scale / inputs.softcap))
+        s = capped * (inputs.softcap * LOG2_E)
     return s, capped
 
 
 @triton.jit
-def span(b, first, last, ranges_ptr, table_ptr, Sq, Skv, window, CAUSAL: tl.constexpr):
+def span(b, first, last, inputs, Sq, Skv, window, CAUSAL: tl.constexpr):
     """Return what queries `first` to `last` of sequence b see: (start, end, shift, begin, stop).
 
     Keys start ≤ j < end exist; query i is in the place of key i + shift; none of these sees a key but begin ≤ j < stop.
     """
     start, end, shift = 0, Skv, Skv - Sq
-    if ranges_ptr is not None:
-        start = tl.load(ranges_ptr + 2 * b)
-        end = min(Skv, tl.load(ranges_ptr + 2 * b + 1))
-        if table_ptr is not None:
+    if inputs.ranges is not None:
+        start = tl.load(inputs.ranges + 2 * b)
+        end = min(Skv, tl.load(inputs.ranges + 2 * b + 1))
+        if inputs.table is not None:
             shift = end - Sq
     begin, stop = start, end
     if CAUSAL:
@@ -71,27 +70,6 @@ def sees(queries, keys, start, end, shift, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def key_rows(b, head, keys, inside, table_ptr, stride_table, page, strides):
-    """Return the 64-bit offsets of keys [N]: of sequence b, or of the pages that its row of the table names."""
-    where, places = b.to(tl.int64), keys
-    if table_ptr is not None:
-        where = tl.load(table_ptr + b * stride_table + keys // page, mask=inside, other=0).to(tl.int64)
-        places = keys % page
-    return where * strides[0] + head.to(tl.int64) * strides[1] + places.to(tl.int64) * strides[2]
-
-
-@triton.jit
-def masked(s, mask_ptr, mask_rows, keys, stride_key, inside):
-    """Add an additive mask to scores in base 2, or take out what a boolean one takes out."""
-    mask_ptrs = mask_ptr + mask_rows + keys.to(tl.int64) * stride_key
-    if mask_ptr.dtype.element_ty == tl.int8:
-        s = tl.where(tl.load(mask_ptrs, mask=inside, other=0) != 0, s, float("-inf"))
-    else:
-        s += tl.load(mask_ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-    return s
-
-
-@triton.jit
 def attend(
     block,  # which block of query rows
     b,
@@ -99,29 +77,12 @@ def attend(
     first_head,  # the query head of the block's first row
     share,  # which of `shares` parts of the keys
     shares,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    ranges_ptr,
-    table_ptr,
-    l_k_ptr,
-    mixes_ptr,
-    route_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    mask_strides,
+    inputs,
     stride_table,
-    page,
-    stride_l_k,
-    mix_size,
-    B,
-    rows_per_mix,
+    site_k,
+    routing,
     Sq,
     Skv,
-    scale,
-    softcap,
     window,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
@@ -135,17 +96,16 @@ def attend(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     queries, heads = rows // GROUP, first_head + rows % GROUP
     dims = tl.arange(0, BLOCK_D)
-    q_rows = b.to(tl.int64) * q_strides[0] + heads.to(tl.int64) * q_strides[1] + queries.to(tl.int64) * q_strides[2]
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=(queries < Sq)[:, None] & (dims < D)[None, :], other=0.0)
-    if l_k_ptr is not None:
-        slots = load_slots(route_ptr, b + tl.arange(0, 1), B, rows_per_mix, UNIFORM=False)
-        cols = hkv * D + dims
-        s_k = mixed_scale(l_k_ptr, stride_l_k, mixes_ptr, mix_size, slots, cols, (hkv + 1) * D, UNROLL=0)
-        q = (q.to(tl.float32) * s_k).to(q_ptr.dtype.element_ty)
+    q_rows = rows_of(b, heads, queries, inputs.q_strides)
+    there = (queries < Sq)[:, None] & (dims < D)[None, :]
+    q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
+    if site_k.l is not None:
+        s_k = mixed_scale(site_k, worn_by(b + tl.arange(0, 1), routing), hkv * D + dims, (hkv + 1) * D, UNROLL=0)
+        q = (q.to(tl.float32) * s_k).to(inputs.q.dtype.element_ty)
 
     first = block * BLOCK_M // GROUP
     last = min(Sq - 1, (block * BLOCK_M + BLOCK_M - 1) // GROUP)
-    start, end, shift, begin, stop = span(b, first, last, ranges_ptr, table_ptr, Sq, Skv, window, CAUSAL)
+    start, end, shift, begin, stop = span(b, first, last, inputs, Sq, Skv, window, CAUSAL)
     begin = max(begin, 0) // BLOCK_N * BLOCK_N
     part = tl.cdiv(tl.cdiv(max(stop - begin, 0), BLOCK_N), shares) * BLOCK_N
     begin += share * part
@@ -162,43 +122,39 @@ def attend(
     outer = max(min(max(outer, 0) // BLOCK_N * BLOCK_N, stop), inner)
 
     mask_rows = b.to(tl.int64)
-    if mask_ptr is not None:
-        mask_rows = (
-            b.to(tl.int64) * mask_strides[0]
-            + heads.to(tl.int64) * mask_strides[1]
-            + queries.to(tl.int64) * mask_strides[2]
-        )[:, None]
+    if inputs.mask is not None:
+        mask_rows = rows_of(b, heads, queries, inputs.mask_strides)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for phase in tl.static_range(3):
         # Where nothing bounds keys from below, there is no first part.
-        if phase > 0 or window is not None or ranges_ptr is not None:
+        if phase > 0 or window is not None or inputs.ranges is not None:
             low = begin if phase == 0 else (inner if phase == 1 else outer)
             high = inner if phase == 0 else (outer if phase == 1 else stop)
             for key in range(low, high, BLOCK_N):
                 keys = key + tl.arange(0, BLOCK_N)
                 inside = keys < end
-                k_rows = key_rows(b, hkv, keys, inside, table_ptr, stride_table, page, k_strides)
-                k_ptrs = k_ptr + k_rows[None, :] + dims[:, None]
-                v_rows = key_rows(b, hkv, keys, inside, table_ptr, stride_table, page, v_strides)
-                v_ptrs = v_ptr + v_rows[:, None] + dims[None, :]
+                k_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.k_strides)
+                k_ptrs = inputs.k + k_rows[None, :] + dims[:, None]
+                v_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.v_strides)
+                v_ptrs = inputs.v + v_rows[:, None] + dims[None, :]
                 if phase == 1 and D == BLOCK_D:
                     k = tl.load(k_ptrs)
                 elif phase == 1:
                     k = tl.load(k_ptrs, mask=(dims < D)[:, None], other=0.0)
                 else:
                     k = tl.load(k_ptrs, mask=inside[None, :] & (dims < D)[:, None], other=0.0)
-                s, _ = scores(tl.dot(q, k, input_precision=PRECISION), scale, softcap)
-                if mask_ptr is not None:
+                s, _ = scores(tl.dot(q, k, input_precision=PRECISION), inputs)
+                if inputs.mask is not None:
                     within = inside[None, :] & (queries < Sq)[:, None]
-                    s = masked(s, mask_ptr, mask_rows, keys[None, :], mask_strides[3], within)
+                    s = masked(s, inputs, mask_rows, keys[None, :], within)
                 if phase != 1:
                     seen = sees(queries[:, None], keys[None, :], start, end, shift, window, CAUSAL)
                     s = tl.where(seen, s, float("-inf"))
                 new = tl.maximum(most, tl.max(s, 1))
                 safe = new
-                if phase != 1 or mask_ptr is not None:
+                if phase != 1 or inputs.mask is not None:
                     safe = tl.where(new == float("-inf"), 0.0, new)  # −inf − −inf is not a number
                 p = tl.exp2(s - safe[:, None])
                 kept = tl.exp2(most - safe)
@@ -225,25 +181,19 @@ def finish(
     queries,
     out_ptr,
     lse_ptr,
-    l_v_ptr,
-    mixes_ptr,
-    route_ptr,
-    stride_l_v,
-    mix_size,
-    B,
-    rows_per_mix,
+    site_v,
+    routing,
     Hq,
     Sq,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Divide by the sum, scale by l_v, round and store; a row that saw no key is 0, and its logsumexp +inf."""
+    """Divide by the sum, scale by s_v, round and store; a row that saw no key is 0, and its logsumexp +inf."""
     dims = tl.arange(0, BLOCK_D)
     y = acc / tl.where(total == 0, 1.0, total)[:, None]
-    if l_v_ptr is not None:
-        slots = load_slots(route_ptr, b + tl.arange(0, 1), B, rows_per_mix, UNIFORM=False)
-        cols = hkv * D + dims
-        y = y * mixed_scale(l_v_ptr, stride_l_v, mixes_ptr, mix_size, slots, cols, (hkv + 1) * D, UNROLL=0)
+    if site_v.l is not None:
+        worn = worn_by(b + tl.arange(0, 1), routing)
+        y = y * mixed_scale(site_v, worn, hkv * D + dims, (hkv + 1) * D, UNROLL=0)
     y_rows = ((b.to(tl.int64) * Sq + queries) * Hq + heads) * D
     tl.store(
         out_ptr + y_rows[:, None] + dims[None, :],

@@ -1,6 +1,6 @@
 """h = s ∘ act(W_gate x + b_gate) ∘ (W_up x + b_up): the first half of a gated MLP, from one reading of x.
 
-s is what each row's mix is at the input site of the linear layer behind it (scale.py; l_ff of IA³, Liu et al. 2022,
+s is what each row's mix is at the input site of the linear layer behind it (mixes.py; l_ff of IA³, Liu et al. 2022,
 section 3.3). Both sums share each tile of x, and what leaves the kernel is h: gate and up, twice as large, are neither
 written nor read again. Without up it is s ∘ act(W x + b), of an MLP that is not gated. The activations are those of
 activation_tile.py.
@@ -23,33 +23,30 @@ from ia3rt.kernels.configs import arch_of, gate_up_config, processors_of
 from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors, gate_up_tma
 from ia3rt.kernels.linear_tile import add_part, tile_of
-from ia3rt.kernels.scale import load_slots, mix_size
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 from ia3rt.kernels.tuned import LinearConfig
 from ia3rt.reference import Activation
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def gate_up_kernel(
     x_ptr,  # [M, K], columns contiguous
     gate_ptr,  # [N, K], any strides
-    bias_gate_ptr,  # [N] or None
     up_ptr,  # [N, K], strided as gate is; or None
-    bias_up_ptr,  # [N] or None
+    biases,  # of gate and of up, [N] or None
     y_ptr,  # [M, N], contiguous
-    l_ptr,  # [capacity, N], columns contiguous, or None
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
-    K,
-    stride_x,
+    site,  # of width N
     stride_wn,
     stride_wk,
-    stride_l,
+    stride_x,
+    K,
+    N,
+    M,
     mix_size,
     rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     KIND: tl.constexpr,
-    UNIFORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,26 +96,8 @@ def gate_up_kernel(
         gate += gate_part
         if up_ptr is not None:
             up += up_part
-    slots = load_slots(route_ptr, row + tl.arange(0, BLOCK_M), M, rows_per_mix, UNIFORM)
-    finish_gate_up(
-        gate,
-        up,
-        row,
-        col,
-        y_ptr,
-        bias_gate_ptr,
-        bias_up_ptr,
-        l_ptr,
-        stride_l,
-        mixes_ptr,
-        mix_size,
-        slots,
-        M,
-        N,
-        KIND,
-        PIECE,
-        BY_DESCRIPTOR=False,
-    )
+    worn = worn_by(row + tl.arange(0, BLOCK_M), Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
+    finish_gate_up(gate, up, row, col, y_ptr, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR=False)
 
 
 def gate_up(
@@ -153,14 +132,17 @@ def gate_up(
     y = x.new_empty((x.shape[0], gate.shape[0])) if out is None else out
     if x.shape[0] == 0:
         return y
-    config = config or plan(x, gate, up, y, route.numel() == 1)
-    arguments = x, gate, bias_gate, up, bias_up, y, l, mixes, route, kind
+    routing = Routing.of(mixes, route, x.shape[0])
+    config = config or plan(x, gate, up, y, routing.is_uniform)
+    biases = bias_gate, bias_up
     if config is None:
-        _launch_library(*arguments)
+        gated = torch.nn.functional.linear(x, gate, bias_gate)
+        multiplied = None if up is None else torch.nn.functional.linear(x, up, bias_up)
+        activation(gated, multiplied, l, mixes, route, kind, out=y)
     elif config.resident:
-        gate_up_tma(*arguments, config, processors_of(x.device))
+        gate_up_tma(x, gate, up, biases, Site.of(l), y, routing, kind, config, processors_of(x.device))
     else:
-        _launch_pointers(*arguments, config)
+        _launch_pointers(x, gate, up, biases, Site.of(l), y, routing, kind, config)
     return y
 
 
@@ -181,34 +163,14 @@ def plan(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor, uniform: bool) -
     return config
 
 
-def _launch_library(
-    x: Tensor,
-    gate: Tensor,
-    bias_gate: Tensor | None,
-    up: Tensor | None,
-    bias_up: Tensor | None,
-    y: Tensor,
-    l: Tensor | None,  # noqa: E741
-    mixes: Tensor,
-    route: Tensor,
-    kind: Activation,
-) -> None:
-    """Let torch multiply, and launch the activation behind it."""
-    gated = torch.nn.functional.linear(x, gate, bias_gate)
-    multiplied = None if up is None else torch.nn.functional.linear(x, up, bias_up)
-    activation(gated, multiplied, l, mixes, route, kind, out=y)
-
-
 def _launch_pointers(
     x: Tensor,
     gate: Tensor,
-    bias_gate: Tensor | None,
     up: Tensor | None,
-    bias_up: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    site: Site,
     y: Tensor,
-    l: Tensor | None,  # noqa: E741
-    mixes: Tensor,
-    route: Tensor,
+    routing: Routing,
     kind: Activation,
     config: LinearConfig,
 ) -> None:
@@ -217,23 +179,16 @@ def _launch_pointers(
     gate_up_kernel[(config.tiles(M, N),)](
         x,
         gate,
-        bias_gate,
         up,
-        bias_up,
+        biases,
         y,
-        l,
-        mixes,
-        route,
-        M,
-        N,
-        K,
-        x.stride(0),
+        site,
         *gate.stride(),
-        0 if l is None else l.stride(0),
-        mix_size(mixes),
-        M // route.numel(),
+        x.stride(0),
+        K,
+        N,
+        *routing,
         KIND=kind,
-        UNIFORM=route.numel() == 1,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         **config.build_options(),
     )

@@ -31,13 +31,9 @@ def finish_gate_up(
     row,
     col,
     y,  # a pointer to [M, N], contiguous; or a tensor descriptor with blocks [rows, PIECE]
-    bias_gate_ptr,
-    bias_up_ptr,
-    l_ptr,
-    stride_l,
-    mixes_ptr,
-    mix_size,
-    slots,
+    biases,  # of gate and of up, [N] or None
+    site,
+    worn,
     M,
     N,
     KIND: tl.constexpr,
@@ -54,48 +50,13 @@ def finish_gate_up(
         up_left, up_right = None, None
         if up is not None:
             up_left, up_right = _halves(up)
-        finish_gate_up(
-            left,
-            up_left,
-            row,
-            col,
-            y,
-            bias_gate_ptr,
-            bias_up_ptr,
-            l_ptr,
-            stride_l,
-            mixes_ptr,
-            mix_size,
-            slots,
-            M,
-            N,
-            KIND,
-            PIECE,
-            BY_DESCRIPTOR,
-        )
-        finish_gate_up(
-            right,
-            up_right,
-            row,
-            col + width // 2,
-            y,
-            bias_gate_ptr,
-            bias_up_ptr,
-            l_ptr,
-            stride_l,
-            mixes_ptr,
-            mix_size,
-            slots,
-            M,
-            N,
-            KIND,
-            PIECE,
-            BY_DESCRIPTOR,
-        )
+        finish_gate_up(left, up_left, row, col, y, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR)
+        col += width // 2
+        finish_gate_up(right, up_right, row, col, y, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR)
     else:
         cols = col + tl.arange(0, width)
-        h, _ = activate(_add_bias(gate, bias_gate_ptr, cols, N), KIND)
+        h, _ = activate(_add_bias(gate, biases[0], cols, N), KIND)
         if up is not None:
-            h *= _add_bias(up, bias_up_ptr, cols, N)
+            h *= _add_bias(up, biases[1], cols, N)
         # The rest is the end of a linear layer that has no bias.
-        finish(h, row, col, y, None, l_ptr, stride_l, mixes_ptr, mix_size, slots, M, N, PIECE, BY_DESCRIPTOR)
+        finish(h, row, col, y, None, site, worn, M, N, PIECE, BY_DESCRIPTOR)

@@ -15,31 +15,28 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.linear_tile import tile_of
 from ia3rt.kernels.linear_tma import is_describable
-from ia3rt.kernels.scale import load_slots, mix_size
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 from ia3rt.kernels.tuned import LinearConfig
 from ia3rt.reference import Activation
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def gate_up_tma_kernel(
     x,  # descriptor of [M, K], blocks [BLOCK_M, BLOCK_K]
     gate,  # descriptor of [N, K], blocks [BLOCK_N, BLOCK_K]; where TRANSPOSED of [K, N], blocks [BLOCK_K, BLOCK_N]
-    bias_gate_ptr,  # [N] or None
     up,  # as gate, or None
-    bias_up_ptr,  # [N] or None
+    biases,  # of gate and of up, [N] or None
     y,  # descriptor of [M, N], blocks [BLOCK_M, PIECE]
-    l_ptr,  # [capacity, N], columns contiguous, or None
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
+    site,  # of width N
     K,
-    stride_l,
+    N,
+    M,
     mix_size,
     rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     TRANSPOSED: tl.constexpr,
     KIND: tl.constexpr,
-    UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,6 +44,7 @@ def gate_up_tma_kernel(
     PIECE: tl.constexpr,
 ):
     """Compute this program's tiles of y. What a descriptor reads past the end is zero, what it writes is dropped."""
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -62,26 +60,8 @@ def gate_up_tma_kernel(
                 w_up = up.load([k, col]) if TRANSPOSED else up.load([col, k]).T
                 up_sum = tl.dot(x_tile, w_up, up_sum)
         # Loaded here, so that they take no registers during the loop.
-        slots = load_slots(route_ptr, row + tl.arange(0, BLOCK_M), M, rows_per_mix, UNIFORM)
-        finish_gate_up(
-            gate_sum,
-            up_sum,
-            row,
-            col,
-            y,
-            bias_gate_ptr,
-            bias_up_ptr,
-            l_ptr,
-            stride_l,
-            mixes_ptr,
-            mix_size,
-            slots,
-            M,
-            N,
-            KIND,
-            PIECE,
-            BY_DESCRIPTOR=True,
-        )
+        worn = worn_by(row + tl.arange(0, BLOCK_M), routing)
+        finish_gate_up(gate_sum, up_sum, row, col, y, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR=True)
 
 
 def fits_descriptors(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor) -> bool:
@@ -94,13 +74,11 @@ def fits_descriptors(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor) -> b
 def gate_up_tma(
     x: Tensor,
     gate: Tensor,
-    bias_gate: Tensor | None,
     up: Tensor | None,
-    bias_up: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    site: Site,
     y: Tensor,
-    l: Tensor | None,  # noqa: E741
-    mixes: Tensor,
-    route: Tensor,
+    routing: Routing,
     kind: Activation,
     config: LinearConfig,
     processors: int,
@@ -116,21 +94,14 @@ def gate_up_tma(
     gate_up_tma_kernel[(min(config.tiles(M, N), config.resident * processors),)](
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         described(gate),
-        bias_gate,
         None if up is None else described(up),
-        bias_up,
+        biases,
         TensorDescriptor.from_tensor(y, [config.block_m, config.piece]),
-        l,
-        mixes,
-        route,
-        M,
-        N,
+        site,
         K,
-        0 if l is None else l.stride(0),
-        mix_size(mixes),
-        M // route.numel(),
+        N,
+        *routing,
         TRANSPOSED=transposed,
         KIND=kind,
-        UNIFORM=route.numel() == 1,
         **config.build_options(),
     )

@@ -1,6 +1,6 @@
 """y = s_out ∘ (W (s_in ∘ x) + b): a linear layer with an input and an output site (IA³, Liu et al. 2022, section 3.3).
 
-s_in and s_out are what each row's mix is at the two sites (scale.py); either may be absent. The output scale costs one
+s_in and s_out are what each row's mix is at the two sites (mixes.py); either may be absent. The output scale costs one
 multiply in the epilogue. The input scale is applied to the tiles of x for a few rows, where the weight is all the
 traffic; for many rows it would force x through registers and make every wgmma wait, so x is scaled beforehand.
 
@@ -27,40 +27,36 @@ from torch import Tensor
 from ia3rt.kernels.configs import processors_of
 from ia3rt.kernels.linear_plan import fuses_input, plan
 from ia3rt.kernels.linear_sum import add_partials
-from ia3rt.kernels.linear_tile import Layer, add_part, finish, tile_of
+from ia3rt.kernels.linear_tile import Layer, add_part, finish, of_layers, tile_of
 from ia3rt.kernels.linear_tma import linear_tma
-from ia3rt.kernels.scale import load_slots, mix_size, mixed_scale, scale
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, mixed_scale, worn_by
+from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import LinearConfig
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def linear_kernel(
     x_ptr,  # [M, K], columns contiguous
-    l_in_ptr,  # [capacity, K], columns contiguous, or None
-    weight_a,  # [N, K], any strides
-    bias_a,  # [N] or None
-    l_a,  # [capacity, N], columns contiguous, or None
-    y_a,  # [M, N], contiguous
-    partial_a,  # fp32 [programs along axis 1, M, N], which is written instead of y_a; or None
-    weight_b,  # and those of the second layer, which is like the first; None where there is one
-    bias_b,
-    l_b,
-    y_b,
-    partial_b,
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
-    K,
-    stride_x,
     stride_wn,
     stride_wk,
-    stride_l_in,
+    weight_a,  # [N, K], any strides
+    epilogue_a,
+    y_a,  # [M, N], contiguous; where SPLIT fp32 [programs along axis 1, M, N]
+    weight_b,  # and those of the second layer, which is like the first; None where there is one
+    epilogue_b,
+    y_b,
+    site_in,  # of width K
     stride_l_out,
+    stride_x,
+    K,
+    N,
+    M,
     mix_size,
     rows_per_mix,
-    UNIFORM: tl.constexpr,
-    UNROLL: tl.constexpr,  # the mix table's capacity, where there is an l_in
+    mixes_ptr,
+    route_ptr,
+    SPLIT: tl.constexpr,  # whether the programs along axis 1 share a sum
+    UNROLL: tl.constexpr,  # the mix table's capacity, where x is scaled
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,7 +64,7 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Compute one tile of y_a or of y_b; or, where there are several programs along axis 1, a share of its sum.
+    """Compute one tile of y_a or of y_b; or a share of its sum.
 
     Pointers are chosen, not code: in two branches, each would have its own buffers in shared memory.
     """
@@ -77,19 +73,13 @@ def linear_kernel(
     if weight_b is not None:  # noqa: SIM102  (this is known when the kernel is compiled, and what follows is not)
         if tile >= tiles:
             tile -= tiles
-            weight_a, y_a = weight_b, y_b
-            if bias_a is not None:
-                bias_a = bias_b
-            if partial_a is not None:
-                partial_a = partial_b
-            if l_a is not None:
-                l_a = l_b
+            weight_a, epilogue_a, y_a = weight_b, epilogue_b, y_b
     row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
-    slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+    worn = worn_by(rows, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
     begin, end = 0, K
-    if partial_a is not None:
+    if SPLIT:
         share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
         begin = tl.program_id(1) * share
         end = min(K, begin + share)
@@ -107,8 +97,8 @@ def linear_kernel(
         ks = tl.arange(0, BLOCK_K)
         x = tl.load(x_ptrs, mask=(ks < K - k)[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(ks < K - k)[:, None], other=0.0)
-        if l_in_ptr is not None:
-            s_in = mixed_scale(l_in_ptr, stride_l_in, mixes_ptr, mix_size, slots, k + ks, K, UNROLL)
+        if site_in.l is not None:
+            s_in = mixed_scale(site_in, worn, k + ks, K, UNROLL)
             x = (x.to(tl.float32) * s_in).to(x_ptr.dtype.element_ty)
         if IN_PARTS:
             part = tl.dot(x, w, part, input_precision=PRECISION)
@@ -120,26 +110,12 @@ def linear_kernel(
     if IN_PARTS:
         acc += part
 
-    if partial_a is not None:
+    if SPLIT:
         partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]
-        tl.store(partial_a + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+        tl.store(y_a + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
     else:
-        finish(
-            acc,
-            row,
-            col,
-            y_a,
-            bias_a,
-            l_a,
-            stride_l_out,
-            mixes_ptr,
-            mix_size,
-            slots,
-            M,
-            N,
-            PIECE,
-            BY_DESCRIPTOR=False,
-        )
+        site = Site(epilogue_a.l_out, stride_l_out)
+        finish(acc, row, col, y_a, epilogue_a.bias, site, worn, M, N, PIECE, BY_DESCRIPTOR=False)
 
 
 def linear(
@@ -168,7 +144,7 @@ def linear(
 
     """
     y = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
-    launch(x, l_in, [Layer(weight, bias, l_out, y)], mixes, route, config)
+    launch(x, l_in, [Layer(weight, bias, l_out)], [y], mixes, route, config)
     return y
 
 
@@ -176,30 +152,34 @@ def launch(
     x: Tensor,
     l_in: Tensor | None,
     layers: Sequence[Layer],
+    ys: Sequence[Tensor],
     mixes: Tensor,
     route: Tensor,
     config: LinearConfig | None = None,
 ) -> None:
-    """Write the result of one layer, or of two that are alike; the arguments are those of `linear`."""
-    M, uniform = x.shape[0], route.numel() == 1
+    """Write the results of one layer, or of two that are alike, to ys; the others are the arguments of `linear`."""
+    M = x.shape[0]
     if M == 0:
         return
-    if l_in is not None and not fuses_input(M, mix_size(mixes), uniform):
+    routing = Routing.of(mixes, route, M)
+    if l_in is not None and not fuses_input(M, routing.mix_size, routing.is_uniform):
         x, l_in = scale(x, l_in, mixes, route), None
-    config = config or plan(x, l_in is not None, layers, uniform)
+    config = config or plan(x, l_in is not None, layers, ys, routing.is_uniform)
     if config is None:
-        launch_library(x, l_in, layers, mixes, route)
+        launch_library(x, l_in, layers, ys, mixes, route)
     elif config.resident:
-        linear_tma(x, layers, mixes, route, config, processors_of(x.device))
+        linear_tma(x, layers, ys, routing, config, processors_of(x.device))
     else:
-        _launch_pointers(x, l_in, layers, mixes, route, config)
+        _launch_pointers(x, Site.of(l_in), layers, ys, routing, config)
 
 
-def launch_library(x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixes: Tensor, route: Tensor) -> None:
+def launch_library(
+    x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], ys: Sequence[Tensor], mixes: Tensor, route: Tensor
+) -> None:
     """Let torch multiply, and scale in a pass of its own; the arguments are those of `launch`."""
     if l_in is not None:
         x = scale(x, l_in, mixes, route)
-    for weight, bias, l_out, y in layers:
+    for (weight, bias, l_out), y in zip(layers, ys, strict=True):
         if bias is None:
             torch.mm(x, weight.t(), out=y)
         else:
@@ -209,36 +189,28 @@ def launch_library(x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixe
 
 
 def _launch_pointers(
-    x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], mixes: Tensor, route: Tensor, config: LinearConfig
+    x: Tensor, site_in: Site, layers: Sequence[Layer], ys: Sequence[Tensor], routing: Routing, config: LinearConfig
 ) -> None:
     """Run linear_kernel, and sum_kernel where several programs share a sum."""
-    weight, _, l_out, _ = layers[0]
+    weight, _, l_out = layers[0]
     (M, K), N, splits = x.shape, weight.shape[0], config.splits
-    partials = x.new_empty((len(layers), splits, M, N), dtype=torch.float32) if splits > 1 else [None] * len(layers)
-    arguments: list[Tensor | None] = []
-    for layer, partial in zip(layers, partials, strict=True):
-        arguments += [*layer, partial]
+    partials = x.new_empty((len(layers), splits, M, N), dtype=torch.float32) if splits > 1 else None
+    written = ys if partials is None else partials
+    operands = [(layer.weight, layer.epilogue, out) for layer, out in zip(layers, written, strict=True)]
     linear_kernel[(len(layers) * config.tiles(M, N), splits)](
         x,
-        l_in,
-        *arguments,
-        *[None] * (10 - len(arguments)),
-        mixes,
-        route,
-        M,
-        N,
-        K,
+        *weight.stride(),
+        *of_layers(operands),
+        site_in,
+        Site.of(l_out).stride,
         x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        0 if l_in is None else l_in.stride(0),
-        0 if l_out is None else l_out.stride(0),
-        mix_size(mixes),
-        M // route.numel(),
-        UNIFORM=route.numel() == 1,
-        UNROLL=0 if l_in is None else mix_size(mixes),
+        K,
+        N,
+        *routing,
+        SPLIT=splits > 1,
+        UNROLL=0 if site_in.l is None else routing.mix_size,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         **config.build_options(),
     )
-    if splits > 1:
-        add_partials(layers, partials, mixes, route)
+    if partials is not None:
+        add_partials(layers, ys, partials, routing)

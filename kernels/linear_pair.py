@@ -44,10 +44,10 @@ def linear_pair(
 
     """
     y_a, y_b = out or (x.new_empty((x.shape[0], weight.shape[0])) for weight, *_ in (a, b))
-    layers = Layer(*a, y_a), Layer(*b, y_b)
+    layers = Layer(*a), Layer(*b)
     if are_alike(*layers):
-        launch(x, None, layers, mixes, route, config)
+        launch(x, None, layers, (y_a, y_b), mixes, route, config)
     else:
-        for layer in layers:
-            launch(x, None, [layer], mixes, route, config)
+        for layer, y in zip(layers, (y_a, y_b), strict=True):
+            launch(x, None, [layer], [y], mixes, route, config)
     return y_a, y_b

@@ -23,13 +23,16 @@ def fuses_input(rows: int, size: int, uniform: bool) -> bool:
     return rows <= FUSED_INPUT_ROWS and size <= 8 and padded * size <= FUSED_INPUT_READS
 
 
-def plan(x: Tensor, scales_input: bool, layers: Sequence[Layer], uniform: bool) -> LinearConfig | None:
+def plan(
+    x: Tensor, scales_input: bool, layers: Sequence[Layer], ys: Sequence[Tensor], uniform: bool
+) -> LinearConfig | None:
     """Return the config of a launch, None where torch multiplies.
 
     Args:
         x: [M, K].
         scales_input: whether the kernel scales x.
         layers: one, or two that are alike.
+        ys: their results [M, N].
         uniform: whether all rows wear one mix.
 
     """
@@ -41,7 +44,7 @@ def plan(x: Tensor, scales_input: bool, layers: Sequence[Layer], uniform: bool) 
         processors_of(x.device),
         per_row=not uniform,
         scales_input=scales_input,
-        descriptors=not scales_input and fits_descriptors(x, layers),
+        descriptors=not scales_input and fits_descriptors(x, layers, ys),
         layers=len(layers),
         card=card_of(x.device),
     )
@@ -61,7 +64,8 @@ def explain(x: Tensor, weight: Tensor, side: str, size: int, uniform: bool, laye
 
     """
     fused = side == "in" and fuses_input(x.shape[0], size, uniform)
-    config = plan(x, fused, layers * [Layer(weight, None, None, x.new_empty(x.shape[0], weight.shape[0]))], uniform)
+    ys = layers * [x.new_empty(x.shape[0], weight.shape[0])]
+    config = plan(x, fused, layers * [Layer(weight, None, None)], ys, uniform)
     if config is None:
         where = "the vector has a pass of its own"
         faster = "torch multiplies faster"

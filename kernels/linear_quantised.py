@@ -28,33 +28,32 @@ from ia3rt.kernels.configs import arch_of, linear_quantised_config, processors_o
 from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, tile_of
-from ia3rt.kernels.scale import load_slots, mix_size, scale
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
+from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import LinearConfig
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def linear_quantised_kernel(
     x_ptr,  # [M, K], columns contiguous
     weight_ptr,
     scales_ptr,
     zeros_ptr,  # or None
     groups_ptr,  # or None
+    group_size,
     bias_ptr,  # [N] or None
-    l_out_ptr,  # [capacity, N], columns contiguous, or None
-    y_ptr,  # [M, N], contiguous
-    partial_ptr,  # fp32 [programs along axis 1, M, N], which is written instead of y; or None
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
-    K,
+    y_ptr,  # [M, N], contiguous; where SPLIT fp32 [programs along axis 1, M, N]
+    site_out,  # of width N
     stride_x,
     stride_w,
-    stride_l_out,
-    group_size,
+    K,
+    N,
+    M,
     mix_size,
     rows_per_mix,
-    UNIFORM: tl.constexpr,
+    mixes_ptr,
+    route_ptr,
+    SPLIT: tl.constexpr,  # whether the programs along axis 1 share a sum
     KIND: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     PLUS_ONE: tl.constexpr,
@@ -65,13 +64,13 @@ def linear_quantised_kernel(
     GROUP_M: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Compute one tile of y; or, where there are several programs along axis 1, a share of its sum."""
+    """Compute one tile of y; or a share of its sum."""
     row, col = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
-    slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+    worn = worn_by(rows, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
     begin, end = 0, K
-    if partial_ptr is not None:
+    if SPLIT:
         share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
         begin = tl.program_id(1) * share
         end = min(K, begin + share)
@@ -97,26 +96,11 @@ def linear_quantised_kernel(
     if zeros_ptr is None:
         acc *= tl.load(scales_ptr + cols % N).to(tl.float32)[None, :]
 
-    if partial_ptr is not None:
+    if SPLIT:
         partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]
-        tl.store(partial_ptr + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+        tl.store(y_ptr + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
     else:
-        finish(
-            acc,
-            row,
-            col,
-            y_ptr,
-            bias_ptr,
-            l_out_ptr,
-            stride_l_out,
-            mixes_ptr,
-            mix_size,
-            slots,
-            M,
-            N,
-            PIECE,
-            BY_DESCRIPTOR=False,
-        )
+        finish(acc, row, col, y_ptr, bias_ptr, site_out, worn, M, N, PIECE, BY_DESCRIPTOR=False)
 
 
 def linear_quantised(
@@ -160,43 +144,37 @@ def linear_quantised(
         return y
     if l_in is not None:
         x = scale(x, l_in, mixes, route)
-    uniform = route.numel() == 1
-    config = config or plan(x, N, kind, group_size, uniform)
+    routing = Routing.of(mixes, route, M)
+    config = config or plan(x, N, kind, group_size, routing.is_uniform)
     layout = kind.removesuffix("_v2")
     if kind == "fp8":
         weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(x.device)) else "fp8_bits"
     splits = config.splits
-    partial = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
+    partials = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
     linear_quantised_kernel[(config.tiles(M, N), splits)](
         x,
         weight,
         scales,
         zeros,
         groups,
+        group_size,
         bias,
-        l_out,
-        y,
-        partial,
-        mixes,
-        route,
-        M,
-        N,
-        K,
+        y if partials is None else partials,
+        Site.of(l_out),
         x.stride(0),
         weight.stride(0),
-        0 if l_out is None else l_out.stride(0),
-        group_size,
-        mix_size(mixes),
-        M // route.numel(),
-        UNIFORM=uniform,
+        K,
+        N,
+        *routing,
+        SPLIT=splits > 1,
         KIND=layout,
         ONE_GROUP=group_size > 0 and groups is None and group_size % config.block_k == 0,
         PLUS_ONE=kind == "gptq",
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         **config.build_options(),
     )
-    if partial is not None:
-        add_partials([Layer(weight, bias, l_out, y)], partial, mixes, route)
+    if partials is not None:
+        add_partials([Layer(weight, bias, l_out)], [y], partials, routing)
     return y
 
 

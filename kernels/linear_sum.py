@@ -8,32 +8,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.linear_tile import Layer, finish, tile_of
-from ia3rt.kernels.scale import load_slots, mix_size
+from ia3rt.kernels.linear_tile import Layer, finish, of_layers, tile_of
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 
 SUM_TILE = 4, 128
 """Rows and columns of y that a program adds up."""
 
 
-@triton.jit(do_not_specialize=["splits", "M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=[*ROUTING, "splits"])
 def sum_kernel(
-    bias_a,  # [N] or None
-    l_a,  # [capacity, N], columns contiguous, or None
+    epilogue_a,
     y_a,  # [M, N], contiguous
     partial_a,  # fp32 [splits, M, N], contiguous
-    bias_b,  # and those of the second layer, or None
-    l_b,
+    epilogue_b,  # and those of the second layer; None where there is one
     y_b,
     partial_b,
-    splits,
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
     stride_l_out,
+    splits,
+    N,
+    M,
     mix_size,
     rows_per_mix,
-    UNIFORM: tl.constexpr,
+    mixes_ptr,
+    route_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -43,11 +40,7 @@ def sum_kernel(
     if y_b is not None:  # noqa: SIM102  (this is known when the kernel is compiled, and what follows is not)
         if tile >= tiles:
             tile -= tiles
-            partial_a, y_a = partial_b, y_b
-            if bias_a is not None:
-                bias_a = bias_b
-            if l_a is not None:
-                l_a = l_b
+            epilogue_a, y_a, partial_a = epilogue_b, y_b, partial_b
     row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M=1)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
@@ -56,45 +49,22 @@ def sum_kernel(
     for split in range(splits):
         partial_rows = (split * M + rows).to(tl.int64)[:, None]
         acc += tl.load(partial_a + partial_rows * N + cols[None, :], mask=inside, other=0.0)
-    slots = load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
-    finish(
-        acc,
-        row,
-        col,
-        y_a,
-        bias_a,
-        l_a,
-        stride_l_out,
-        mixes_ptr,
-        mix_size,
-        slots,
-        M,
-        N,
-        BLOCK_N,
-        BY_DESCRIPTOR=False,
-    )
+    worn = worn_by(rows, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
+    site = Site(epilogue_a.l_out, stride_l_out)
+    finish(acc, row, col, y_a, epilogue_a.bias, site, worn, M, N, BLOCK_N, BY_DESCRIPTOR=False)
 
 
-def add_partials(layers: Sequence[Layer], partials: Tensor, mixes: Tensor, route: Tensor) -> None:
+def add_partials(layers: Sequence[Layer], ys: Sequence[Tensor], partials: Tensor, routing: Routing) -> None:
     """Write y of one layer, or of two that are alike, from linear_kernel's partials, fp32 [layers, splits, M, N]."""
     _, splits, M, N = partials.shape
-    l_out = layers[0].l_out
-    arguments: list[Tensor | None] = []
-    for layer, partial in zip(layers, partials, strict=True):
-        arguments += [*layer[1:], partial]
+    operands = [(layer.epilogue, y, partial) for layer, y, partial in zip(layers, ys, partials, strict=True)]
     rows, cols = SUM_TILE
     sum_kernel[(len(layers) * triton.cdiv(M, rows) * triton.cdiv(N, cols),)](
-        *arguments,
-        *[None] * (8 - len(arguments)),
+        *of_layers(operands),
+        Site.of(layers[0].l_out).stride,
         splits,
-        mixes,
-        route,
-        M,
         N,
-        0 if l_out is None else l_out.stride(0),
-        mix_size(mixes),
-        M // route.numel(),
-        UNIFORM=route.numel() == 1,
+        *routing,
         BLOCK_M=rows,
         BLOCK_N=cols,
         num_warps=4,

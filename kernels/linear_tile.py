@@ -2,26 +2,43 @@
 # Triton's decorator and its tensor language carry no types that mypy could check.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.scale import mixed_scale
+from ia3rt.kernels.mixes import mixed_scale
 
 
-class Layer(NamedTuple):
-    """One linear layer of a launch, and where its result goes. A launch takes one, or two that read the same x."""
+class Epilogue(NamedTuple):
+    """What follows the sum over K of one layer of a launch. Where there are two, l_out has the same stride in both."""
 
-    weight: Tensor
-    """[N, K], any strides."""
     bias: Tensor | None
     """[N], contiguous."""
     l_out: Tensor | None
     """[capacity, N], any row stride, columns contiguous."""
-    y: Tensor
-    """[M, N], contiguous."""
+
+
+class Layer(NamedTuple):
+    """One linear layer of a launch, as long as nothing moves. A launch takes one, or two that read the same x."""
+
+    weight: Tensor
+    """[N, K], any strides."""
+    bias: Tensor | None
+    l_out: Tensor | None
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What follows the sum over K."""
+        return Epilogue(self.bias, self.l_out)
+
+
+def of_layers(operands: Sequence[tuple[object, object, object]]) -> tuple[object, ...]:
+    """Return a kernel's arguments of one layer or of two, three each: those of a second that there is not are None."""
+    first, second = (*operands, (None, None, None))[:2]
+    return *first, *second
 
 
 @triton.jit
@@ -55,11 +72,8 @@ def finish(
     col,
     y,  # a pointer to [M, N], contiguous; or a tensor descriptor with blocks [rows, PIECE]
     bias_ptr,
-    l_out_ptr,
-    stride_l,
-    mixes_ptr,
-    mix_size,
-    slots,
+    site,
+    worn,
     M,
     N,
     PIECE: tl.constexpr,
@@ -73,17 +87,14 @@ def finish(
     if width > PIECE:
         half: tl.constexpr = width // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, half]), [0, 2, 1]))
-        finish(left, row, col, y, bias_ptr, l_out_ptr, stride_l, mixes_ptr, mix_size, slots, M, N, PIECE, BY_DESCRIPTOR)
-        col += half
-        finish(
-            right, row, col, y, bias_ptr, l_out_ptr, stride_l, mixes_ptr, mix_size, slots, M, N, PIECE, BY_DESCRIPTOR
-        )
+        finish(left, row, col, y, bias_ptr, site, worn, M, N, PIECE, BY_DESCRIPTOR)
+        finish(right, row, col + half, y, bias_ptr, site, worn, M, N, PIECE, BY_DESCRIPTOR)
     else:
         cols = col + tl.arange(0, width)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        if l_out_ptr is not None:
-            acc *= mixed_scale(l_out_ptr, stride_l, mixes_ptr, mix_size, slots, cols, N, UNROLL=0)
+        if site.l is not None:
+            acc *= mixed_scale(site, worn, cols, N, UNROLL=0)
         if BY_DESCRIPTOR:
             y.store([row, col], acc.to(y.dtype))
         else:

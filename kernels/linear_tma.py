@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ia3rt.kernels.linear_tile import Layer, finish, tile_of
-from ia3rt.kernels.scale import load_slots, mix_size
+from ia3rt.kernels.linear_tile import Layer, finish, of_layers, tile_of
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 from ia3rt.kernels.tuned import LinearConfig
 
 
@@ -24,19 +24,13 @@ def descriptor_tile(
     tile,
     x,
     weight,
-    bias_ptr,
+    epilogue,
     y,
-    l_out_ptr,
-    mixes_ptr,
-    route_ptr,
-    M,
+    stride_l_out,
+    routing,
     N,
     K,
-    stride_l_out,
-    mix_size,
-    rows_per_mix,
     TRANSPOSED: tl.constexpr,
-    UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,39 +41,36 @@ def descriptor_tile(
 
     What a descriptor reads past the end is zero, and what it writes there is dropped.
     """
+    M = routing.rows
     row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         w = weight.load([k, col]) if TRANSPOSED else weight.load([col, k]).T
         acc = tl.dot(x.load([row, k]), w, acc)
     # Loaded here, so that they take no registers during the loop.
-    slots = load_slots(route_ptr, row + tl.arange(0, BLOCK_M), M, rows_per_mix, UNIFORM)
-    finish(
-        acc, row, col, y, bias_ptr, l_out_ptr, stride_l_out, mixes_ptr, mix_size, slots, M, N, PIECE, BY_DESCRIPTOR=True
-    )
+    worn = worn_by(row + tl.arange(0, BLOCK_M), routing)
+    site = Site(epilogue.l_out, stride_l_out)
+    finish(acc, row, col, y, epilogue.bias, site, worn, M, N, PIECE, BY_DESCRIPTOR=True)
 
 
-@triton.jit(do_not_specialize=["M", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=ROUTING)
 def linear_tma_kernel(
     x,  # descriptor of [M, K], blocks [BLOCK_M, BLOCK_K]
     weight_a,  # descriptor of [N, K], blocks [BLOCK_N, BLOCK_K]; where TRANSPOSED of [K, N], blocks [BLOCK_K, BLOCK_N]
-    bias_a,  # [N] or None
+    epilogue_a,
     y_a,  # descriptor of [M, N], blocks [BLOCK_M, PIECE]
-    l_a,  # [capacity, N], columns contiguous, or None
     weight_b,  # and those of the second layer, which is like the first; None where there is one
-    bias_b,
+    epilogue_b,
     y_b,
-    l_b,
-    mixes_ptr,
-    route_ptr,
-    M,
-    N,
+    stride_l_out,
     K,
-    stride_l,
+    N,
+    M,
     mix_size,
     rows_per_mix,
+    mixes_ptr,
+    route_ptr,
     TRANSPOSED: tl.constexpr,
-    UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -90,25 +81,20 @@ def linear_tma_kernel(
 
     Descriptors cannot be chosen between. So there are two loops; in two branches, every wgmma would wait.
     """
+    routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         descriptor_tile(
             tile,
             x,
             weight_a,
-            bias_a,
+            epilogue_a,
             y_a,
-            l_a,
-            mixes_ptr,
-            route_ptr,
-            M,
+            stride_l_out,
+            routing,
             N,
             K,
-            stride_l,
-            mix_size,
-            rows_per_mix,
             TRANSPOSED,
-            UNIFORM,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -123,19 +109,13 @@ def linear_tma_kernel(
                 tile,
                 x,
                 weight_b,
-                bias_b,
+                epilogue_b,
                 y_b,
-                l_b,
-                mixes_ptr,
-                route_ptr,
-                M,
+                stride_l_out,
+                routing,
                 N,
                 K,
-                stride_l,
-                mix_size,
-                rows_per_mix,
                 TRANSPOSED,
-                UNIFORM,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -151,40 +131,39 @@ def is_describable(matrix: Tensor) -> bool:
     return is_rows and stride * item % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def fits_descriptors(x: Tensor, layers: Sequence[Layer]) -> bool:
-    """Return whether linear_tma can take x [M, K] and these layers, whose weights may lie transposed."""
-    return is_describable(x) and all(
-        is_describable(layer.y) and (is_describable(layer.weight) or is_describable(layer.weight.t()))
-        for layer in layers
+def fits_descriptors(x: Tensor, layers: Sequence[Layer], ys: Sequence[Tensor]) -> bool:
+    """Return whether linear_tma can take x [M, K], ys [M, N] and these layers, whose weights may lie transposed."""
+    return all(is_describable(matrix) for matrix in (x, *ys)) and all(
+        is_describable(layer.weight) or is_describable(layer.weight.t()) for layer in layers
     )
 
 
 def linear_tma(
-    x: Tensor, layers: Sequence[Layer], mixes: Tensor, route: Tensor, config: LinearConfig, processors: int
+    x: Tensor,
+    layers: Sequence[Layer],
+    ys: Sequence[Tensor],
+    routing: Routing,
+    config: LinearConfig,
+    processors: int,
 ) -> None:
     """Write s_out ∘ (W x + b) of one layer, or of two that are alike, for operands that fits_descriptors accepts."""
     first = layers[0]
     (M, K), N = x.shape, first.weight.shape[0]
     transposed = not is_describable(first.weight)
     block_w = [config.block_k, config.block_n] if transposed else [config.block_n, config.block_k]
-    arguments: list[object] = []
-    for weight, bias, l_out, y in layers:
-        weight_blocks = TensorDescriptor.from_tensor(weight.t() if transposed else weight, block_w)
+    operands = []
+    for layer, y in zip(layers, ys, strict=True):
+        weight_blocks = TensorDescriptor.from_tensor(layer.weight.t() if transposed else layer.weight, block_w)
         y_blocks = TensorDescriptor.from_tensor(y, [config.block_m, config.piece])
-        arguments += [weight_blocks, bias, y_blocks, l_out]
+        operands.append((weight_blocks, layer.epilogue, y_blocks))
     tiles = len(layers) * config.tiles(M, N)
     linear_tma_kernel[(min(tiles, config.resident * processors),)](
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-        *(arguments + 4 * [None])[:8],
-        mixes,
-        route,
-        M,
-        N,
+        *of_layers(operands),
+        Site.of(first.l_out).stride,
         K,
-        0 if first.l_out is None else first.l_out.stride(0),
-        mix_size(mixes),
-        M // route.numel(),
+        N,
+        *routing,
         TRANSPOSED=transposed,
-        UNIFORM=route.numel() == 1,
         **config.build_options(),
     )

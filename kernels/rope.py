@@ -1,6 +1,6 @@
 """y_q = P (s_q ∘ q), y_k = P (s_k ∘ k), y_v = s_v ∘ v: the rotary embedding with IA³'s vectors folded in, one pass.
 
-s is what each row's mix is at a part's site (scale.py; l_k and l_v of IA³, Liu et al. 2022, section 3.3). It comes
+s is what each row's mix is at a part's site (mixes.py; l_k and l_v of IA³, Liu et al. 2022, section 3.3). It comes
 before the rotation P, with which it does not commute. P (Su et al. 2021, section 3.2.2) turns each pair of a row's
 numbers by the row's own angles. x_a and x_b are a pair, and cos and sin have an entry for each of the two:
 
@@ -25,44 +25,42 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.configs import rope_config
-from ia3rt.kernels.rope_tile import Cache, Part, finish_heads
-from ia3rt.kernels.scale import load_slots, mix_size
+from ia3rt.kernels.mixes import ROUTING, Routing, worn_by
+from ia3rt.kernels.rope_tile import Cache, HeadSite, Part, finish_heads
 
 
-@triton.jit(do_not_specialize=["M", "C", "mix_size", "rows_per_mix"])
+@triton.jit(do_not_specialize=[*ROUTING, "C"])
 def rope_kernel(
     q,  # a Part; so are the others
     k,
     v,  # or None
+    cache,  # a Cache for k and v, or None
     cos_ptr,  # [C, ROTARY], contiguous
     sin_ptr,
-    mixes_ptr,
-    route_ptr,
-    cache,  # a Cache for k and v, or None
-    M,
     C,
+    M,
     mix_size,
     rows_per_mix,
-    PARTS: tl.constexpr,  # 3, or 2 where v is None: Triton 3.6 compares no tuple that holds a None, as v does without l
+    mixes_ptr,
+    route_ptr,
     HEADS_Q: tl.constexpr,
     HEADS_KV: tl.constexpr,
     GROUP_Q: tl.constexpr,
     GROUP_KV: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # for each block of rows: the groups of q, k and v
     D: tl.constexpr,
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Compute a group of heads for BLOCK_M rows. Programs that share rows, and so cos and sin, are neighbours."""
     OF_Q: tl.constexpr = HEADS_Q // GROUP_Q
     OF_KV: tl.constexpr = HEADS_KV // GROUP_KV
-    PROGRAMS: tl.constexpr = OF_Q + (PARTS - 1) * OF_KV
     program = tl.program_id(0) % PROGRAMS
     rows = tl.program_id(0) // PROGRAMS * BLOCK_M + tl.arange(0, BLOCK_M)
     read = rows < M
-    worn = mixes_ptr, mix_size, load_slots(route_ptr, rows, M, rows_per_mix, UNIFORM)
+    worn = worn_by(rows, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
     angles = (rows % C).to(tl.int64) * ROTARY
     cos_rows = cos_ptr + angles
     sin_rows = sin_ptr + angles
@@ -102,13 +100,12 @@ def rope_kernel(
                 INTERLEAVED,
                 TRANSPOSED,
             )
-        elif PARTS == 3:
+        elif PROGRAMS > OF_Q + OF_KV:  # not `v is not None`: Triton 3.6 compares no tuple with a None in it, as without l
             finish_heads(v, rows, y_rows, stride_y, read, written, None, None, worn, head, GROUP_KV, D, 0, False, False)
 
 
 def _part(x: Tensor, l: Tensor | None, y: Tensor) -> Part:  # noqa: E741
-    stride_l, stride_l_head = (0, 0) if l is None else (l.stride(0), l.stride(1))
-    return Part(x, l, y, x.stride(0), x.stride(1), stride_l, stride_l_head)
+    return Part(HeadSite.of(l), x, y, *x.stride()[:2])
 
 
 def _launch(
@@ -131,25 +128,20 @@ def _launch(
     rope_kernel[(triton.cdiv(M, config.block_m) * programs,)](
         *parts,
         *(None,) * (3 - len(parts)),
+        cache,
         cos,
         sin,
-        mixes,
-        route,
-        cache,
-        M,
         cos.shape[0],
-        mix_size(mixes),
-        M // route.numel(),
-        PARTS=len(parts),
+        *Routing.of(mixes, route, M),
         HEADS_Q=heads_q,
         HEADS_KV=heads_kv,
         GROUP_Q=group_q,
         GROUP_KV=group_kv,
+        PROGRAMS=programs,
         D=D,
         ROTARY=cos.shape[1],
         INTERLEAVED=interleaved,
         TRANSPOSED=transposed,
-        UNIFORM=route.numel() == 1,
         BLOCK_M=config.block_m,
         num_warps=config.num_warps,
         enable_fp_fusion=True,  # the default is not the same in every Triton

@@ -8,22 +8,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.scale import mixed_scale
+from ia3rt.kernels.mixes import Site, mixed_scale
+
+
+class HeadSite(NamedTuple):
+    """A Site whose columns are heads, which may be apart."""
+
+    l: Tensor | None  # noqa: E741
+    """[capacity, heads, D], any row and head stride, numbers contiguous; None where there is no vector."""
+    stride: int
+    stride_head: int
+
+    @classmethod
+    def of(cls, l: Tensor | None) -> "HeadSite":  # noqa: E741
+        """Lay out a slice."""
+        return cls(None, 0, 0) if l is None else cls(l, *l.stride()[:2])
 
 
 class Part(NamedTuple):
     """One of q, k and v in a launch."""
 
+    site: HeadSite
     x: Tensor
     """[M, heads, D], any row and head stride, numbers contiguous."""
-    l: Tensor | None  # noqa: E741
-    """[capacity, heads, D], the same."""
     y: Tensor
     """[M, heads, D], contiguous; or a cache."""
     stride_x: int
     stride_x_head: int
-    stride_l: int
-    stride_l_head: int
 
 
 class Cache(NamedTuple):
@@ -68,27 +79,27 @@ def _store_pairs(rows, first, second, live, HALF: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _scale_pairs(l_ptr, stride_l, worn, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _scale_pairs(site, worn, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Return s of the first and of the second numbers of the pairs."""
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK)
-        s = mixed_scale(l_ptr, stride_l, worn[0], worn[1], worn[2], cols, 2 * HALF, UNROLL=0)
+        s = mixed_scale(site, worn, cols, 2 * HALF, UNROLL=0)
         first, second = tl.split(tl.reshape(s, [s.shape[0], BLOCK, 2]))
     else:
         cols = tl.arange(0, BLOCK)
-        first = mixed_scale(l_ptr, stride_l, worn[0], worn[1], worn[2], cols, HALF, UNROLL=0)
-        second = mixed_scale(l_ptr + HALF, stride_l, worn[0], worn[1], worn[2], cols, HALF, UNROLL=0)
+        first = mixed_scale(site, worn, cols, HALF, UNROLL=0)
+        second = mixed_scale(Site(site.l + HALF, site.stride), worn, cols, HALF, UNROLL=0)
     return first, second
 
 
 @triton.jit
-def _scale_rest(x_rows, y_rows, read, written, l_ptr, stride_l, worn, START: tl.constexpr, D: tl.constexpr):
+def _scale_rest(x_rows, y_rows, read, written, site, worn, START: tl.constexpr, D: tl.constexpr):
     """Scale one head's numbers from START on."""
     cols = tl.arange(0, triton.next_power_of_2(D - START))
     within = (cols < D - START)[None, :]
     y = tl.load(x_rows[:, None] + START + cols[None, :], mask=read[:, None] & within).to(tl.float32)
-    if l_ptr is not None:
-        y *= mixed_scale(l_ptr + START, stride_l, worn[0], worn[1], worn[2], cols, D - START, UNROLL=0)
+    if site.l is not None:
+        y *= mixed_scale(Site(site.l + START, site.stride), worn, cols, D - START, UNROLL=0)
     tl.store(y_rows[:, None] + START + cols[None, :], y.to(y_rows.dtype.element_ty), mask=written[:, None] & within)
 
 
@@ -102,7 +113,7 @@ def finish_heads(
     written,
     cos_rows,
     sin_rows,
-    worn,  # (mix table, its K, the row of it that each row wears)
+    worn,
     first_head,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -122,19 +133,21 @@ def finish_heads(
         head = (first_head + index).to(tl.int64)  # the heads of a cache can lie far apart
         x_head = part.x + rows * part.stride_x + head * part.stride_x_head
         y_head = part.y + y_rows + head * stride_y_head
-        l_head = part.l + head * part.stride_l_head if part.l is not None else None
+        site = part.site
+        if site.l is not None:
+            site = Site(site.l + head * site.stride_head, site.stride)
         if ROTARY > 0:
             a, b = _load_pairs(x_head, read, HALF, BLOCK, INTERLEAVED)
-            if part.l is not None:
-                s_a, s_b = _scale_pairs(l_head, part.stride_l, worn, HALF, BLOCK, INTERLEAVED)
+            if site.l is not None:
+                s_a, s_b = _scale_pairs(site, worn, HALF, BLOCK, INTERLEAVED)
                 if not TRANSPOSED:
                     a *= s_a
                     b *= s_b
             y_a = a * cos_a - b * sin_a
             y_b = b * cos_b + a * sin_b
-            if part.l is not None and TRANSPOSED:
+            if site.l is not None and TRANSPOSED:
                 y_a *= s_a
                 y_b *= s_b
             _store_pairs(y_head, y_a, y_b, written, HALF, BLOCK, INTERLEAVED)
         if ROTARY < D:
-            _scale_rest(x_head, y_head, read, written, l_head, part.stride_l, worn, ROTARY, D)
+            _scale_rest(x_head, y_head, read, written, site, worn, ROTARY, D)

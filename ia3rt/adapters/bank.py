@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,16 @@ class Adapter:
     row: int
     sites: frozenset[Site]
     config: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def alone(self) -> ResolvedMix:
+        """The mix of this adapter and no other."""
+        return ResolvedMix(Mix((self.name,)), (self,), (self.row,), None)
+
+    @cached_property
+    def site_in_experts(self) -> Site | None:
+        """A site inside the experts of a mixture, where a batch's rows are mixed up; None where there is none."""
+        return next((site for site in self.sites if "experts" in site.path.split(".")), None)
 
 
 class ResolvedMix(NamedTuple):
@@ -83,6 +94,8 @@ class Bank:
         Raises:
             ValueError: one of them is not resident.
         """
+        if len(mix.adapters) == 1 and mix.weights is None and mix.adapters[0] in self.adapters:
+            return self.adapters[mix.adapters[0]].alone  # nearly every mix is of this kind
         for name in mix.adapters:
             if name not in self.adapters:
                 loaded = ", ".join(repr(known) for known in self.adapters) or "none"

@@ -11,6 +11,11 @@ from torch import Tensor
 from ia3rt import reference
 from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.site import Site
+from ia3rt.routing.staging import Staging
+
+# torch shares elementwise work between threads from 32,768 numbers on, and then each waits for all: where other
+# processes keep the cores busy that takes a time slice of theirs, a thousand times as long as copying a row does.
+_PIECE = 32_704
 
 
 class ComposedMixes:
@@ -22,8 +27,11 @@ class ComposedMixes:
         self._starts: tuple[int, ...] = ()
         self._ends: tuple[int, ...] = ()
         self._buffer = torch.empty(0, 0)
-        self._rows: tuple[Tensor, ...] = ()
+        self._rows: list[tuple[Tensor, ...]] = []
+        self._columns: tuple[Tensor, ...] = ()
         self._table: Tensor | None = None
+        self._index = torch.empty(0, dtype=torch.int32)
+        self._staging: Staging | None = None
 
     @classmethod
     def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, index: Tensor | None) -> ComposedMixes:
@@ -65,15 +73,30 @@ class ComposedMixes:
         count = len(mixes) if rows is None else len(rows)
         if bank.table is not self._table or count != len(self._buffer):
             self._table = bank.table
+            self._columns = _pieces(bank.table)
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
-            self._rows = self._buffer.unbind()
+            self._rows = [_pieces(row) for row in self._buffer]
+            self._index = torch.empty(count, dtype=torch.int32, device=bank.table.device)
+            self._staging = None if bank.table.is_cpu else Staging(count, bank.table.device)
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
             self._split(shaped, bank.widths)
-        composed = self._buffer if rows is None else self._buffer.new_empty(len(mixes), bank.total_width)
-        for out, mix in zip(self._rows if rows is None else composed, mixes, strict=True):
-            compose_into(out, bank.table, mix)
-        if rows is not None:
-            torch.index_select(composed, 0, rows.to(composed.device), out=self._buffer)
+        if rows is None:
+            for out, mix in zip(self._rows, mixes, strict=True):
+                _compose_into(out, self._columns, mix)
+            return
+        composed = self._buffer.new_empty(len(mixes), bank.total_width)
+        distinct = [_pieces(row) for row in composed]
+        for out, mix in zip(distinct, mixes, strict=True):
+            _compose_into(out, self._columns, mix)
+        if self._staging is not None:
+            turn = self._staging.turn()
+            turn.ints[:count] = rows.tolist()
+            turn.copy_to(self._index, count)
+            torch.index_select(composed, 0, self._index, out=self._buffer)
+            return
+        for out, slot in zip(self._rows, rows.tolist(), strict=True):
+            for piece, source in zip(out, distinct[slot], strict=True):
+                piece.copy_(source)
 
     def _split(self, whole: Tensor, widths: list[int]) -> None:
         self._whole = whole
@@ -82,30 +105,36 @@ class ComposedMixes:
         self._scales = torch.split(whole, widths, dim=-1)
 
 
-def compose_into(out: Tensor, table: Tensor, mix: ResolvedMix) -> None:
+def _pieces(whole: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of rows, [..., numbers], that no threads share on a CPU; the whole elsewhere, where each is a launch."""
+    return torch.split(whole, _PIECE, dim=-1) if whole.is_cpu else (whole,)
+
+
+def _compose_into(out: Sequence[Tensor], columns: Sequence[Tensor], mix: ResolvedMix) -> None:
     """Writes a mix's composed row.
 
     Args:
-        out: [total_width] float32, overwritten.
-        table: [capacity, total_width], the bank.
+        out: the row's pieces, float32, overwritten.
+        columns: the bank's, [capacity, numbers] each.
         mix: what to compose, in the order of its rows, in float32.
     """
-    if mix.weights is not None:
-        out.zero_()
-        for row, weight in zip(mix.rows, mix.weights, strict=True):
-            out.add_(table[row].float() * weight)  # rounded before it is added, as in PEFT
-    elif mix.rows:
-        out.copy_(table[mix.rows[0]])
-        for row in mix.rows[1:]:
-            out.mul_(table[row])
-    else:
-        out.fill_(1.0)
+    for piece, table in zip(out, columns, strict=True):
+        if mix.weights is not None:
+            piece.zero_()
+            for row, weight in zip(mix.rows, mix.weights, strict=True):
+                piece.add_(table[row].float() * weight)  # rounded before it is added, as in PEFT
+        elif mix.rows:
+            piece.copy_(table[mix.rows[0]])
+            for row in mix.rows[1:]:
+                piece.mul_(table[row])
+        else:
+            piece.fill_(1.0)
 
 
 def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
     """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
     row = torch.empty(bank.total_width, device=bank.table.device)
-    compose_into(row, bank.table, mix)
+    _compose_into(_pieces(row), _pieces(bank.table), mix)
     acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
     vectors = zip(bank.sites.values(), torch.split(row, bank.widths), strict=True)
     return {site: vector for site, vector in vectors if site in acts}

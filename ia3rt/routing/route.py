@@ -90,7 +90,7 @@ class Routing:
             self.composed.write(self.bank, route.mixes, by_row)
         if self.backend == "triton":
             self.tables.write(self.bank, route.mixes, 1 if route.index is None else route.index.numel())
-            self.tables.write_route(torch.zeros(1) if by_row is None else by_row)
+            self.tables.write_route([0] if by_row is None else by_row.tolist())
         self._in_training = None
         if self.trained is not None and self.trained.are_worn(route.mixes):
             used, mixes = used_rows(route.mixes)
@@ -174,7 +174,7 @@ class Routing:
         rows = index[:, columns].repeat_interleave(batch.shape[0] // len(index), dim=0)
         self.tokens = rows.reshape(-1).to(self.bank.table.device)
         if self.backend == "triton":
-            self.tables.write_route(self.tokens)
+            self.tables.lay_route(self.tokens)
 
     def _without(self, route: Route, gone: set[Adapter]) -> Route:
         base = self.bank.resolve(BASE)

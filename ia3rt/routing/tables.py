@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.routing.staging import Staging, Turn
 
 PRODUCT, LINEAR = 0, 1
 _SLOTS = 64  # up to this many rows, batches of any size find one table
@@ -29,6 +30,9 @@ class MixTables:
         self.mixes = torch.zeros(0, 2, dtype=torch.int32)
         self.route = torch.zeros(0, dtype=torch.int32)
         self._table: Tensor | None = None
+        self._slots: list[int] | None = None  # what the route holds; None where that is on the device only
+        self._mix_staging: Staging | None = None
+        self._route_staging: Staging | None = None
 
     @classmethod
     def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, route: Tensor) -> MixTables:
@@ -48,29 +52,52 @@ class MixTables:
             self.bank = torch.split(bank.table, bank.widths, dim=1)
         size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
         slots = max(_SLOTS, rows, len(mixes), len(self.mixes))
-        if self.mixes.device != device or len(self.mixes) < slots or self.mixes.shape[1] < 2 + 2 * size:
+        fits = self.mixes.device == device and len(self.mixes) >= slots and self.mixes.shape[1] >= 2 + 2 * size
+        if self._mix_staging is None or not fits:
             self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
-        self.mixes[: len(mixes)].copy_(pack_mixes(mixes, (self.mixes.shape[1] - 2) // 2))
+            self._mix_staging = Staging(self.mixes.numel(), device)
+        turn, width = self._mix_staging.turn(), self.mixes.shape[1]
+        _pack(turn, mixes, width)
+        turn.copy_to(self.mixes.view(-1), len(mixes) * width)
 
-    def write_route(self, index: Tensor) -> None:
-        """Writes which of the mixes each row wears, integers [R]; in place where as many were there before."""
-        device = self.mixes.device
-        if self.route.device != device or self.route.shape != index.shape:
-            self.route = torch.empty(index.shape, dtype=torch.int32, device=device)
-        self.route.copy_(index)
+    def write_route(self, slots: list[int]) -> None:
+        """Writes which of the mixes each row wears; in place where as many rows were there before."""
+        device, count = self.mixes.device, len(slots)
+        if self._route_staging is None or self.route.device != device or len(self.route) != count:
+            self.route = torch.empty(count, dtype=torch.int32, device=device)
+            self._route_staging, self._slots = Staging(count, device), None
+        if slots == self._slots:
+            return  # as between any two switches of all rows
+        self._slots = slots
+        turn = self._route_staging.turn()
+        turn.ints[:count] = [*slots]
+        turn.copy_to(self.route, count)
+
+    def lay_route(self, slots: Tensor) -> None:
+        """As `write_route`, of slots that are on the device already."""
+        if self.route.device != slots.device or self.route.shape != slots.shape:
+            self.route = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
+            self._route_staging = None  # of another size; tokens need none
+        self._slots = None
+        self.route.copy_(slots)
 
 
 def pack_mixes(mixes: Sequence[ResolvedMix], size: int) -> Tensor:
     """Packs mixes of at most `size` adapters into rows of `MixTables.mixes`, int32 [len(mixes), 2 + 2 size]."""
     packed = torch.zeros(len(mixes), 2 + 2 * size, dtype=torch.int32)
-    weights = packed[:, 2 + size :].view(torch.float32)
-    for slot, mix in enumerate(mixes):
-        count = len(mix.rows)
-        packed[slot, 0] = PRODUCT if mix.weights is None else LINEAR
-        packed[slot, 1] = count
-        packed[slot, 2 : 2 + count] = torch.tensor(mix.rows, dtype=torch.int32)
-        weights[slot, :count] = torch.tensor(mix.weights or [1.0] * count)
+    _pack(Turn(packed.view(-1)), mixes, 2 + 2 * size)
     return packed
+
+
+def _pack(turn: Turn, mixes: Sequence[ResolvedMix], width: int) -> None:
+    """Lays mixes out as rows of `width` numbers; what is behind a mix's count is not read, and stays as it was."""
+    start, size = 0, (width - 2) // 2
+    for mix in mixes:
+        count = len(mix.rows)
+        turn.ints[start : start + 2 + count] = [PRODUCT if mix.weights is None else LINEAR, count, *mix.rows]
+        if mix.weights is not None:
+            turn.floats[start + 2 + size : start + 2 + size + count] = list(mix.weights)
+        start += width
 
 
 def used_rows(mixes: Sequence[ResolvedMix]) -> tuple[list[int], list[ResolvedMix]]:

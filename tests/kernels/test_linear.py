@@ -184,7 +184,7 @@ def test_persistent_kernel_with_a_wide_tile(device) -> None:
 
 def test_what_descriptors_can_describe() -> None:
     def fits(x: Tensor, weight: Tensor, y: Tensor) -> bool:
-        return fits_descriptors(x, [linear_tile.Layer(weight, None, None, y)])
+        return fits_descriptors(x, [linear_tile.Layer(weight, None, None)], [y])
 
     x = torch.zeros(8, 64, dtype=torch.bfloat16)
     assert fits(x, x, x)
@@ -303,8 +303,7 @@ def test_pair_of_layers_that_are_not_alike(absent, device) -> None:
 
 
 def are_alike_but(a: Layer, b: Layer, **changes: Tensor | None) -> bool:
-    y = torch.empty(1, a.N)
-    of_a, of_b = (linear_tile.Layer(layer.weight, layer.bias, layer.l_out, y) for layer in (a, b))
+    of_a, of_b = (linear_tile.Layer(layer.weight, layer.bias, layer.l_out) for layer in (a, b))
     return are_alike(of_a, of_b._replace(**changes))
 
 

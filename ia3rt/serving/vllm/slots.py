@@ -18,7 +18,7 @@ class TokenSlots:
         index: int32 [max_tokens], the row of each token, on the model's device. Rows past the step's tokens wear the
             identity: graphs are padded, and must not read what an earlier step left there.
         active: int32 [1], on the CPU: whether any token wears a row that is not the identity.
-        mixes: int32 [slots + 1, 4], on the model's device: the kernels' mix table (kernels/scale.py), in which mix i is
+        mixes: int32 [slots + 1, 4], on the model's device: the kernels' mix table (kernels/mixes.py), in which mix i is
             row i alone.
         runs: (first token, one past the last, row) of tokens in a row that wear the same; without those that wear none.
         step: counts the steps, for those who keep what they made of one.

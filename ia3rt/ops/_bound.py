@@ -1,0 +1,154 @@
+"""An op whose weights and vectors stay where they are: what its last launches were is not worked out again.
+
+Between an op and its kernel's launch lie checks, the choice of a kernel and of block sizes, and Triton's own look at
+every argument: more time than a small kernel takes. All of it depends on shapes, strides, dtypes, the device and the
+alignment of pointers alone. So a call that is like one before in these launches the same compiled kernels again. What
+does that is written out as source and compiled, as dataclasses and Triton do it: a loop over arguments would take
+longer than all the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ia3rt.ops._dispatch import backend
+from ia3rt.ops._op import Op, is_observed
+from ia3rt.ops._repeat import repeat_of
+
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_repeats: dict[object, dict[object, Callable[..., Any] | None]] = {}
+"""By op and what is fixed, then by what is not: what launches the same kernels again; None where nothing does."""
+
+
+class Tables(Protocol):
+    """What the rows of a forward wear.
+
+    Attributes:
+        mixes: int32 [slots, 2 + 2K].
+        route: int32 [R].
+        layout: equal where the shapes of both are.
+    """
+
+    mixes: Tensor
+    route: Tensor
+    layout: tuple[int, ...]
+
+
+class Bound:
+    """An op, and those of its arguments that stay.
+
+    Attributes:
+        call: (tables, the op's other tensors in their order) to what the op returns. An attribute, as another function
+            takes its place when something fixed moves.
+    """
+
+    call: Callable[..., Any]
+
+    def __init__(self, op: Op, **fixed: Any) -> None:
+        self._op = op
+        self._fixed = fixed
+        self._names = list(inspect.signature(op.body).parameters)
+        self._inputs = [name for name in self._names if name not in {*fixed, "mixes", "route"}]
+        self._tensors = {name: fixed[name] for name in self._names if isinstance(fixed.get(name), Tensor)}
+        self._bind()
+
+    def _bind(self) -> None:
+        layouts = tuple((name, _layout(tensor)) for name, tensor in self._tensors.items())
+        rest = tuple((name, value) for name, value in self._fixed.items() if name not in self._tensors)
+        self._known = _repeats.setdefault((self._op, layouts, rest), {})
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors.values()]
+        self.call = self._through_op
+        x = next(iter(self._tensors.values()))
+        if backend(x) == "triton" and not any(pointer % 16 for pointer in self._pointers):
+            from ia3rt.kernels import launch  # not before: Triton may not be installed
+
+            if launch.can_repeat():
+                make = _caller(len(self._inputs), len(self._tensors))
+                self.call = make(
+                    self._known, self._miss, launch.knobs.runtime, *self._tensors.values(), *self._pointers
+                )
+
+    def _arguments(self, tables: Tables, inputs: Sequence[Tensor]) -> list[Any]:
+        given = {**self._fixed, **dict(zip(self._inputs, inputs, strict=True))}
+        given |= {"mixes": tables.mixes, "route": tables.route}
+        return [given[name] for name in self._names]
+
+    def _through_op(self, tables: Tables, *inputs: Tensor) -> Any:
+        return self._op(*self._arguments(tables, inputs))
+
+    def _miss(self, tables: Tables, *inputs: Tensor) -> Any:
+        """The op's result; what it launches is remembered, where a call that is like this one can launch it again."""
+        from ia3rt.kernels import launch
+
+        if any(tensor.data_ptr() != at for tensor, at in zip(self._tensors.values(), self._pointers, strict=True)):
+            self._bind()
+        if is_observed(inputs[0]) or launch.is_watched() or any(x.data_ptr() % 16 for x in inputs):
+            return self._through_op(tables, *inputs)
+        key = _key(tables, inputs, self._tensors.values())
+        if key in self._known:  # None, or it would have been launched
+            return self._through_op(tables, *inputs)
+        recorded = launch.record(self._op.body, *self._arguments(tables, inputs))
+        names = *(f"x{i}" for i in range(len(inputs))), *(f"t{i}" for i in range(len(self._tensors))), "mixes", "route"
+        bases = dict(zip(names, (*inputs, *self._tensors.values(), tables.mixes, tables.route), strict=True))
+        self._known[key] = repeat_of(recorded, bases) if _is_here(inputs[0]) else None
+        return recorded.result
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def _is_here(x: Tensor) -> bool:
+    return not x.is_cuda or x.get_device() == _current_device()
+
+
+def _key(tables: Tables, inputs: Sequence[Tensor], tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What `_caller` looks up."""
+    key: list[Any] = [tables.layout, _current_device(), torch._C._get_cublas_allow_tf32(), inputs[0].get_device()]
+    for x in inputs:
+        key += [x.dtype, x.shape, x.stride()]
+    for tensor in tensors:
+        key += [tensor.dtype, tensor.shape]
+    return tuple(key)
+
+
+@functools.cache
+def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
+    """Write `call` for so many inputs and fixed tensors."""
+    xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
+    pointers = [f"p_{name}" for name in (*xs, *ts)]
+    key = ["tables.layout", "device()", "tf32()", "x0.get_device()"]
+    key += [f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs] + [f"{t}.dtype, {t}.shape" for t in ts]
+    source = f"""
+def make(known, miss, hooks, {", ".join([*ts, *(f"at_{t}" for t in ts)])}):
+    def call(tables, {", ".join(xs)}):
+        if (compiling() or grad() or modes() or functorch() is not None
+                or {" or ".join(f"type({x}) is not Tensor" for x in xs)}
+                or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls or hooks.debug):
+            return miss(tables, {", ".join(xs)})
+        {"; ".join(f"p_{name} = {name}.data_ptr()" for name in (*xs, *ts))}
+        repeat = known.get(({", ".join(key)}))
+        if repeat is None or ({" | ".join(f"p_{x}" for x in xs)}) & 15 or {" or ".join(f"p_{t} != at_{t}" for t in ts)}:
+            return miss(tables, {", ".join(xs)})
+        mixes, route = tables.mixes, tables.route
+        return repeat({", ".join([*xs, *ts])}, mixes, route, {", ".join(pointers)}, mixes.data_ptr(), route.data_ptr())
+    return call
+"""
+    scope = {
+        "compiling": torch.compiler.is_compiling,
+        "grad": torch.is_grad_enabled,
+        "modes": torch._C._len_torch_dispatch_stack,
+        "functorch": torch._C._functorch.peek_interpreter_stack,
+        "device": _current_device,
+        "tf32": torch._C._get_cublas_allow_tf32,
+        "Tensor": Tensor,
+    }
+    exec(source, scope)
+    made: Callable[..., Callable[..., Any]] = scope["make"]  # type: ignore[assignment]
+    return made
