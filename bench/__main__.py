@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,15 +12,16 @@ from rich.progress import track
 from rich.table import Table
 
 from ia3rt.bench import document as documents
-from ia3rt.bench.layer_times import time_layers
-from ia3rt.bench.layers.case import ROWS
-from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.profile import document as performance
-from ia3rt.bench.result import read_json
+from ia3rt.bench.result import read_json, write_json
+from ia3rt.bench.runner import run
 from ia3rt.bench.serving import tables as serving_tables
+from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.shapes import SHAPES
+from ia3rt.bench.terminal import print_result, shown_progress
 from ia3rt.bench.tune import linear_shapes, measure_on
 from ia3rt.bench.tune import tune as find_best
+from ia3rt.cli.errors import errors_in_a_line
 from ia3rt.kernels.configs import arch_of, processors_of
 from ia3rt.kernels.tuned import LinearConfig, LinearShape, write_linear_configs
 
@@ -68,28 +68,23 @@ def served(
 @app.command()
 def layers(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3-8b",
-    rows: Annotated[list[int], typer.Option(help="Rows of a batch; may be repeated.")] = list(ROWS),  # noqa: B006
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    cases: Annotated[str, typer.Option(help="Only the cases of such a name, as in --cases '* rows=16 *'.")] = "*",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(help="How often each way is timed.")] = 50,
     out: Annotated[Path | None, typer.Option(help="Write the times to this JSON file.")] = None,
 ) -> None:
-    """Time each operation of a decoder layer: fused, without IA³, with a separate scale, and PEFT."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    table = Table(title=f"{SHAPES[shape].name}, {dtype}, {name}", box=None, header_style="bold")
-    for title in ("operation", "rows", "mode", "way", "p20 µs", "p50 µs", "p80 µs", "× unadapted"):
-        table.add_column(title, justify="left" if title in ("operation", "mode", "way") else "right")
-    times = []
-    for time in time_layers(
-        CASES.values(), SHAPES[shape], rows, torch.device(device), getattr(torch, dtype), rounds=rounds
-    ):
-        times.append(time.as_dict())
-        percentiles = (f"{1e6 * seconds:,.1f}" for seconds in (time.p20, time.p50, time.p80))
-        table.add_row(time.case, f"{time.rows:,}", time.mode, time.way, *percentiles, f"{time.ratio:.3f}")
-    Console().print(table)
+    """Time each operation of a decoder layer: fused, without IA³, with a separate scale, and PEFT.
+
+    It is `ia3rt bench kernels` in as many rounds as are asked for, and without repeats within one.
+    """
+    effort = Effort(least=rounds, most=rounds, seconds=0, sample=0)
+    asked = Settings(["kernels"], [], cases, shape, device=_gpu(), dtype=getattr(torch, dtype), effort=effort)
+    console = Console()
+    with errors_in_a_line(), shown_progress(console) as progress:
+        result = run(asked, progress)
+    print_result(console, result)
     if out is not None:
-        machine = {"device": name, "torch": torch.__version__, "shape": shape, "dtype": dtype}
-        out.write_text(json.dumps({"machine": machine, "times": times}, indent=1) + "\n", "utf-8")
+        write_json(result, out)
 
 
 @app.command()
@@ -98,9 +93,7 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Measure block sizes on this GPU, and write what beats the defaults where the kernels read it."""
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("tuning needs a GPU: there is none here. The defaults need no tuning.")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = _gpu()
     card = torch.cuda.get_device_name(device)
     table = Table(title=f"{card}, {dtype}", box=None, header_style="bold")
     for title in ("rows", "N", "K", "layers", "mixes", "× default", "config"):
@@ -117,6 +110,12 @@ def tune(
             better[problem] = config
     Console().print(table)
     print(f"{len(better)} of {len(shapes)} are better than the defaults: {write_linear_configs(card, better)}")
+
+
+def _gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("this needs a GPU, and there is none here")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 if __name__ == "__main__":

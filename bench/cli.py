@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer.core
 from rich.console import Console
 from rich.text import Text
 
+from ia3rt.bench.options import known, split
 from ia3rt.bench.serving.cli import serve
 from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
 
@@ -99,7 +99,8 @@ def run(
     with errors_in_a_line():
         from ia3rt.bench.budget import read_budget
 
-        settings = _settings(suites, model, layers, device, dtype, against, cases, quick, adapterhub_python)
+        given = dict(model=model, layers=layers, quick=quick, cases=cases, adapterhub_python=adapterhub_python)
+        settings = _settings(suites, against, device, dtype, **given)
         rules = read_budget(budget) if budget is not None else []
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingPackageError("the report needs matplotlib: pip install 'ia3rt[bench]'")
@@ -134,69 +135,33 @@ def compare(
 
 
 def _settings(
-    suites: list[str] | None,
-    model: str,
-    layers: int | None,
-    device: str | None,
-    dtype: str | None,
-    against: str | None,
-    cases: str,
-    quick: bool,
-    adapterhub_python: Path | None,
+    suites: list[str] | None, against: str | None, device: str | None, dtype: str | None, **given: Any
 ) -> Settings:
     from ia3rt.bench.contenders.registry import CONTENDERS
     from ia3rt.bench.models import shape_of
     from ia3rt.bench.settings import FULL, QUICK, Settings
     from ia3rt.bench.suites.registry import SUITES, cases_of
+    from ia3rt.cli.demo.inputs import device_of
 
-    wanted = _known("SUITE", suites or list(SUITES), SUITES)
+    where, quick = device_of(device), given["quick"]
     default = [name for name in CONTENDERS if not (quick and name.endswith("-compiled"))]
-    named = default if against is None else [name.strip() for name in against.split(",") if name.strip()]
-    where = _device(device)
     settings = Settings(
-        suites=wanted,
-        contenders=_known("--against", named, CONTENDERS),
-        cases=cases,
-        model=model,
-        layers=layers,
+        suites=known("SUITE", suites or list(SUITES), SUITES),
+        contenders=known("--against", default if against is None else split(against), CONTENDERS),
         device=where,
         dtype=_dtype(dtype, where),
-        quick=quick,
         effort=QUICK if quick else FULL,
-        adapterhub_python=adapterhub_python,
+        **given,
     )
     shape_of(settings)  # says if --layers is of no use
-    why = {name: SUITES[name].wants(where) for name in wanted}
+    why = {name: SUITES[name].wants(where) for name in settings.suites}
     if all(why.values()):
         raise UsageError("SUITE", "; ".join(f"{name}: {reason}" for name, reason in why.items()))
-    if not cases_of(settings):
-        known = ", ".join(f"{case.name!r}" for _, case in cases_of(dataclasses.replace(settings, cases="*")))
-        raise UsageError("--cases", f"no case is named {cases!r}: there are {known}")
-    if adapterhub_python is not None and not adapterhub_python.is_file():
-        raise UsageError("--adapterhub-python", f"there is no file {adapterhub_python}")
+    cases_of(settings)  # says if --cases is of no use
+    python = settings.adapterhub_python
+    if python is not None and not python.is_file():
+        raise UsageError("--adapterhub-python", f"there is no file {python}")
     return settings
-
-
-def _known(option: str, wanted: list[str], known: Any) -> list[str]:
-    """What is wanted, in the order of what is known."""
-    if not wanted:
-        raise UsageError(option, f"names none: known are {', '.join(known)}")
-    for name in wanted:
-        if name not in known:
-            raise UsageError(option, f"there is no {name!r}: known are {', '.join(known)}")
-    return [name for name in known if name in wanted]
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UsageError("--device", f"{name!r} is of no use here: {first}") from error
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -205,8 +170,8 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    (known,) = _known("--dtype", [name], dtypes)
-    return dtypes[known]
+    known("--dtype", [name], dtypes)
+    return dtypes[name]
 
 
 def _write(result: Result, out: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ia3rt.bench.contenders.registry import OURS
-from ia3rt.bench.result import CaseResult, Measurement, Result
+from ia3rt.bench.result import Measurement, Result
 
 TOLERANCE = 0.10
 """A ratio has changed where all of its p20 … p80 lies further than this beyond the other's."""
@@ -42,31 +42,25 @@ def compare(before: Result, after: Result) -> list[Change]:
         ours, theirs = getattr(before, what), getattr(after, what)
         if ours != theirs:
             raise ValueError(f"the runs cannot be compared: one is of the {what} {ours!r}, the other of {theirs!r}")
-    changes = list(_changes(before, after))
+    earlier = dict(_ratios(before))
+    changes = [
+        Change(*case, earlier[case].ratio.p50, now.ratio.p50, _verdict(earlier[case], now))
+        for case, now in _ratios(after)
+        if case in earlier
+    ]
     if not changes:
         raise ValueError("the runs cannot be compared: they have no ratio in common")
     return changes
-
-
-def _changes(before: Result, after: Result) -> Iterator[Change]:
-    earlier = dict(_ratios(before))
-    for key, now in _ratios(after):
-        if key in earlier and earlier[key].ratio is not None and now.ratio is not None:
-            name, reference, contender = key
-            then = earlier[key]
-            assert then.ratio is not None
-            yield Change(name, contender, reference, then.ratio.p50, now.ratio.p50, _verdict(then, now))
 
 
 def _ratios(result: Result) -> Iterator[tuple[tuple[str, str, str], Measurement]]:
     for case in result.cases:
         for measured in case.measurements:
             if measured.ratio is not None:
-                yield (_name(case), case.reference, measured.contender), measured
+                yield (f"{case.suite}: {case.name}", measured.contender, case.reference), measured
 
 
 def _verdict(before: Measurement, after: Measurement) -> Verdict:
-    assert before.ratio is not None and after.ratio is not None
     if before.is_noise or after.is_noise:
         return "noise"
     if after.ratio.p20 > before.ratio.p80 * (1 + TOLERANCE):
@@ -74,7 +68,3 @@ def _verdict(before: Measurement, after: Measurement) -> Verdict:
     if after.ratio.p80 < before.ratio.p20 / (1 + TOLERANCE):
         return "faster"
     return "same"
-
-
-def _name(case: CaseResult) -> str:
-    return f"{case.suite}: {case.name}"

@@ -11,7 +11,6 @@ from pathlib import Path
 from ia3rt.bench import markdown
 from ia3rt.bench.compiled.build import PLAIN
 from ia3rt.bench.compiled.facts import Facts
-from ia3rt.bench.layer_times import predicted
 from ia3rt.bench.layers.case import BY_ROW, FUSED, ROWS, SEPARATE
 from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.roofline import H100
@@ -52,7 +51,7 @@ def roofline_table() -> str:
     for case in CASES.values():
         for count in ROWS:
             work = case.work(LLAMA_3_8B, count)
-            ratios = predicted(case, LLAMA_3_8B, count, H100)
+            ratios = case.predicted(LLAMA_3_8B, count, H100)
             megabytes, gigaflops = (sum(kernel[i] for kernel in work[FUSED]) for i in (0, 1))
             separate = sum(kernel.bytes for kernel in work[SEPARATE])
             cells = (f"{megabytes / 1e6:,.2f}", f"{separate / 1e6:,.2f}", f"{gigaflops / 1e9:,.3f}")

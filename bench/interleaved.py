@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 class Seconds(float):
@@ -70,22 +71,13 @@ def sample_interleaved(
     return seconds
 
 
-def time_interleaved(
-    ways: Mapping[str, Callable[[int], object]],
-    rounds: int,
-    *,
-    round_done: Callable[[], None] = lambda: None,
-    wait: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
+def time_interleaved(ways: Mapping[str, Callable[[int], object]], rounds: int, **options: Any) -> dict[str, Timing]:
     """Runs the ways in turn, round after round; a first round warms up and is not counted.
 
     Args:
         ways: what is compared, by name; each is called with the round's number, from 0 (the warm-up's is -1).
         rounds: how often each is timed, at least 1.
-        round_done: called after each round.
-        wait: returns when the device has done what it was given, such as torch.cuda.synchronize.
-        clock: the time in seconds.
+        options: of `sample_interleaved`.
     """
-    seconds = sample_interleaved(ways, range(-1, rounds), round_done=round_done, wait=wait, clock=clock)
+    seconds = sample_interleaved(ways, range(-1, rounds), **options)
     return {name: Timing.of(times[1:]) for name, times in seconds.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.metadata
 import os
 import platform
@@ -44,26 +42,6 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory("MemAvailable")
 
 
-class PeakMemory:
-    """How much a device's memory has grown at most since this was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-        else:
-            self._resets = _reset_peak()
-            self._before = _status("VmRSS") or 0
-
-    def grown(self) -> int | None:
-        """Bytes at the peak beyond those at the start; None where the system does not say."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        peak = _status("VmHWM") if self._resets else None
-        return None if peak is None else max(0, peak - self._before)
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -79,15 +57,7 @@ def _processor() -> str:
 
 
 def _memory(name: str) -> int | None:
-    return _kilobytes("/proc/meminfo", name)
-
-
-def _status(name: str) -> int | None:
-    return _kilobytes("/proc/self/status", name)
-
-
-def _kilobytes(file: str, name: str) -> int | None:
-    for line in _lines(file):
+    for line in _lines("/proc/meminfo"):
         if line.startswith(name + ":"):
             return 1024 * int(line.split()[1])
     return None
@@ -98,16 +68,3 @@ def _lines(file: str) -> list[str]:
         return Path(file).read_text().splitlines()
     except OSError:  # not Linux
         return []
-
-
-def _reset_peak() -> bool:
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before is used again, and nothing seems to grow
-    except AttributeError:  # not glibc
-        return False
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM becomes what is resident now
-    except OSError:
-        return False
-    return True

@@ -12,7 +12,7 @@ from torch import nn
 
 from ia3rt.bench.settings import Settings
 from ia3rt.bench.shapes import SHAPES, Shape
-from ia3rt.cli.errors import UsageError
+from ia3rt.cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def build_model(settings: Settings) -> PreTrainedModel:
 
 
 def _random(shape: Shape, settings: Settings) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -71,16 +71,10 @@ def _random(shape: Shape, settings: Settings) -> PreTrainedModel:
         head_dim=shape.head_dim,
         max_position_embeddings=8192,
         tie_word_embeddings=shape.tied,
-        dtype=settings.dtype,
     )
     torch.manual_seed(SEED)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(settings.dtype)
-    try:
-        with settings.device:
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with settings.device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=settings.dtype)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -90,8 +84,7 @@ def _pretrained(settings: Settings) -> PreTrainedModel:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
     except (OSError, ValueError) as error:  # transformers' messages go on for pages
-        first = str(error).strip().partition("\n")[0]
-        raise UsageError("--model", f"{first} (built in are {', '.join(SHAPES)})") from error
+        raise UsageError("--model", f"{first_line(error)} (built in are {', '.join(SHAPES)})") from error
     return model.to(settings.device)  # type: ignore[no-any-return]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ia3rt.bench.result import CaseResult, Measurement
 
+COLUMNS = ("case", "contender", "p20", "p50", "p80", "rate", "ratio", "rounds")
 NOISY = "noise"
 WITHIN = "within noise"
 CONTROL_IS = (
@@ -15,12 +17,26 @@ CONTROL_IS = (
 )
 
 
+def row(case: CaseResult, measured: Measurement) -> dict[str, str]:
+    """What is told of a contender, or of the control, in a case, by column."""
+    first, is_control = measured is case.all_measured[0], measured is case.control
+    show = size if case.unit == "bytes" else seconds
+    return {
+        "case": case.name if first else "",
+        "contender": measured.contender,
+        **{percentile: show(getattr(measured.taken, percentile)) for percentile in ("p20", "p50", "p80")},
+        "rate": "" if is_control or case.work is None else f"{_three(case.rate(measured))} {case.unit}/s",
+        "ratio": control(measured) if is_control else ratio(case, measured),
+        "rounds": f"{len(measured.samples)} × {measured.turns}",
+    }
+
+
 def seconds(value: float) -> str:
     """A time with three digits, in the unit that fits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size or unit == "µs":
-            return f"{_three(value / size)} {unit}"
-    raise AssertionError
+    for unit, of in (("s", 1.0), ("ms", 1e-3)):
+        if value >= of:
+            return f"{_three(value / of)} {unit}"
+    return f"{_three(value / 1e-6)} µs"
 
 
 def size(value: float) -> str:
@@ -31,17 +47,6 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def taken(case: CaseResult, value: float) -> str:
-    """What a case's contender took."""
-    return size(value) if case.unit == "bytes" else seconds(value)
-
-
-def rate(case: CaseResult, measured: Measurement) -> str:
-    """Units a second; empty where that says nothing."""
-    value = case.rate(measured)
-    return "" if value is None else f"{_three(value)} {case.unit}/s"
-
-
 def ratio(case: CaseResult, measured: Measurement) -> str:
     """The ratio to the reference, or why it is not shown."""
     if measured.contender == case.reference:
@@ -50,26 +55,22 @@ def ratio(case: CaseResult, measured: Measurement) -> str:
         return ""
     if measured.is_noise:
         return NOISY
-    return WITHIN if case.is_within_noise(measured) else f"{of_one(measured.ratio.p50)} ×"
+    return WITHIN if measured.is_within(case.control) else f"{_of_one(measured.ratio.p50)} ×"
 
 
 def cell(measured: Measurement, control: Measurement | None) -> str:
     """The ratio as a document's tables have it: ° marks one that is within noise."""
     if measured.ratio is None:
         return ""
-    shown = of_one(measured.ratio.p50)
+    shown = _of_one(measured.ratio.p50)
     return NOISY if measured.is_noise else f"{shown} °" if measured.is_within(control) else shown
 
 
-def control(measured: Measurement) -> str:
+def control(measured: Measurement | None) -> str:
     """The control's ratio, and how far from 1 another ratio must be to be called one."""
-    assert measured.ratio is not None
-    return f"{of_one(measured.ratio.p50)} × (± {measured.doubt:.3f})"
-
-
-def of_one(value: float) -> str:
-    """A ratio: near 1 its thousandths count."""
-    return f"{value:.3f}" if 0.9 < value < 1.1 else _three(value)
+    if measured is None or measured.ratio is None:
+        return ""
+    return f"{_of_one(measured.ratio.p50)} (± {measured.doubt:.3f})"
 
 
 def noise_reason(measured: Measurement) -> str:
@@ -81,17 +82,20 @@ def noise_reason(measured: Measurement) -> str:
     )
 
 
+def ran(command: str, on: Mapping[str, Any], versions: Mapping[str, str | None]) -> str:
+    """What was run, if that is said, and in a line below it on which machine, with which packages."""
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "numpy")
+    where = f"{on['processor']}, {on['cores']} cores, {on['torch_threads']} threads; {packages}."
+    shown = re.sub(r" --out [^\s`]+", "", command)  # where its files went is for a reader to say
+    return f"{shown}\\\n{where}" if command else where
+
+
+def _of_one(value: float) -> str:
+    """A ratio: near 1 its thousandths count."""
+    return f"{value:.3f}" if 0.9 < value < 1.1 else _three(value)
+
+
 def _three(value: float) -> str:
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.995 else f"{value:.3g}"
-
-
-def command(line: str) -> str:
-    """A command without the folder that its files went to, which is for a reader to say."""
-    return re.sub(r" --out \S+", "", line)
-
-
-def packages(versions: Mapping[str, str | None]) -> str:
-    """The packages that were there, with their versions, in a line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "numpy")

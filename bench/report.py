@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3rt.bench import readable
-from ia3rt.bench.result import CONTROL, NOISE, CaseResult, Result
+from ia3rt.bench.result import NOISE, CaseResult, Result
 from ia3rt.bench.suites.registry import SUITES
 from ia3rt.bench.terminal import left_out
 
@@ -24,16 +24,16 @@ COLORS = {
     "ia3rt": "#d62728",
     "ia3rt-compiled": "#ff9a8b",
 }
-_OTHERS = ("#d62728", "#ff9a8b", "#7f7f7f", "#2ca02c", "#1f77b4", "#7fb2dd")  # the kernels' ways have their own names
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2.5em; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; font-size: 0.9em }
 th, td { padding: 0.2em 0.7em; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
-th { color: #555; font-weight: 600 } td.text, th.text { text-align: left }
+th { color: #555; font-weight: 600 }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } /* the case and the contender */
 tr.first td { border-top: 1px solid #bbb } tr.ours td { font-weight: 600 } tr.control td { color: #777 }
-.noise { color: #999; cursor: help; text-decoration: underline dotted } .dim { color: #666; font-size: 0.9em }
+.dim { color: #666; font-size: 0.9em }
 .failed { color: #b00020 } img { max-width: 100% } dl { display: grid; grid-template-columns: 9em 1fr; gap: 0.1em 1em }
 dt { color: #555 } dd { margin: 0 } @media (max-width: 45em) { table { display: block; overflow-x: auto } }
 """
@@ -65,7 +65,7 @@ def _document(result: Result) -> Iterator[str]:
         yield f'<h2 id="{name}">{name}</h2><p>{_text(SUITES[name].about)}</p>'
         if plots := svg(cases, SUITES[name].x):
             alternative = f"{name}: plots of the table below"
-            yield f'<img alt="{alternative}" src="data:image/svg+xml;base64,{_encoded(plots)}">'
+            yield f'<img alt="{alternative}" src="data:image/svg+xml;base64,{base64.b64encode(plots).decode()}">'
         yield from _table(cases)
         for line in left_out(cases):
             yield f'<p class="dim">{_text(line)}</p>'
@@ -94,55 +94,35 @@ def _facts(result: Result) -> str:
 
 
 def _table(cases: Sequence[CaseResult]) -> Iterator[str]:
-    notes: list[str] = []
-    yield '<table><tr><th class="text">case</th><th class="text">contender</th>'
-    yield "<th>p20</th><th>p50</th><th>p80</th><th>rate</th><th>ratio</th><th>rounds</th></tr>"
+    notes = list(dict.fromkeys(measured.note for case in cases for measured in case.measurements if measured.note))
+    titles = "".join(f"<th>{column}</th>" for column in readable.COLUMNS)
+    yield f"<table><tr>{titles}</tr>"
     for case in cases:
-        for position, measured in enumerate(case.measurements):
-            classes = " ".join(["first"] * (position == 0) + ["ours"] * measured.contender.startswith("ia3rt"))
-            mark = ""
-            if measured.note:
-                notes += [measured.note] * (measured.note not in notes)
-                mark = f" <sup>{notes.index(measured.note) + 1}</sup>"
-            shown = _text(readable.ratio(case, measured))
-            if measured.is_noise:
-                shown = f'<span class="noise" title="{_text(readable.noise_reason(measured))}">{readable.NOISY}</span>'
-            cells = [readable.taken(case, p) for p in (measured.taken.p20, measured.taken.p50, measured.taken.p80)]
-            cells += [readable.rate(case, measured), shown, f"{len(measured.samples)} × {measured.turns}"]
-            yield f'<tr class="{classes}"><td class="text">{_text(case.name) if position == 0 else ""}</td>'
-            yield f'<td class="text">{_text(measured.contender)}{mark}</td>'
-            yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-        if case.control is not None:
-            taken = case.control.taken
-            cells = [readable.taken(case, p) for p in (taken.p20, taken.p50, taken.p80)]
-            cells += ["", readable.control(case.control), f"{len(case.control.samples)} × {case.control.turns}"]
-            yield f'<tr class="control"><td></td><td class="text">{CONTROL}</td>'
-            yield "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        for measured in case.all_measured:
+            row = {column: _text(shown) for column, shown in readable.row(case, measured).items()}
+            classes = ["first"] * (row["case"] != "") + ["ours"] * measured.contender.startswith("ia3rt")
+            if measured is case.control:
+                classes = ["control"]
+            elif measured.note:
+                row["contender"] += f" <sup>{notes.index(measured.note) + 1}</sup>"
+            yield f'<tr class="{" ".join(classes)}">' + "".join(f"<td>{cell}</td>" for cell in row.values()) + "</tr>"
     yield "</table>"
     for number, note in enumerate(notes, 1):
         yield f'<p class="dim"><sup>{number}</sup> {_text(note)}</p>'
-    noisy = [(case, m) for case in cases for m in case.measurements if m.is_noise]
-    for case, measured in noisy:
-        yield f'<p class="dim">noise: {_text(case.name)}, {measured.contender}: {readable.noise_reason(measured)}</p>'
+    for case in cases:
+        for measured in case.measurements:
+            if measured.is_noise:
+                why = f"{case.name}, {measured.contender}: {readable.noise_reason(measured)}"
+                yield f'<p class="dim">noise: {_text(why)}</p>'
 
 
 def svg(cases: Sequence[CaseResult], x: str) -> bytes:
     """The plots of a suite's cases: a panel for each thing done, a line or bar for each contender. Or nothing."""
-    figure = plot(cases, x)
-    if figure is None:
-        return b""
-    written = io.BytesIO()
-    figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    return written.getvalue()
-
-
-def plot(cases: Sequence[CaseResult], x: str) -> Any:
-    """The same as a matplotlib figure, which belongs to no window; None without any measurement."""
     from matplotlib.figure import Figure
 
     panels = _panels([case for case in cases if case.measurements], x)
     if not panels:
-        return None
+        return b""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
@@ -154,7 +134,9 @@ def plot(cases: Sequence[CaseResult], x: str) -> Any:
         axis.tick_params(labelsize=8)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    return figure
+    written = io.BytesIO()
+    figure.savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    return written.getvalue()
 
 
 def _panels(cases: Sequence[CaseResult], x: str) -> dict[str, list[CaseResult]]:
@@ -222,12 +204,9 @@ def _unit(cases: Sequence[CaseResult]) -> tuple[str, float]:
 
 
 def _color(contender: str, names: Sequence[str]) -> str:
-    return COLORS.get(contender) or _OTHERS[list(names).index(contender) % len(_OTHERS)]
+    """A contender's own; for the kernels' ways matplotlib's, in turn."""
+    return COLORS.get(contender) or f"C{list(names).index(contender)}"
 
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def _encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")

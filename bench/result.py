@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,13 @@ class CaseResult:
     failed: dict[str, str] = field(default_factory=dict)
     control: Measurement | None = None
 
-    def is_within_noise(self, measured: Measurement) -> bool:
-        """Whether a contender's ratio is no win and no loss; see `Measurement.is_within`."""
-        return measured.is_within(self.control)
+    @property
+    def all_measured(self) -> list[Measurement]:
+        """The contenders' measurements, and the control's after them."""
+        return [*self.measurements, *([self.control] if self.control else [])]
 
     def rate(self, measurement: Measurement) -> float | None:
-        """Units a second at the median."""
+        """Units a second at the median; None where that says nothing."""
         return None if self.work is None else self.work / measurement.taken.p50
 
 
@@ -162,7 +163,7 @@ class Result:
         for case, plain in zip(self.cases, made["cases"], strict=True):
             for measurement, numbers in zip(case.measurements, plain["measurements"], strict=True):
                 numbers["noise"] = measurement.is_noise
-                numbers["within_noise"] = case.is_within_noise(measurement)
+                numbers["within_noise"] = measurement.is_within(case.control)
             if case.control is not None:
                 plain["control"]["doubt"] = case.control.doubt
         return made
@@ -176,23 +177,25 @@ class Result:
         """
         if plain.get("schema") not in READABLE:
             known = " or ".join(map(str, READABLE))
-            raise ValueError(
-                f"not a result of `ia3rt bench` with schema {known}: its schema is {plain.get('schema')!r}"
-            )
-        plain = {key: value for key, value in plain.items() if key not in ("schema", "noise_bound")}
+            raise ValueError(f"not a result of `ia3rt bench` with schema {known}: it has {plain.get('schema')!r}")
         cases = []
-        for case in plain.pop("cases"):
-            measurements = [_measurement(numbers) for numbers in case.pop("measurements")]
-            control = case.pop("control", None)
-            control = None if control is None else _measurement(control)
-            cases.append(CaseResult(**case, measurements=measurements, control=control))
-        return cls(**plain, cases=cases)
+        for case in plain["cases"]:
+            measurements = [_measurement(numbers) for numbers in case["measurements"]]
+            control = None if case.get("control") is None else _measurement(case["control"])
+            cases.append(_made(CaseResult, case, measurements=measurements, control=control))
+        result: Result = _made(cls, plain, cases=cases)
+        return result
 
 
-def _measurement(plain: dict[str, Any]) -> Measurement:
+def _measurement(plain: dict[str, Any]) -> Any:
     ratio = plain["ratio"] and Timing(**plain["ratio"])
-    rest = {key: plain[key] for key in ("contender", "turns", "samples", "note")}
-    return Measurement(**rest, taken=Timing(**plain["taken"]), ratio=ratio)
+    return _made(Measurement, plain, taken=Timing(**plain["taken"]), ratio=ratio)
+
+
+def _made(kind: Any, plain: dict[str, Any], **parts: Any) -> Any:
+    """What JSON holds of a dataclass: without what was added for those who read the JSON, which it computes anew."""
+    names = {field.name for field in fields(kind)}
+    return kind(**({name: value for name, value in plain.items() if name in names} | parts))
 
 
 def write_json(result: Result, file: Path) -> None:
@@ -229,7 +232,7 @@ def write_csv(result: Result, file: Path) -> None:
         writer = csv.writer(opened)
         writer.writerow(COLUMNS)
         for case in result.cases:
-            for measurement in (*case.measurements, *([case.control] if case.control else [])):
+            for measurement in case.all_measured:
                 writer.writerow(_line(case, measurement))
 
 
@@ -238,5 +241,5 @@ def _line(case: CaseResult, measured: Measurement) -> list[object]:
     shown = ("", "", "") if ratio is None or measured.is_noise else (ratio.p20, ratio.p50, ratio.p80)
     unit = "bytes" if case.unit == "bytes" else "s"
     head = [case.suite, case.name, measured.contender, unit, taken.p20, taken.p50, taken.p80]
-    tail = [measured.is_noise, case.is_within_noise(measured), len(measured.samples), measured.turns, measured.note]
+    tail = [measured.is_noise, measured.is_within(case.control), len(measured.samples), measured.turns, measured.note]
     return [*head, "" if rate is None else rate, case.reference, *shown, *tail]

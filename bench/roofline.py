@@ -18,13 +18,12 @@ class Work(NamedTuple):
 class Card:
     """A GPU's limits, as its maker states them."""
 
-    name: str
     bytes_per_second: float
     flops_per_second: float
     """Of dense 16-bit matrices, accumulated in float32."""
 
 
-H100 = Card("H100 SXM", 3.35e12, 989e12)
+H100 = Card(bytes_per_second=3.35e12, flops_per_second=989e12)  # SXM
 
 
 def seconds(kernels: Iterable[Work], card: Card) -> float:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import torch
@@ -38,28 +37,15 @@ SETTLED = 0.9
 """A round that takes more than this share of the fastest before it is no longer getting faster."""
 
 Clock = Callable[[], float]
+Shown = Callable[[int, int, str], None]
+"""Is told how many of how many cases are done, and which one begins."""
 
 
 class OutOfTimeError(Exception):
     """The run's deadline is too near for the case."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What is called as a run goes on.
-
-    Attributes:
-        begins: with the number of cases.
-        case: with the suite and the case that begins.
-        done: with the suite and what a case gave; None where it was not run.
-    """
-
-    begins: Callable[[int], None] = lambda _: None
-    case: Callable[[str, str], None] = lambda *_: None
-    done: Callable[[CaseResult | None], None] = lambda _: None
-
-
-def run(settings: Settings, progress: Progress | None = None, clock: Clock = time.perf_counter) -> Result:
+def run(settings: Settings, progress: Shown = lambda *_: None, clock: Clock = time.perf_counter) -> Result:
     """Runs all cases of the settings' suites. Ctrl-C ends it early: what was measured is returned.
 
     Raises:
@@ -68,21 +54,17 @@ def run(settings: Settings, progress: Progress | None = None, clock: Clock = tim
     """
     if importlib.util.find_spec("transformers") is None:
         raise MissingPackageError("the benchmarks need transformers: pip install 'ia3rt[bench]'")
-    progress = progress or Progress()
     started = clock()
     wanted = {name: SUITES[name].wants(settings.device) for name in settings.suites}
     cases = cases_of(settings)
-    progress.begins(len(cases))
     with quiet(), Workshop(settings, CONTENDERS) as workshop:
         result = _empty(settings, workshop)
         result.not_run = {name: why for name, why in wanted.items() if why is not None}
         end = None if settings.effort.deadline is None else started + settings.effort.deadline
         for position, (suite, case) in enumerate(cases):
-            progress.case(suite, case.name)
-            measured = None
+            progress(position, len(cases), f"{suite}: {case.name}")
             try:
-                measured = run_case(suite, case, workshop, end, clock)
-                result.cases.append(measured)
+                result.cases.append(run_case(suite, case, workshop, end, clock))
             except OutOfTimeError:
                 result.not_run[f"{suite}: {case.name}"] = "the time of a quick run was up"
             except KeyboardInterrupt:
@@ -90,9 +72,7 @@ def run(settings: Settings, progress: Progress | None = None, clock: Clock = tim
                     result.not_run[f"{left_suite}: {left.name}"] = "the run was stopped"
                 break
             except Exception as error:  # out of memory, say: what else was measured must not be lost
-                measured = _case_result(suite, case, "", [], {}, {"the case": described(error)})
-                result.cases.append(measured)
-            progress.done(measured)
+                result.cases.append(_case_result(suite, case, "", [], Ways(failed={"the case": described(error)})))
     return result
 
 
@@ -117,7 +97,7 @@ def run_case(
         if reference:
             ways[CONTROL] = control_of(made, reference)
         measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
-    return _case_result(suite, case, reference, measurements, made.left_out, made.failed)
+    return _case_result(suite, case, reference, measurements, made)
 
 
 def control_of(made: Ways, reference: str) -> Way:
@@ -127,19 +107,11 @@ def control_of(made: Ways, reference: str) -> Way:
     return way
 
 
-def _case_result(
-    suite: str,
-    case: Case,
-    reference: str,
-    measurements: list[Measurement],
-    left_out: dict[str, str],
-    failed: dict[str, str],
-) -> CaseResult:
-    parameters = dict(case.parameters)
-    told = (suite, case.what, parameters, case.name, reference, case.unit, case.work)
+def _case_result(suite: str, case: Case, reference: str, measurements: list[Measurement], made: Ways) -> CaseResult:
+    told = (suite, case.what, dict(case.parameters), case.name, reference, case.unit, case.work)
     control = next((measured for measured in measurements if measured.contender == CONTROL), None)
     contenders = [measured for measured in measurements if measured is not control]
-    return CaseResult(*told, contenders, left_out, failed, control)
+    return CaseResult(*told, contenders, made.left_out, made.failed, control)
 
 
 def drop_wrong(made: Ways, tolerance: float) -> None:
@@ -190,14 +162,6 @@ def measure(
 
         return run
 
-    def before(name: str) -> None:
-        if (prepare := ways[name].before) is not None:
-            prepare(turns[name])
-
-    def after(name: str) -> None:
-        if (restore := ways[name].after) is not None:
-            restore()
-
     def in_time(rounds: int) -> Iterator[int]:
         # When the machine became slower than it was in the warm-up.
         begun = clock()
@@ -208,9 +172,13 @@ def measure(
             yield turn
 
     def sample(rounds: Iterable[int]) -> dict[str, list[float]]:
-        timed = {name: repeated(name) for name in ways}
         taken: dict[str, list[float]] = sample_interleaved(
-            timed, rounds, before=before, after=after, wait=wait, clock=clock
+            {name: repeated(name) for name in ways},
+            rounds,
+            before=lambda name: ways[name].before(turns[name]),
+            after=lambda name: ways[name].after(),
+            wait=wait,
+            clock=clock,
         )
         return taken
 

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ia3rt.bench import readable
 from ia3rt.bench.compare import Change
 from ia3rt.bench.contenders.registry import OURS
-from ia3rt.bench.result import CONTROL, NOISE, CaseResult, Result
-from ia3rt.bench.runner import Progress
+from ia3rt.bench.result import NOISE, CaseResult, Result
+from ia3rt.bench.runner import Shown
 from ia3rt.bench.suites.registry import SUITES
 
 WIDE = 110  # columns that a terminal needs to show all percentiles
@@ -24,22 +23,12 @@ STYLES = {"slower": "red", "faster": "green", "noise": "dim", "same": ""}
 
 
 @contextmanager
-def shown_progress(console: Console) -> Iterator[Progress]:
+def shown_progress(console: Console) -> Iterator[Shown]:
     """Shows a bar while cases run; it vanishes at the end."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("building the model", total=None)
-        yield Progress(
-            begins=lambda total: bar.update(task, total=total),
-            case=lambda suite, name: bar.update(task, description=f"{suite}: {name}"),
-            done=lambda _: bar.advance(task),
-        )
+        yield lambda done, total, case: bar.update(task, completed=done, total=total, description=case)
 
 
 def print_result(console: Console, result: Result) -> None:
@@ -54,31 +43,26 @@ def print_result(console: Console, result: Result) -> None:
     )
     for suite in dict.fromkeys(case.suite for case in result.cases):
         _print_suite(console, suite, [case for case in result.cases if case.suite == suite])
-    for title, lines in (("Not run", _not_run(result)), ("Failed", result.failures)):
-        for line in lines:
-            console.print(Text(f"{title}: {line}", style="red" if title == "Failed" else "dim"))
+    for name, why in result.not_run.items():
+        console.print(Text(f"Not run: {name}: {why}", style="dim"))
+    for line in result.failures:
+        console.print(Text(f"Failed: {line}", style="red"))
 
 
 def _print_suite(console: Console, suite: str, cases: Sequence[CaseResult]) -> None:
     table = Table(title=f"{suite}. {SUITES[suite].about}", title_justify="left", title_style="bold", box=box.ROUNDED)
-    table.add_column("case")
-    table.add_column("contender", no_wrap=True)
-    shown = ("p20", "p50", "p80") if console.width >= WIDE else ("p50",)
-    for title in (*shown, "rate", "ratio"):
-        table.add_column(title, justify="right", no_wrap=True)
+    hidden = ("rounds",) if console.width >= WIDE else ("rounds", "p20", "p80")
+    columns = [column for column in readable.COLUMNS if column not in hidden]
+    for column in columns:
+        left = column in ("case", "contender")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "case")
     for case in cases:
-        for position, measured in enumerate(case.measurements):
-            ratio = readable.ratio(case, measured)
-            table.add_row(
-                Text(case.name if position == 0 else ""),
-                Text(measured.contender, style="bold" if measured.contender in OURS else ""),
-                *(readable.taken(case, getattr(measured.taken, percentile)) for percentile in shown),
-                readable.rate(case, measured),
-                Text(ratio, style="dim" if ratio in (readable.NOISY, readable.WITHIN) else ""),
-            )
-        if case.control is not None:
-            times = (readable.taken(case, getattr(case.control.taken, percentile)) for percentile in shown)
-            table.add_row("", CONTROL, *times, "", readable.control(case.control), style="dim")
+        for measured in case.all_measured:
+            row = readable.row(case, measured)
+            cells = {column: Text(row[column]) for column in columns}
+            cells["contender"].stylize("bold" if measured.contender in OURS else "")
+            cells["ratio"].stylize("dim" if row["ratio"] in (readable.NOISY, readable.WITHIN) else "")
+            table.add_row(*cells.values(), style="dim" if measured is case.control else "")
         table.add_section()
     console.print(table)
     if any(measured.is_noise for case in cases for measured in case.measurements):
@@ -100,10 +84,6 @@ def left_out(cases: Iterable[CaseResult]) -> list[str]:
         f"without {contender}{'' if len(names) == len(cases) else ' in ' + '; '.join(names)}: {why}"
         for (contender, why), names in reasons.items()
     ]
-
-
-def _not_run(result: Result) -> list[str]:
-    return [f"{name}: {why}" for name, why in result.not_run.items()]
 
 
 def print_changes(console: Console, changes: Sequence[Change]) -> None:

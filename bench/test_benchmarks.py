@@ -49,11 +49,15 @@ def test_case(case: Case, contender: str, workshop: Workshop, benchmark: Any) ->
     way = made.ways[contender]
     assert isinstance(way, Way)
 
-    def prepare() -> None:
+    def clean_up() -> None:
         if way.after is not None:
             way.after()
+
+    def prepare() -> None:
+        clean_up()
         if way.before is not None:
             way.before(1)
 
     benchmark.group = case.name
     benchmark.pedantic(way.run, args=(0,), setup=prepare, rounds=QUICK.least, warmup_rounds=1)
+    clean_up()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from ia3rt.bench.captured import captured, loop
 from ia3rt.bench.interleaved import time_interleaved
-from ia3rt.bench.layer_times import captured, loop
-from ia3rt.bench.layers.case import Inputs
+from ia3rt.bench.layers.case import Inputs, copies_of
 from ia3rt.bench.shapes import Shape
 from ia3rt.kernels.configs import linear_config
 from ia3rt.kernels.linear import launch, launch_library
@@ -98,7 +98,7 @@ def measure_on(device: torch.device, rounds: int = 20, turns: int = 20) -> Measu
         inputs = Inputs(device, getattr(torch, shape.dtype))
         x = inputs.randn(shape.rows, shape.K)
         routing = inputs.routing(shape.rows if shape.per_row else 1)
-        copies = min(64, 1 + (100 << 20) // (2 * shape.layers * shape.N * shape.K))
+        copies = copies_of(2 * shape.layers * shape.N * shape.K)
         l_in = inputs.site(shape.K) if shape.scales_input else None
 
         def layer() -> Layer:
@@ -112,7 +112,7 @@ def measure_on(device: torch.device, rounds: int = 20, turns: int = 20) -> Measu
         ways = {}
         for index, run in runs.items():
             try:
-                ways[str(index)], _ = (captured if device.type == "cuda" else loop)(run, turns)
+                ways[str(index)] = (captured if device.type == "cuda" else loop)(run, turns)
             except OutOfResources:
                 continue
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +79,6 @@ class Workshop:
         return folder
 
     def _drop(self) -> None:
-        _close(self._subjects.values())
+        for subject in self._subjects.values():
+            subject.close()
         self._subjects = {}
-
-
-def _close(subjects: Iterable[Subject]) -> None:
-    for subject in subjects:
-        subject.close()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ia3rt.kernels.activation_tile import activate
 from ia3rt.kernels.configs import activation_config
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, mixed_scale, worn_by
 from ia3rt.reference import Activation
 
@@ -118,7 +119,9 @@ def _launch(
     if M == 0:
         return
     config = activation_config(M, N, first.dtype)
-    kernel[triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)](
+    run(
+        kernel,
+        (triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)),
         *read,
         *written,
         Site.of(l),

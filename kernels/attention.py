@@ -22,6 +22,7 @@ from ia3rt.kernels.attention_decode import decode, splits_of
 from ia3rt.kernels.attention_inputs import Inputs
 from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import arch_of, attention_config
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
 
@@ -152,5 +153,5 @@ def attention(
     if splits > 1:
         decode(o, lse, splits, grid, read, Site.of(l_v), routing, constants)
     else:
-        attention_kernel[grid](o, lse, Site.of(l_v), *read, **constants)
+        run(attention_kernel, grid, o, lse, Site.of(l_v), *read, **constants)
     return o, lse

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import processors_of
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
 
@@ -147,8 +148,10 @@ def decode(
     B, Sq, Hq, D = o.shape
     sums = o.new_empty((splits, B, Hq, Sq, D), dtype=torch.float32)
     ends = o.new_empty((2, splits, B, Hq, Sq), dtype=torch.float32)
-    decode_kernel[(*grid, splits)](sums, ends, *read, **constants)
-    combine_kernel[(Sq, Hq, B)](
+    run(decode_kernel, (*grid, splits), sums, ends, *read, **constants)
+    run(
+        combine_kernel,
+        (Sq, Hq, B),
         o,
         lse,
         sums,

@@ -20,6 +20,7 @@ from torch import Tensor
 from ia3rt.kernels.attention_inputs import Inputs, masked
 from ia3rt.kernels.attention_tile import scores, sees, span
 from ia3rt.kernels.configs import arch_of, attention_gradient_configs
+from ia3rt.kernels.launch import run
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -260,8 +261,20 @@ def attention_gradient(
     block_d = triton.next_power_of_2(D)
     delta = torch.empty_like(lse)
     rows = B * Sq * Hq
-    delta_kernel[(triton.cdiv(rows, 16),)](
-        delta, do, o, rows, Hq, Sq, D=D, BLOCK_M=16, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True
+    run(
+        delta_kernel,
+        (triton.cdiv(rows, 16),),
+        delta,
+        do,
+        o,
+        rows,
+        Hq,
+        Sq,
+        D=D,
+        BLOCK_M=16,
+        BLOCK_D=block_d,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     inputs = Inputs.of(q, k, v, mask, ranges, None, scale, softcap)
     shared = do, lse, delta, inputs, Hq, Sq, Skv, window
@@ -274,7 +287,7 @@ def attention_gradient(
         enable_fp_fusion=True,  # the default is not the same in every Triton
     )
     grid = (triton.cdiv(Skv, of_keys.block_n), B * Hkv)
-    key_gradient_kernel[grid](dk, dv, *shared, **constants, **of_keys.build_options())
+    run(key_gradient_kernel, grid, dk, dv, *shared, **constants, **of_keys.build_options())
     grid = (triton.cdiv(Sq, of_queries.block_m), B * Hq)
-    query_gradient_kernel[grid](dq, *shared, **constants, **of_queries.build_options())
+    run(query_gradient_kernel, grid, dq, *shared, **constants, **of_queries.build_options())
     return [dq, dk, dv]

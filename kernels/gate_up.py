@@ -22,6 +22,7 @@ from ia3rt.kernels.activation import activation
 from ia3rt.kernels.configs import arch_of, gate_up_config, processors_of
 from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors, gate_up_tma
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import add_part, tile_of
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 from ia3rt.kernels.tuned import LinearConfig
@@ -176,7 +177,9 @@ def _launch_pointers(
 ) -> None:
     """Run gate_up_kernel, a program a tile."""
     (M, K), N = x.shape, gate.shape[0]
-    gate_up_kernel[(config.tiles(M, N),)](
+    run(
+        gate_up_kernel,
+        (config.tiles(M, N),),
         x,
         gate,
         up,

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ia3rt.kernels.gate_up_tile import finish_gate_up
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import tile_of
 from ia3rt.kernels.linear_tma import is_describable
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
@@ -91,7 +92,9 @@ def gate_up_tma(
     def described(weight: Tensor) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(weight.t() if transposed else weight, block_w)
 
-    gate_up_tma_kernel[(min(config.tiles(M, N), config.resident * processors),)](
+    run(
+        gate_up_tma_kernel,
+        (min(config.tiles(M, N), config.resident * processors),),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         described(gate),
         None if up is None else described(up),

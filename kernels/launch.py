@@ -55,7 +55,7 @@ _MAKES = {
 _records = threading.local()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel by Triton's own way; constants are its compile-time arguments and the compiler's options."""
     compiled = kernel[grid](*arguments, **constants)
     launches: list[Launch] | None = getattr(_records, "launches", None)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.configs import processors_of
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_plan import fuses_input, plan
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, of_layers, tile_of
@@ -197,7 +198,9 @@ def _launch_pointers(
     partials = x.new_empty((len(layers), splits, M, N), dtype=torch.float32) if splits > 1 else None
     written = ys if partials is None else partials
     operands = [(layer.weight, layer.epilogue, out) for layer, out in zip(layers, written, strict=True)]
-    linear_kernel[(len(layers) * config.tiles(M, N), splits)](
+    run(
+        linear_kernel,
+        (len(layers) * config.tiles(M, N), splits),
         x,
         *weight.stride(),
         *of_layers(operands),

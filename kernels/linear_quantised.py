@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.configs import arch_of, linear_quantised_config, processors_of
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, tile_of
@@ -151,7 +152,9 @@ def linear_quantised(
         weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(x.device)) else "fp8_bits"
     splits = config.splits
     partials = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
-    linear_quantised_kernel[(config.tiles(M, N), splits)](
+    run(
+        linear_quantised_kernel,
+        (config.tiles(M, N), splits),
         x,
         weight,
         scales,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import Layer, finish, of_layers, tile_of
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 
@@ -59,7 +60,9 @@ def add_partials(layers: Sequence[Layer], ys: Sequence[Tensor], partials: Tensor
     _, splits, M, N = partials.shape
     operands = [(layer.epilogue, y, partial) for layer, y, partial in zip(layers, ys, partials, strict=True)]
     rows, cols = SUM_TILE
-    sum_kernel[(len(layers) * triton.cdiv(M, rows) * triton.cdiv(N, cols),)](
+    run(
+        sum_kernel,
+        (len(layers) * triton.cdiv(M, rows) * triton.cdiv(N, cols),),
         *of_layers(operands),
         Site.of(layers[0].l_out).stride,
         splits,

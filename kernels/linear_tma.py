@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import Layer, finish, of_layers, tile_of
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
 from ia3rt.kernels.tuned import LinearConfig
@@ -157,7 +158,9 @@ def linear_tma(
         y_blocks = TensorDescriptor.from_tensor(y, [config.block_m, config.piece])
         operands.append((weight_blocks, layer.epilogue, y_blocks))
     tiles = len(layers) * config.tiles(M, N)
-    linear_tma_kernel[(min(tiles, config.resident * processors),)](
+    run(
+        linear_tma_kernel,
+        (min(tiles, config.resident * processors),),
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         *of_layers(operands),
         Site.of(first.l_out).stride,

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.configs import rope_config
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, worn_by
 from ia3rt.kernels.rope_tile import Cache, HeadSite, Part, finish_heads
 
@@ -125,7 +126,9 @@ def _launch(
     config = rope_config(M, D, parts[0].x.dtype)
     group_q, group_kv = config.group(heads_q), config.group(heads_kv)
     programs = heads_q // group_q + (len(parts) - 1) * heads_kv // group_kv
-    rope_kernel[(triton.cdiv(M, config.block_m) * programs,)](
+    run(
+        rope_kernel,
+        (triton.cdiv(M, config.block_m) * programs,),
         *parts,
         *(None,) * (3 - len(parts)),
         cache,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.configs import scale_config
+from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, mixed_scale, worn_by
 
 
@@ -61,7 +62,9 @@ def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor, out: Tensor | None
     routing = Routing.of(mixes, route, M)
     config = scale_config(M, N, routing.is_uniform)
     grid = (triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n))
-    scale_kernel[grid](
+    run(
+        scale_kernel,
+        grid,
         x,
         y,
         Site.of(l),

@@ -1,7 +1,7 @@
-"""Makes Triton build for an architecture what launchers launch, and stop there.
+"""Makes Triton build for an architecture what launchers launch, and stop there, or where the launch would leave Python.
 
-The launchers run as they are, on tensors without data, and only Triton's driver is another: it names the target, and a
-launch ends when its code is compiled. So arguments, their specialisation and options are the shipped ones.
+The launchers run as they are, on tensors without data or on the CPU, and only Triton's driver is another. So arguments,
+their specialisation and options are the shipped ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
@@ -35,14 +37,48 @@ class _Driver:
         return 0
 
 
+class _Device(_Driver):
+    """And as much as it asks after that: everything but the call that launches."""
+
+    def __init__(self, target: GPUTarget, launched: Callable[..., None]) -> None:
+        super().__init__(target)
+        from triton.backends.nvidia import driver
+
+        self.launcher_cls = driver.CudaLauncher
+        self.utils = _Utils(launched)
+        # The C extension's type, which is not there without a CUDA driver.
+        driver.PyKernelArg, driver.ARG_TUPLE, driver.ARG_KERNEL, driver.ARG_CONSTEXPR = dict, 0, 1, 2
+
+    def allocate_default_profile_scratch(self, *_: object) -> None:
+        return None
+
+
+class _Utils:
+    """The C extension."""
+
+    def __init__(self, launched: Callable[..., None]) -> None:
+        self.launch = launched
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return 0, hash(kernel), 32, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10, "multiprocessor_count": PROCESSORS}
+
+    def build_signature_metadata(self, signature: object) -> bytes:
+        return b""
+
+    def fill_tma_descriptor_tiled(self, *described: object) -> tuple[object, ...]:
+        return described
+
+
 class Builder:
     """Builds for one architecture. There can be one in a process, made before any kernel is imported."""
 
     def __init__(self, arch: str) -> None:
         target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
         triton.runtime.driver.set_active(_Driver(target))
-        configs.arch_of = lambda device: arch
-        configs.processors_of = lambda device: PROCESSORS
+        _pretend(arch)
         self._built: list[CompiledKernel] = []
         run = triton.JITFunction.run
 
@@ -57,3 +93,25 @@ class Builder:
         built, self._built = self._built, []
         assert built, "nothing was launched"
         return built
+
+
+def stop_at_launches(launched: Callable[..., None]) -> None:
+    """Take the CPU for an H100, and call `launched` with what the C launcher would be called with.
+
+    As a Builder, it can be done once in a process, before any kernel is imported.
+    """
+    triton.runtime.driver.set_active(_Device(GPUTarget("cuda", 90, 32), launched))
+    _pretend("sm_90")
+    from ia3rt import ops
+    from ia3rt.ops import _dispatch
+
+    def backend(x: Tensor) -> str:
+        return "triton" if x.dtype in _dispatch.TRITON_DTYPES else "torch"
+
+    _dispatch.backend = ops.backend = backend  # type: ignore[assignment]
+    torch.set_grad_enabled(False)
+
+
+def _pretend(arch: str) -> None:
+    configs.arch_of = lambda device: arch
+    configs.processors_of = lambda device: PROCESSORS

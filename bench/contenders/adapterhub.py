@@ -32,6 +32,7 @@ class AdapterHub(Subject):  # type: ignore[misc]
     does_no_more = "it is timed in forwards, generation and switching only"
 
     def __init__(self, workshop: Workshop, names: Sequence[str], python: Path) -> None:
+        super().__init__(None)
         settings = workshop.settings
         self._results = Path(workshop.folder.name) / "adapterhub.pt"
         self._worker = subprocess.Popen(
@@ -44,29 +45,26 @@ class AdapterHub(Subject):  # type: ignore[misc]
         try:
             self._ask(op="start", threads=torch.get_num_threads())
             for name in names:
-                self._ask(op="add", name=name, folder=str(workshop.adapters.folder(name)))
+                self._ask(op="hold", name=name, folder=str(workshop.adapters.folder(name)))
         except BaseException:
             self.close()
             raise
 
     def prefill(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """A forward."""
-        return self._way(op="prefill", ids=ids.tolist(), worn=list(worn))
+        return self._way("prefill", worn, ids=ids)
 
     def decode(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """A step."""
-        return self._way(op="decode", ids=ids.tolist(), worn=list(worn))
+        return self._way("decode", worn, ids=ids)
 
     def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
         """generate()."""
-        return self._way(op="generate", ids=ids.tolist(), worn=list(worn), tokens=tokens)
+        return self._way("generate", worn, ids=ids, tokens=tokens)
 
     def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:
         """set_active_adapters."""
-        if any(len(mix) != 1 for mix in mixes):
-            raise LeftOut("its stacks of IA³ adapters are not compared")
-        ids = None if then is None else then.tolist()
-        return self._way(op="switch", worn=[mix[0] for mix in mixes], ids=ids)
+        return self._way("switch", *mixes, mixes=mixes, then=then)
 
     def close(self) -> None:
         """Ends the worker."""
@@ -74,10 +72,13 @@ class AdapterHub(Subject):  # type: ignore[misc]
         self._worker.stdin.close()
         self._worker.wait(timeout=60)
 
-    def _way(self, **message: Any) -> Way:
-        if len(message["worn"]) != 1 and message["op"] != "switch":
+    def _way(self, what: str, *worn: Sequence[str], **message: Any) -> Way:
+        if any(len(mix) != 1 for mix in worn):
             raise LeftOut("its stacks of IA³ adapters are not compared")
-        self._ask(**message)
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in message.items()}
+        if what != "switch":
+            plain["worn"] = worn[0]
+        self._ask(op="make", what=what, **plain)
 
         def run(turn: int) -> Seconds:
             return Seconds(self._ask(op="run", turn=turn)["seconds"])
@@ -87,7 +88,7 @@ class AdapterHub(Subject):  # type: ignore[misc]
             tensor: Tensor = torch.load(self._results, weights_only=True)
             return tensor
 
-        has_result = message["op"] != "switch" or message["ids"] is not None
+        has_result = what != "switch" or message["then"] is not None
         return Way(run, result if has_result else None, note=NOTE)
 
     def _ask(self, **message: Any) -> dict[str, Any]:

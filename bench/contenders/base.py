@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ia3rt.bench.contenders.subject import InProcess, Way
+from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
 
 
-class Base(InProcess):  # type: ignore[misc]
+class Base(Subject):  # type: ignore[misc]
     """An unpatched model. Rows that should wear adapters wear none."""
 
     adapted = False

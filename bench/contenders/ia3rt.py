@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
 import ia3rt
 from ia3rt.adapters.site import SiteKey
 from ia3rt.bench.adapters import DISTINCT
-from ia3rt.bench.contenders.subject import InProcess, LeftOut, Way
+from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.machine import free_memory
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
 
 
-class Ia3rt(InProcess):  # type: ignore[misc]
+class Ia3rt(Subject):  # type: ignore[misc]
     """A patched model."""
 
     def __init__(self, model: nn.Module, runtime: ia3rt.Runtime) -> None:
@@ -37,26 +38,21 @@ class Ia3rt(InProcess):  # type: ignore[misc]
 
         return Way(run, lambda: run(0))
 
-    def add(self, vectors: dict[SiteKey, Tensor]) -> Way:
+    def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
         """add_adapter."""
-        return self._adding(lambda name: self._runtime.add_adapter(name, vectors), self._runtime.delete_adapter)
+        return lambda name: self._runtime.add_adapter(name, vectors)
 
-    def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
+    def loader(self, folder: Path) -> Callable[[str], object]:
+        """load_adapter; the bank grows as it needs to."""
+        return lambda name: self._runtime.load_adapter(folder, name)
+
+    def remove(self, name: str) -> None:
         """delete_adapter."""
-        return self._deleting(lambda name: self._runtime.add_adapter(name, vectors), self._runtime.delete_adapter)
+        self._runtime.delete_adapter(name)
 
-    def load(self, folder: Path) -> Way:
-        """load_adapter."""
-        return self._adding(lambda name: self._runtime.load_adapter(folder, name), self._runtime.delete_adapter)
-
-    def load_many(self, folders: dict[str, Path]) -> None:
-        """load_adapter of each; the bank grows as it needs to."""
-        for name, folder in folders.items():
-            self._runtime.load_adapter(folder, name)
-
-    def train(self, ids: Tensor, name: str) -> Way:
+    def trained(self, name: str) -> Sequence[nn.Parameter]:
         """train_adapter."""
-        return self._training(ids, self._runtime.train_adapter(name))
+        return self._runtime.train_adapter(name)
 
     def resident_bytes(self) -> int:
         """The bytes of the whole bank, with the rows that are still free."""
@@ -64,13 +60,15 @@ class Ia3rt(InProcess):  # type: ignore[misc]
         return table.numel() * table.element_size()
 
 
-def build(workshop: Workshop, names: Sequence[str]) -> tuple[nn.Module, ia3rt.Runtime]:
+def build(
+    workshop: Workshop, names: Sequence[str], backend: Literal["triton"] | None = None
+) -> tuple[nn.Module, ia3rt.Runtime]:
     """A patched model that shares all weights, with these adapters."""
     free, needed = free_memory(workshop.settings.device), 4 * workshop.adapters.numbers * len(names)
     if free is not None and needed > free // 2:
         raise LeftOut(f"{len(names):,} adapters take {needed / 1e9:,.1f} GB of the {free / 1e9:,.1f} GB that are free")
     model = clone(workshop.model)
-    runtime = ia3rt.patch(model, capacity=len(names))
+    runtime = ia3rt.patch(model, capacity=len(names), backend=backend)
     vectors = [workshop.adapters.vectors(name) for name in names[:DISTINCT]]
     for position, name in enumerate(names):
         if position < DISTINCT:

@@ -8,12 +8,12 @@ from torch import nn
 
 import ia3rt
 from ia3rt.bench.adapters import AdapterSet
-from ia3rt.bench.contenders.subject import InProcess
+from ia3rt.bench.contenders.subject import Subject
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
 
 
-class Merged(InProcess):  # type: ignore[misc]
+class Merged(Subject):  # type: ignore[misc]
     """A plain model, whose weights a patched twin merges adapters into.
 
     Args:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ia3rt.adapters.site import SiteKey
-from ia3rt.bench.contenders.subject import InProcess, LeftOut, Way
+from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
 
@@ -18,10 +19,8 @@ MOST = 100
 """Loading an adapter takes PEFT a part of a second, and more the more there are: nobody waits for thousands."""
 
 
-class Peft(InProcess):  # type: ignore[misc]
+class Peft(Subject):  # type: ignore[misc]
     """A PeftModel."""
-
-    model: Any
 
     def wear(self, names: Sequence[str]) -> None:
         """One adapter, or several at once, which multiplies them."""
@@ -32,49 +31,51 @@ class Peft(InProcess):  # type: ignore[misc]
 
     def mixed(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """PEFT ignores adapter_names for IA³, so the rows of each adapter are a forward of their own."""
-        return self._one_after_another(ids, worn)
+        rows = {name: [row for row, other in enumerate(worn) if other == name] for name in dict.fromkeys(worn)}
+        parts = {name: ids[positions] for name, positions in rows.items()}
+        order = torch.tensor([row for positions in rows.values() for row in positions], device=ids.device).argsort()
 
-    def add(self, vectors: dict[SiteKey, Tensor]) -> Way:
+        def run(_: int) -> Tensor:
+            pieces = []
+            for name, part in parts.items():
+                self.wear((name,))
+                pieces.append(self._logits(part))
+            return torch.cat(pieces)[order]
+
+        note = f"cannot mix rows: its {len(parts)} adapters run one after another"
+        return Way(run, lambda: run(0), note=note)
+
+    def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
         """add_adapter with the configuration of the first, and set_peft_model_state_dict."""
-        state = self._state(vectors)
-        return self._adding(lambda name: self._add(name, state), self.model.delete_adapter)
+        import peft
 
-    def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
-        """delete_adapter."""
-        state = self._state(vectors)
-        return self._deleting(lambda name: self._add(name, state), self.model.delete_adapter)
+        state = {
+            f"base_model.model.{path}.ia3_l": vector.reshape((1, -1) if side == "in" else (-1, 1))
+            for (path, side), vector in vectors.items()
+        }
 
-    def load(self, folder: Path) -> Way:
+        def add(name: str) -> None:
+            self.model.add_adapter(name, next(iter(self.model.peft_config.values())))
+            peft.set_peft_model_state_dict(self.model, state, adapter_name=name)
+
+        return add
+
+    def loader(self, folder: Path) -> Callable[[str], object]:
         """load_adapter."""
-        return self._adding(
-            lambda name: self.model.load_adapter(str(folder), adapter_name=name), self.model.delete_adapter
-        )
+        return lambda name: self.model.load_adapter(str(folder), adapter_name=name)
 
-    def load_many(self, folders: dict[str, Path]) -> None:
-        """load_adapter of each."""
-        for name, folder in folders.items():
-            self.model.load_adapter(str(folder), adapter_name=name)
+    def remove(self, name: str) -> None:
+        """delete_adapter."""
+        self.model.delete_adapter(name)
 
-    def train(self, ids: Tensor, name: str) -> Way:
+    def trained(self, name: str) -> Sequence[nn.Parameter]:
         """The adapter's parameters, as set_adapter leaves them."""
         self.model.set_adapter(name)
-        return self._training(ids, [parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def resident_bytes(self) -> int:
         """The bytes of all ia3_l parameters."""
         return sum(p.numel() * p.element_size() for name, p in self.model.named_parameters() if ".ia3_l." in name)
-
-    def _add(self, name: str, state: dict[str, Tensor]) -> None:
-        import peft
-
-        self.model.add_adapter(name, next(iter(self.model.peft_config.values())))
-        peft.set_peft_model_state_dict(self.model, state, adapter_name=name)
-
-    def _state(self, vectors: dict[SiteKey, Tensor]) -> dict[str, Tensor]:
-        return {
-            f"base_model.model.{path}.ia3_l": vector.reshape((1, -1) if side == "in" else (-1, 1))
-            for (path, side), vector in vectors.items()
-        }
 
 
 def build(workshop: Workshop, names: Sequence[str]) -> Any:

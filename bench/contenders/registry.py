@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from ia3rt.bench.contenders import adapterhub, base, base_compiled, ia3rt, ia3rt_compiled, merged, peft, peft_compiled
+from ia3rt.bench.contenders import adapterhub, base, compiled, ia3rt, merged, peft
 from ia3rt.bench.workshop import Maker
 
 CONTENDERS: dict[str, Maker] = {
     "base": base.subject,
-    "base-compiled": base_compiled.subject,
+    "base-compiled": compiled.base_subject,
     "merged": merged.subject,
     "peft": peft.subject,
-    "peft-compiled": peft_compiled.subject,
+    "peft-compiled": compiled.peft_subject,
     "adapterhub": adapterhub.subject,
     "ia3rt": ia3rt.subject,
-    "ia3rt-compiled": ia3rt_compiled.subject,
+    "ia3rt-compiled": compiled.ia3rt_subject,
 }
 """By name, what makes its model."""
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ia3rt.adapters.site import SiteKey
+if TYPE_CHECKING:  # AdapterHub's worker runs this file in an environment without ia3rt
+    from ia3rt.adapters.site import SiteKey
 
 
 class LeftOut(Exception):  # noqa: N818  (nothing is wrong: a contender does not do this)
@@ -36,85 +34,63 @@ class Way:
 
     run: Callable[[int], object]
     result: Callable[[], Tensor] | None = None
-    before: Callable[[int], None] | None = None
-    after: Callable[[], None] | None = None
+    before: Callable[[int], None] = lambda _: None
+    after: Callable[[], None] = lambda: None
     note: str = ""
 
 
-class Subject(ABC):
-    """A model with adapters. What a contender cannot do raises LeftOut."""
+class Subject:
+    """A model with adapters: what it does with them is a contender's own, the ways to time that are the same for all.
+
+    What a contender cannot do raises LeftOut.
+
+    Args:
+        model: a Hugging Face causal language model, or what wraps one; None where it is in another process.
+    """
 
     adapted = True
     """Whether what it computes depends on the adapters."""
     does_no_more = "it holds no adapters"
     """Why it is left out of what it does not do."""
 
-    @abstractmethod
-    def prefill(self, ids: Tensor, worn: Sequence[str]) -> Way:
-        """One forward over prompts [rows, length], all rows wearing the product of `worn`."""
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.forward: Callable[..., Any] = model
 
-    @abstractmethod
-    def decode(self, ids: Tensor, worn: Sequence[str]) -> Way:
-        """One step after prompts [rows, length] that are in the cache."""
-
-    @abstractmethod
-    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
-        """Greedy generation of so many tokens a row."""
-
-    @abstractmethod
-    def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:
-        """Wearing the product of another of `mixes` at each turn, and a forward over `then` where it is given."""
-
-    def mixed(self, ids: Tensor, worn: Sequence[str]) -> Way:
-        """A forward over prompts [rows, length] in which row i wears worn[i]."""
+    def wear(self, names: Sequence[str]) -> None:
+        """Makes all rows wear the product of these adapters."""
         raise LeftOut(self.does_no_more)
 
-    def add(self, vectors: dict[SiteKey, Tensor]) -> Way:
-        """Adding an adapter from tensors."""
+    def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
+        """What adds an adapter of these vectors under a name."""
         raise LeftOut(self.does_no_more)
 
-    def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
-        """Deleting an adapter that `add` added."""
+    def loader(self, folder: Path) -> Callable[[str], object]:
+        """What loads a checkpoint from the disk under a name."""
         raise LeftOut(self.does_no_more)
 
-    def load(self, folder: Path) -> Way:
-        """Loading a checkpoint from the disk."""
+    def remove(self, name: str) -> None:
+        """Deletes an adapter."""
         raise LeftOut(self.does_no_more)
 
-    def train(self, ids: Tensor, name: str) -> Way:
-        """A step: forward, backward, and AdamW on the vectors of one adapter."""
-        raise LeftOut(self.does_no_more)
-
-    def load_many(self, folders: dict[str, Path]) -> None:
-        """Loads checkpoints under these names."""
+    def trained(self, name: str) -> Sequence[nn.Parameter]:
+        """The vectors of an adapter, which is worn, as the only parameters that are trained."""
         raise LeftOut(self.does_no_more)
 
     def resident_bytes(self) -> int:
         """The bytes of all adapters that it holds."""
         raise LeftOut(self.does_no_more)
 
+    def mixed(self, ids: Tensor, worn: Sequence[str]) -> Way:
+        """A forward over prompts [rows, length] in which row i wears worn[i]."""
+        raise LeftOut(self.does_no_more)
+
     def close(self) -> None:
         """Ends what was started for it."""
         return
 
-
-class InProcess(Subject):
-    """A subject whose model is a module of this process.
-
-    Args:
-        model: a Hugging Face causal language model, or what wraps one.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.forward: Callable[..., Any] = model
-
-    @abstractmethod
-    def wear(self, names: Sequence[str]) -> None:
-        """Makes all rows wear the product of these adapters."""
-
     def prefill(self, ids: Tensor, worn: Sequence[str]) -> Way:
-        """Without a cache, and with the logits of the last position."""
+        """One forward over prompts [rows, length] without a cache, for the logits of the last position."""
         self.wear(worn)
 
         def run(_: int) -> Tensor:
@@ -123,7 +99,7 @@ class InProcess(Subject):
         return Way(run, (lambda: run(0)) if self.adapted else None)
 
     def decode(self, ids: Tensor, worn: Sequence[str]) -> Way:
-        """The cache is put back to the prompts' end in each step."""
+        """One step after prompts [rows, length]; the cache is put back to their end in each."""
         self.wear(worn)
         from transformers import DynamicCache
 
@@ -144,7 +120,7 @@ class InProcess(Subject):
         return Way(run, (lambda: run(0)) if self.adapted else None)
 
     def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
-        """By the model's own generate()."""
+        """So many tokens a row by the model's own generate(), greedy."""
         checked = self.decode(ids, worn)  # whose result depends on the cache
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
         mask = torch.ones_like(ids)
@@ -155,7 +131,10 @@ class InProcess(Subject):
         return Way(run, checked.result)
 
     def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:
-        """The result is that of a forward under the second of the mixes."""
+        """Wearing the product of another of `mixes` at each turn, and a forward over `then` where it is given.
+
+        The result is that of the forward under the second of the mixes.
+        """
         if not self.adapted:
             raise LeftOut("it has nothing to switch")
 
@@ -171,45 +150,17 @@ class InProcess(Subject):
 
         return Way(run, None if then is None else result)
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = self.forward(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-        return logits
+    def add(self, vectors: dict[SiteKey, Tensor]) -> Way:
+        """Adding an adapter from tensors."""
+        return self._then_removed(self.adder(vectors))
 
-    def _one_after_another(self, ids: Tensor, worn: Sequence[str]) -> Way:
-        """How a contender that knows one adapter for all rows serves a mixed batch: a forward an adapter."""
-        rows = {name: [row for row, other in enumerate(worn) if other == name] for name in dict.fromkeys(worn)}
-        parts = {name: ids[positions] for name, positions in rows.items()}
-        order = torch.tensor([row for positions in rows.values() for row in positions], device=ids.device).argsort()
+    def load(self, folder: Path) -> Way:
+        """Loading a checkpoint from the disk."""
+        return self._then_removed(self.loader(folder))
 
-        def run(_: int) -> Tensor:
-            pieces = []
-            for name, part in parts.items():
-                self.wear((name,))
-                pieces.append(self._logits(part))
-            return torch.cat(pieces)[order]
-
-        note = f"cannot mix rows: its {len(parts)} adapters run one after another"
-        return Way(run, lambda: run(0), note=note)
-
-    def _adding(self, add: Callable[[str], object], delete: Callable[[str], None], note: str = "") -> Way:
-        """The way that adds; what a measurement added is deleted after it."""
-        added: list[str] = []
-
-        def run(turn: int) -> None:
-            name = f"added{len(added)}"
-            add(name)
-            added.append(name)
-
-        def after() -> None:
-            while added:
-                delete(added.pop())
-
-        return Way(run, after=after, note=note)
-
-    def _deleting(self, add: Callable[[str], None], delete: Callable[[str], object]) -> Way:
-        """The way that deletes what was added before the measurement."""
-        added: list[str] = []
+    def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
+        """Deleting an adapter that was added before the measurement."""
+        add, added = self.adder(vectors), list[str]()
 
         def before(turns: int) -> None:
             while len(added) < turns:
@@ -217,13 +168,11 @@ class InProcess(Subject):
                 add(name)
                 added.append(name)
 
-        def run(turn: int) -> None:
-            delete(added.pop())
+        return Way(lambda _: self.remove(added.pop()), before=before)
 
-        return Way(run, before=before)
-
-    def _training(self, ids: Tensor, parameters: Sequence[torch.nn.Parameter]) -> Way:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    def train(self, ids: Tensor, name: str) -> Way:
+        """A step: forward, backward, and AdamW on the vectors of one adapter."""
+        optimizer = torch.optim.AdamW(self.trained(name), lr=1e-3)
         self.model.train()
 
         def loss() -> Tensor:
@@ -243,29 +192,25 @@ class InProcess(Subject):
 
         return Way(run, result)
 
+    def _then_removed(self, add: Callable[[str], object]) -> Way:
+        """The way that adds; what a measurement added is removed after it."""
+        added: list[str] = []
 
-class Compiled:
-    """A mixin: the forward of an in-process subject goes through torch.compile.
+        def run(_: int) -> None:
+            name = f"added{len(added)}"
+            add(name)
+            added.append(name)
 
-    Each shape of a batch is compiled for itself, and all are kept: a shape that falls back to eager would be timed as
-    something that it is not.
-    """
+        def after() -> None:
+            while added:
+                self.remove(added.pop())
 
-    forward: Callable[..., Any]
+        return Way(run, after=after)
 
-    def compile(self, model: Any) -> None:
-        """Compiles the forward, when it is first called."""
-        compiler = os.environ.get("CXX", "g++")
-        if next(model.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
-            raise LeftOut(f"torch.compile needs a C++ compiler, and there is no {compiler}")
-        config: Any = torch._dynamo.config
-        config.recompile_limit = config.accumulated_recompile_limit = 1024
-        config.fail_on_recompile_limit_hit = True
-        self.forward = torch.compile(model, dynamic=False)
-
-    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
-        """Left out."""
-        raise LeftOut("generate() grows its cache, so that each step has a shape of its own to compile")
+    def _logits(self, ids: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.forward(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        return logits
 
 
 def _cache_argument() -> str:

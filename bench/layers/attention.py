@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ia3rt import ops
-from ia3rt.bench.layers.case import BY_ROW, FUSED, SEPARATE, UNADAPTED, Case, Inputs, Way, vectors_bytes
+from ia3rt.bench.layers.case import Case, Inputs, Way, copies_of, vectors_bytes
 from ia3rt.bench.roofline import Work
 from ia3rt.bench.shapes import Shape
 
@@ -20,7 +22,7 @@ def _sizes(rows: int) -> tuple[int, int, int]:
     return (rows, 1, PAST) if rows <= 64 else (1, rows, rows)
 
 
-def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
+def _works(shape: Shape, rows: int) -> Sequence[list[Work]]:
     B, Sq, Skv = _sizes(rows)
     q, kv = 2.0 * rows * shape.heads * shape.head_dim, 2.0 * B * Skv * shape.kv_width
     pairs = B * (Sq * (Sq + 1) / 2 if Sq > 1 else Skv)
@@ -32,24 +34,23 @@ def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
     def fused(by_row: bool) -> list[Work]:
         return [Work(attend.bytes + vectors_bytes(shape.kv_width, B, by_row), flops)]
 
-    return {FUSED: fused(False), BY_ROW: fused(True), UNADAPTED: [attend], SEPARATE: [scale, attend]}
+    return fused(False), fused(True), [attend], [scale, attend]
 
 
 def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Way]:
     inputs, D = Inputs(device, dtype), shape.head_dim
     B, Sq, Skv = _sizes(rows)
-    copies = min(8, 1 + (100 << 20) // (4 * B * Skv * shape.kv_width))
+    copies = copies_of(4 * B * Skv * shape.kv_width, most=8)
     q = inputs.randn(B, Sq, shape.heads, D).transpose(1, 2)
     caches = [[inputs.randn(B, Skv, shape.kv_heads, D).transpose(1, 2) for _ in range(2)] for _ in range(copies)]
     vectors = inputs.site(shape.kv_width)
     l_v = vectors[1].to(dtype).view(shape.kv_heads, 1, D)
     scaled = [(k, v * l_v) for k, v in caches]
-    routings = {count: inputs.routing(count) for count in (1, B)}
 
-    def fused(turn: int, count: int) -> Tensor:
+    def fused(turn: int, routing: tuple[Tensor, Tensor]) -> Tensor:
         k, v = caches[turn % copies]
         options = (D**-0.5, Sq > 1, None, None)
-        o: Tensor = ops.attention(q, k, v, None, None, None, None, vectors, *routings[count], *options)[0]
+        o: Tensor = ops.attention(q, k, v, None, None, None, None, vectors, *routing, *options)[0]
         return o.flatten(0, 1)
 
     def attend(k: Tensor, v: Tensor) -> Tensor:
@@ -61,12 +62,8 @@ def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> 
         _ = v[:, :, -Sq:] * l_v  # the new tokens' pass; it is already in the cache
         return attend(k, v)
 
-    return {
-        FUSED: lambda turn: fused(turn, 1),
-        BY_ROW: lambda turn: fused(turn, B),
-        UNADAPTED: lambda turn: attend(*caches[turn % copies]),
-        SEPARATE: separate,
-    }
+    ways: dict[str, Way] = inputs.in_ways(B, fused, lambda turn: attend(*caches[turn % copies]), separate)
+    return ways
 
 
-CASE = Case("attention", _work, _ways)
+CASE = Case("attention", _works, _ways)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ia3rt.bench.roofline import Work
+from ia3rt.bench.roofline import Card, Work, seconds
 from ia3rt.bench.shapes import Shape
 
 ROWS = (1, 16, 64, 256, 4096)
@@ -19,6 +19,7 @@ SLOTS = 64
 FUSED, BY_ROW, UNADAPTED, SEPARATE = "fused", "fused, a mix a row", "unadapted", "separate scale"
 """ia3rt's kernel with one mix for all rows, and with one a row; the layer without IA³, which is what merged weights
 cost too; and that with each vector multiplied in a pass of its own."""
+WAYS = FUSED, BY_ROW, UNADAPTED, SEPARATE
 
 PEFT, PEFT_COMPILED = "peft", "peft-compiled"
 
@@ -31,10 +32,19 @@ class Case:
     """One operation."""
 
     name: str
-    work: Callable[[Shape, int], dict[str, list[Work]]]
-    """By way, what each of its kernels does for that many rows in 16 bits (vectors in 32)."""
+    works: Callable[[Shape, int], Sequence[list[Work]]]
+    """For each of WAYS, what each of its kernels does for that many rows in 16 bits (vectors in 32)."""
     ways: Callable[[Shape, int, torch.device, torch.dtype], dict[str, Way]]
     """By way, how it is run."""
+
+    def work(self, shape: Shape, rows: int) -> dict[str, list[Work]]:
+        """Return by way what each of its kernels does."""
+        return dict(zip(WAYS, self.works(shape, rows), strict=True))
+
+    def predicted(self, shape: Shape, rows: int, card: Card) -> dict[str, float]:
+        """Return by way the roofline's time as a ratio to the layer without IA³."""
+        times = {way: seconds(work, card) for way, work in self.work(shape, rows).items()}
+        return {way: time / times[UNADAPTED] for way, time in times.items()}
 
 
 @dataclass
@@ -63,19 +73,37 @@ class Inputs:
         route = 1 + torch.arange(rows, dtype=torch.int32) % SLOTS
         return mixes.to(self.device), route.to(self.device)
 
+    def in_ways(
+        self, rows: int, fused: Callable[[int, tuple[Tensor, Tensor]], object], unadapted: Way, separate: Way
+    ) -> dict[str, Way]:
+        """Return the ways that every operation has; `fused` is given the mix table and the route too."""
+        one, each = self.routing(1), self.routing(rows)
+        ways = lambda turn: fused(turn, one), lambda turn: fused(turn, each), unadapted, separate
+        return dict(zip(WAYS, ways, strict=True))
+
+
+def copies_of(size: float, most: int = 64) -> int:
+    """Return how many copies of so many bytes an H100's L2 cache does not hold: other layers would have taken it."""
+    return min(most, 1 + int((100 << 20) // size))
+
 
 def vectors_bytes(width: int, rows: int, by_row: bool) -> float:
     """Return the bytes of the bank that a site of that width reads."""
     return 4.0 * width * (min(rows, SLOTS) if by_row else 1)
 
 
-def peft_layers(layers: Any, targets: list[str], feedforward: list[str]) -> Any:
-    """Return a module whose linear children of these names wear an IA³ adapter of PEFT's."""
+def peft_ways(layers: Sequence[nn.Module], targets: list[str], feedforward: list[str], x: Tensor) -> dict[str, Way]:
+    """Return how PEFT runs layers whose linear children of these names wear an adapter of its own."""
     import peft
 
     config = peft.IA3Config(target_modules=targets, feedforward_modules=feedforward)
-    wrapped = peft.inject_adapter_in_model(config, layers)
-    for name, parameter in wrapped.named_parameters():
-        if "ia3_l" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.1)
-    return wrapped.requires_grad_(False)
+    adapted: list[Any] = [peft.inject_adapter_in_model(config, layer).requires_grad_(False) for layer in layers]
+    for layer in adapted:
+        for name, parameter in layer.named_parameters():
+            if "ia3_l" in name:
+                nn.init.normal_(parameter, 1.0, 0.1)
+    compiled = torch.compile(lambda layer, x: layer(x), dynamic=False)
+    return {
+        PEFT: lambda turn: adapted[turn % len(adapted)](x),
+        PEFT_COMPILED: lambda turn: compiled(adapted[turn % len(adapted)], x),
+    }

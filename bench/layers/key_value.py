@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ia3rt import ops
-from ia3rt.bench.layers.case import (
-    BY_ROW,
-    FUSED,
-    PEFT,
-    PEFT_COMPILED,
-    SEPARATE,
-    UNADAPTED,
-    Case,
-    Inputs,
-    Way,
-    peft_layers,
-    vectors_bytes,
-)
+from ia3rt.bench.layers.case import Case, Inputs, Way, copies_of, peft_ways, vectors_bytes
 from ia3rt.bench.roofline import Work
 from ia3rt.bench.shapes import Shape
 
 
-def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
+def _works(shape: Shape, rows: int) -> Sequence[list[Work]]:
     hidden, width = shape.hidden, shape.kv_width
     x, weight, y = 2.0 * rows * hidden, 2.0 * hidden * width, 2.0 * rows * width
     flops = 2.0 * rows * hidden * width
@@ -34,12 +24,7 @@ def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
     def fused(by_row: bool) -> list[Work]:
         return [Work(x + 2 * (weight + y + vectors_bytes(width, rows, by_row)), 2 * flops)]
 
-    return {
-        FUSED: fused(False),
-        BY_ROW: fused(True),
-        UNADAPTED: [matmul, matmul],
-        SEPARATE: [matmul, matmul, scale, scale],
-    }
+    return fused(False), fused(True), [matmul, matmul], [matmul, matmul, scale, scale]
 
 
 class _Projections(nn.Module):
@@ -56,17 +41,14 @@ class _Projections(nn.Module):
 
 def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Way]:
     inputs = Inputs(device, dtype)
-    # So many copies that they do not fit an H100's L2 cache together: a model's other layers would have taken it.
-    copies = min(64, 1 + (100 << 20) // (4 * shape.hidden * shape.kv_width))
+    copies = copies_of(4 * shape.hidden * shape.kv_width)
     layers = [_Projections(shape, inputs) for _ in range(copies)]
     x, l_k, l_v = inputs.randn(rows, shape.hidden), inputs.site(shape.kv_width), inputs.site(shape.kv_width)
-    routings = {count: inputs.routing(count) for count in (1, rows)}
-    adapted = [peft_layers(_Projections(shape, inputs), ["k_proj", "v_proj"], []) for _ in range(copies)]
-    compiled = torch.compile(lambda layer, x: layer(x), dynamic=False)
+    others = [_Projections(shape, inputs) for _ in range(copies)]
 
-    def fused(turn: int, count: int) -> object:
+    def fused(turn: int, routing: tuple[Tensor, Tensor]) -> object:
         layer = layers[turn % copies]
-        return ops.linear_pair(x, layer.k_proj.weight, None, l_k, layer.v_proj.weight, None, l_v, *routings[count])
+        return ops.linear_pair(x, layer.k_proj.weight, None, l_k, layer.v_proj.weight, None, l_v, *routing)
 
     def unadapted(turn: int) -> tuple[Tensor, Tensor]:
         layer = layers[turn % copies]
@@ -76,14 +58,8 @@ def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> 
         k, v = unadapted(turn)
         return k * l_k[1].to(dtype), v * l_v[1].to(dtype)
 
-    return {
-        FUSED: lambda turn: fused(turn, 1),
-        BY_ROW: lambda turn: fused(turn, rows),
-        UNADAPTED: unadapted,
-        SEPARATE: separate,
-        PEFT: lambda turn: adapted[turn % copies](x),
-        PEFT_COMPILED: lambda turn: compiled(adapted[turn % copies], x),
-    }
+    ours = inputs.in_ways(rows, fused, unadapted, separate)
+    return {**ours, **peft_ways(others, ["k_proj", "v_proj"], [], x)}
 
 
-CASE = Case("key and value projections", _work, _ways)
+CASE = Case("key and value projections", _works, _ways)

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ia3rt import ops
 from ia3rt.bench.layers import activation
-from ia3rt.bench.layers.case import (
-    BY_ROW,
-    FUSED,
-    PEFT,
-    PEFT_COMPILED,
-    SEPARATE,
-    UNADAPTED,
-    Case,
-    Inputs,
-    Way,
-    peft_layers,
-)
+from ia3rt.bench.layers.case import Case, Inputs, Way, copies_of, peft_ways
 from ia3rt.bench.roofline import Work
 from ia3rt.bench.shapes import Shape
 
 
-def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
+def _works(shape: Shape, rows: int) -> Sequence[list[Work]]:
     hidden, width = 2.0 * rows * shape.hidden, 2.0 * rows * shape.intermediate
     matmul = Work(
         hidden + 2.0 * shape.hidden * shape.intermediate + width, 2.0 * rows * shape.hidden * shape.intermediate
     )
-    return {way: [matmul, matmul, *between, matmul] for way, between in activation.CASE.work(shape, rows).items()}
+    return [[matmul, matmul, *between, matmul] for between in activation.CASE.works(shape, rows)]
 
 
 class _MLP(nn.Module):
@@ -47,30 +38,22 @@ class _MLP(nn.Module):
 
 def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Way]:
     inputs = Inputs(device, dtype)
-    copies = min(16, 1 + (100 << 20) // (6 * shape.hidden * shape.intermediate))
+    copies = copies_of(6 * shape.hidden * shape.intermediate, most=16)
     layers = [_MLP(shape, inputs) for _ in range(copies)]
-    adapted = [peft_layers(_MLP(shape, inputs), ["down_proj"], ["down_proj"]) for _ in range(copies)]
-    compiled = torch.compile(lambda layer, x: layer(x), dynamic=False)
+    others = [_MLP(shape, inputs) for _ in range(copies)]
     x, vectors = inputs.randn(rows, shape.hidden), inputs.site(shape.intermediate)
-    routings = {count: inputs.routing(count) for count in (1, rows)}
 
-    def fused(turn: int, count: int) -> object:
+    def fused(turn: int, routing: tuple[Tensor, Tensor]) -> object:
         mlp = layers[turn % copies]
-        h = ops.activation(mlp.gate_proj(x), mlp.up_proj(x), vectors, *routings[count], "silu")
+        h = ops.activation(mlp.gate_proj(x), mlp.up_proj(x), vectors, *routing, "silu")
         return mlp.down_proj(h)
 
     def separate(turn: int) -> object:
         mlp = layers[turn % copies]
         return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x) * vectors[1].to(dtype))
 
-    return {
-        FUSED: lambda turn: fused(turn, 1),
-        BY_ROW: lambda turn: fused(turn, rows),
-        UNADAPTED: lambda turn: layers[turn % copies](x),
-        SEPARATE: separate,
-        PEFT: lambda turn: adapted[turn % copies](x),
-        PEFT_COMPILED: lambda turn: compiled(adapted[turn % copies], x),
-    }
+    ours = inputs.in_ways(rows, fused, lambda turn: layers[turn % copies](x), separate)
+    return {**ours, **peft_ways(others, ["down_proj"], ["down_proj"], x)}
 
 
-CASE = Case("MLP", _work, _ways)
+CASE = Case("MLP", _works, _ways)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ia3rt import ops
-from ia3rt.bench.layers.case import BY_ROW, FUSED, SEPARATE, UNADAPTED, Case, Inputs, Way, vectors_bytes
+from ia3rt.bench.layers.case import Case, Inputs, Way, copies_of, vectors_bytes
 from ia3rt.bench.roofline import Work
 from ia3rt.bench.shapes import Shape
 
 
-def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
+def _works(shape: Shape, rows: int) -> Sequence[list[Work]]:
     q, kv, tables = 2.0 * rows * shape.heads * shape.head_dim, 2.0 * rows * shape.kv_width, 4.0 * rows * shape.head_dim
 
     def rotate(size: float) -> list[Work]:
@@ -26,7 +28,7 @@ def _work(shape: Shape, rows: int) -> dict[str, list[Work]]:
         return [Work(moved, 2 * (q + kv))]
 
     unadapted = rotate(q) + rotate(kv)
-    return {FUSED: fused(False), BY_ROW: fused(True), UNADAPTED: unadapted, SEPARATE: [scale, scale, *unadapted]}
+    return fused(False), fused(True), unadapted, [scale, scale, *unadapted]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,15 +40,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Way]:
     inputs, D = Inputs(device, dtype), shape.head_dim
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    copies = min(64, 1 + (100 << 20) // (4 * rows * sum(heads) * D))
+    copies = copies_of(4 * rows * sum(heads) * D)
     projected = [inputs.randn(rows, sum(heads), D).split(heads, 1) for _ in range(copies)]
     angles = torch.outer(torch.arange(rows), 10_000 ** (-torch.arange(0, D, 2) / D)).repeat(1, 2).to(device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     l_k, l_v = (inputs.site(shape.kv_width).unflatten(1, (shape.kv_heads, D)) for _ in range(2))
-    routings = {count: inputs.routing(count) for count in (1, rows)}
 
-    def fused(turn: int, count: int) -> object:
-        return ops.rope(*projected[turn % copies], None, l_k, l_v, cos, sin, *routings[count], False)
+    def fused(turn: int, routing: tuple[Tensor, Tensor]) -> object:
+        return ops.rope(*projected[turn % copies], None, l_k, l_v, cos, sin, *routing, False)
 
     def rotated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _rotated(q, cos[:, None], sin[:, None]), _rotated(k, cos[:, None], sin[:, None]), v
@@ -55,12 +56,8 @@ def _ways(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> 
         q, k, v = projected[turn % copies]
         return rotated(q, k * l_k[1].to(dtype), v * l_v[1].to(dtype))
 
-    return {
-        FUSED: lambda turn: fused(turn, 1),
-        BY_ROW: lambda turn: fused(turn, rows),
-        UNADAPTED: lambda turn: rotated(*projected[turn % copies]),
-        SEPARATE: separate,
-    }
+    ways: dict[str, Way] = inputs.in_ways(rows, fused, lambda turn: rotated(*projected[turn % copies]), separate)
+    return ways
 
 
-CASE = Case("rotary embedding", _work, _ways)
+CASE = Case("rotary embedding", _works, _ways)

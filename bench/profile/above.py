@@ -18,13 +18,13 @@ from ia3rt.bench.workshop import Workshop
 CONTENDERS_SHOWN = ("base", "peft", "ia3rt")
 
 
-def by_operator(dtype: torch.dtype, rounds: int = 60, layers: int = 30) -> dict[str, Counter[str]]:
+def by_operator(dtype: torch.dtype, rounds: int = 60) -> dict[str, Counter[str]]:
     """Microseconds of a decoding step by contender and operator, without what the operators call.
 
     The contenders take turns, a step each, so that what slows the machine down slows all of them. The profiler makes
     each operator slower; how the operators share the time is what this shows.
     """
-    settings = Settings([], [], model="smollm2-135m", layers=layers, dtype=dtype)
+    settings = Settings([], [], model="smollm2-135m", dtype=dtype)
     with Workshop(settings, CONTENDERS) as workshop:
         ways = {name: workshop.subject(name, 1).decode(workshop.ids(1, PROMPT), names(1)) for name in CONTENDERS_SHOWN}
         for way in ways.values():

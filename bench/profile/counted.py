@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +19,7 @@ from ia3rt.bench.adapters import names
 from ia3rt.bench.contenders.registry import CONTENDERS
 from ia3rt.bench.contenders.subject import Way
 from ia3rt.bench.settings import Settings
-from ia3rt.bench.workshop import Workshop
+from ia3rt.bench.workshop import Maker, Workshop
 
 _NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "detach"})
 """Operations that return new tensors and compute nothing."""
@@ -45,10 +44,8 @@ class Counts:
 
     def less(self, other: Counts) -> Counts:
         """The difference."""
-        operations = Counter(self.operations)
-        operations.subtract(other.operations)
-        kept = Counter({name: count for name, count in operations.items() if count})
-        return Counts(kept, self.modules - other.modules, self.calls - other.calls, self.bytes - other.bytes)
+        operations = self.operations - other.operations
+        return Counts(operations, self.modules - other.modules, self.calls - other.calls, self.bytes - other.bytes)
 
 
 @dataclass(frozen=True)
@@ -86,32 +83,34 @@ WEARINGS = (
 )
 
 
-def count_layers(step: str, dtype: torch.dtype, wearings: Sequence[Wearing] = WEARINGS) -> dict[Wearing, Counts]:
-    """What a layer of SmolLM2's shape does.
+def count_layers(
+    wearings: Sequence[Wearing] = WEARINGS,
+    makers: Mapping[str, Maker] = CONTENDERS,
+    counting: Callable[[Way], Counts] | None = None,
+) -> dict[Wearing, Counts]:
+    """What a layer of SmolLM2's shape does in a decoding step in float32.
 
     Args:
-        step: `decode` (one token after a prompt) or `prefill`.
-        dtype: the weights' type.
         wearings: what is counted.
+        makers: the contenders, by name.
+        counting: what counts; by default `count`.
     """
-    by_depth = [_count_models(step, dtype, wearings, layers) for layers in (1, 2)]
-    return {wearing: by_depth[1][wearing].less(by_depth[0][wearing]) for wearing in wearings}
+    shallow, deep = (_count_models(layers, wearings, makers, counting or count) for layers in (1, 2))
+    return {wearing: deep[wearing].less(shallow[wearing]) for wearing in wearings}
 
 
-def _count_models(step: str, dtype: torch.dtype, wearings: Sequence[Wearing], layers: int) -> dict[Wearing, Counts]:
-    settings = Settings([], [], model="smollm2-135m", layers=layers, dtype=dtype)
+def _count_models(
+    layers: int, wearings: Sequence[Wearing], makers: Mapping[str, Maker], counting: Callable[[Way], Counts]
+) -> dict[Wearing, Counts]:
     found = {}
-    with Workshop(settings, CONTENDERS) as workshop:
+    with Workshop(Settings([], [], model="smollm2-135m", layers=layers), makers) as workshop:
         for wearing in wearings:
             subject = workshop.subject(wearing.contender, ROWS)
-            worn = names(ROWS if wearing.by_row else wearing.mixed)
             if wearing.by_row:
-                way = subject.mixed(workshop.ids(ROWS, 1), worn)
-            elif step == "decode":
-                way = subject.decode(workshop.ids(1, PROMPT), worn)
+                way = subject.mixed(workshop.ids(ROWS, 1), names(ROWS))
             else:
-                way = subject.prefill(workshop.ids(1, PROMPT), worn)
-            found[wearing] = count(way)
+                way = subject.decode(workshop.ids(1, PROMPT), names(wearing.mixed))
+            found[wearing] = counting(way)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,16 +21,21 @@ PLOTTED = ("forward", "mixed", "combine", "scale")
 """The suites of which there is a plot."""
 
 
-def counted_table(launched: dict[str, dict[str, int]] | None = None) -> str:
+def write_counted(file: Path) -> None:
+    """Writes what is counted or computed; the same on every machine."""
+    markdown.replace(file, "counted", counted_table(launches()))
+    header = ("model", "numbers", "MB, float32", "MB, bfloat16", f"MB, LoRA of rank {memory.RANK}, bfloat16", "LoRA")
+    markdown.replace(file, "memory", markdown.table(header, memory.table_rows()))
+
+
+def counted_table(launched: dict[str, int]) -> str:
     """A row for what is worn: a layer's counts in a decoding step in float32, and its launches as Triton's backend."""
-    counts = count_layers("decode", torch.float32)
-    launched = launches() if launched is None else launched
+    counts = count_layers()
 
     def row(wearing: Wearing, made: Counts) -> tuple[str, ...]:
-        operations = sum(made.operations.values())
-        base = sum(counts[Wearing("base", by_row=wearing.by_row)].operations.values())
-        ours = launched.get(str(wearing))
-        on_gpu = operations if wearing.contender != "ia3rt" else None if ours is None else sum(ours.values())
+        operations = made.operations.total()
+        base = counts[Wearing("base", by_row=wearing.by_row)].operations.total()
+        on_gpu = launched.get(str(wearing)) if wearing.contender == "ia3rt" else operations
         return (
             str(wearing),
             f"{operations} ({operations - base:+})",
@@ -46,68 +50,22 @@ def counted_table(launched: dict[str, dict[str, int]] | None = None) -> str:
     return text
 
 
-def memory_table() -> str:
-    """A row for a model."""
-    header = ("model", "numbers", "MB, float32", "MB, bfloat16", f"MB, LoRA of rank {memory.RANK}, bfloat16", "LoRA")
-    text: str = markdown.table(header, memory.table_rows())
-    return text
-
-
-def scaling_table() -> str:
-    """A row for a site and a dtype."""
-    rows = [(cost.site, cost.dtype, f"{cost.hot:.1f}", f"{cost.cold:.1f}") for cost in scaling.costs()]
-    text: str = markdown.table(("site", "dtype of the model", "µs in the cache", "µs after other work"), rows)
-    return text
-
-
-def above_tables() -> str:
-    """For each dtype, the operators that differ most from the base model's."""
-    parts = []
-    for dtype in (torch.float32, torch.bfloat16):
-        rows = above.table_rows(above.by_operator(dtype))
-        header = (f"µs a step, {str(dtype).removeprefix('torch.')}", "base", "PEFT, above", "ia3rt, above")
-        parts.append(markdown.table(header, rows))
-    return "\n\n".join(parts)
-
-
-def machine_line() -> str:
-    """What this was measured on."""
-    return _machine_line(machine(), versions(), "")
-
-
-def measured_tables(results: Sequence[Result]) -> str:
-    """For each run its machine, and a row for each case: the contenders' ratios to the reference, and the control's."""
-    parts = []
-    for result in results:
-        command = readable.command(result.command)
-        parts.append(_machine_line(result.machine, result.versions, f"{result.model}, {result.dtype}: `{command}`"))
-        reference = next(name for name in UNADAPTED_FIRST if name in result.contenders)
-        contenders = [name for name in result.contenders if name != reference]
-        rows = [
-            (f"{case.suite}: {case.name}", *(_ratio(case, name) for name in contenders), _control(case))
-            for case in result.cases
-            if case.reference == reference
-        ]
-        parts.append(markdown.table((f"× {reference}", *contenders, "control"), rows))
-    return "\n\n".join(parts)
-
-
-def write_counted(file: Path) -> None:
-    """Writes what is counted or computed; the same on every machine."""
-    markdown.replace(file, "counted", counted_table())
-    markdown.replace(file, "memory", memory_table())
-
-
 def write_timed(file: Path) -> None:
     """Writes what is timed by a profile on this machine."""
-    markdown.replace(file, "profiled on", machine_line())
-    markdown.replace(file, "scaling", scaling_table())
-    markdown.replace(file, "above base", above_tables())
+    markdown.replace(file, "profiled on", readable.ran("", machine(), versions()))
+    header = ("site", "dtype of the model", "µs in the cache", "µs after other work")
+    rows = [(cost.site, cost.dtype, f"{cost.hot:.1f}", f"{cost.cold:.1f}") for cost in scaling.costs()]
+    markdown.replace(file, "scaling", markdown.table(header, rows))
+    tables = []
+    for dtype in (torch.float32, torch.bfloat16):
+        header = (f"µs a step, {str(dtype).removeprefix('torch.')}", "base", "PEFT, above", "ia3rt, above")
+        tables.append(markdown.table(header, above.table_rows(above.by_operator(dtype))))
+    markdown.replace(file, "above base", "\n\n".join(tables))
 
 
 def write_measured(file: Path, results: Sequence[Result]) -> None:
     """Writes the tables of runs of `ia3rt bench`, and beside `file` plots of PLOTTED: of the first run with each."""
-    markdown.replace(file, "measured", measured_tables(results))
+    markdown.replace(file, "measured", "\n\n".join(map(measured_table, results)))
     folder = file.with_suffix("")
     folder.mkdir(exist_ok=True)
     plots: dict[str, bytes] = {}
@@ -121,20 +79,16 @@ def write_measured(file: Path, results: Sequence[Result]) -> None:
         (folder / file_name).write_bytes(drawn)
 
 
-def _ratio(case: CaseResult, name: str) -> str:
-    for measured in case.measurements:
-        if measured.contender == name:
-            shown: str = readable.cell(measured, case.control)
-            return shown
-    return ""
+def measured_table(result: Result) -> str:
+    """A run's machine, and a row for each case: the contenders' ratios to the reference, and the control's."""
+    head = readable.ran(f"{result.model}, {result.dtype}: `{result.command}`", result.machine, result.versions)
+    reference = next(name for name in UNADAPTED_FIRST if name in result.contenders)
+    contenders = [name for name in result.contenders if name != reference]
 
+    def row(case: CaseResult) -> tuple[str, ...]:
+        cells = {measured.contender: readable.cell(measured, case.control) for measured in case.measurements}
+        shown = (cells.get(name, "") for name in contenders)
+        return (f"{case.suite}: {case.name}", *shown, readable.control(case.control))
 
-def _control(case: CaseResult) -> str:
-    return (
-        "" if case.control is None or case.control.ratio is None else readable.control(case.control).replace(" ×", "")
-    )
-
-
-def _machine_line(on: dict[str, Any], with_: dict[str, Any], what: str) -> str:
-    where = f"{on['processor']}, {on['cores']} cores, {on['torch_threads']} threads; {readable.packages(with_)}."
-    return f"{what}\\\n{where}" if what else where
+    rows = [row(case) for case in result.cases if case.reference == reference]
+    return "\n\n".join([head, markdown.table((f"× {reference}", *contenders, "control"), rows)])

@@ -11,59 +11,36 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-import ia3rt
-from ia3rt.bench.adapters import AdapterSet, names
-from ia3rt.bench.contenders.ia3rt import Ia3rt
-from ia3rt.bench.models import build_model, clone
-from ia3rt.bench.profile.counted import ROWS, Counts, Wearing, count
-from ia3rt.bench.settings import Settings
+from ia3rt.bench.contenders.ia3rt import Ia3rt, build
+from ia3rt.bench.contenders.subject import Way
+from ia3rt.bench.profile.counted import Counts, Wearing, count, count_layers
+from ia3rt.bench.workshop import Workshop
 
 WEARINGS = (Wearing("ia3rt", 1), Wearing("ia3rt", 16), Wearing("ia3rt", by_row=True))
 
 
-def launches() -> dict[str, dict[str, int]]:
-    """Of a decoding step on the Triton backend: by what is worn, how often a layer launches which kernel."""
+def launches() -> dict[str, int]:
+    """Of a decoding step on the Triton backend: by what is worn, how many kernels a layer launches."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ia3rt.bench.profile.launches"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _count(layers: int) -> dict[Wearing, Counts]:
-    model = build_model(Settings([], [], model="smollm2-135m", layers=layers, dtype=torch.float32))
-    patched = clone(model)
-    runtime = ia3rt.patch(patched, capacity=ROWS, backend="triton")
-    with TemporaryDirectory() as folder:
-        adapters = AdapterSet(model, Path(folder))
-        for name in names(ROWS):
-            runtime.add_adapter(name, adapters.vectors(name))
-    subject = Ia3rt(patched, runtime)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 1000, (ROWS, 4), generator=generator)
-    found = {}
-    for wearing in WEARINGS:
-        if wearing.by_row:
-            way = subject.mixed(ids[:, :1], names(ROWS))
-        else:
-            way = subject.decode(ids[:1], names(wearing.mixed))
-        launched: Counter[str] = Counter()
-        with _launches_into(launched):
-            counts = count(way)
-        ours = {name: launched[name] // 3 for name in launched}  # `count` runs the way three times
-        for name in [name for name in counts.operations if name.startswith("ia3rt::")]:
-            del counts.operations[name]  # it is its launches that count
-        counts.operations.update(ours)
-        found[wearing] = counts
-    return found
+def _count(way: Way) -> Counts:
+    """As `count`, but of ia3rt's operations it is the launches that count."""
+    launched: Counter[str] = Counter()
+    with _launches_into(launched):
+        counts: Counts = count(way)
+    for name in [name for name in counts.operations if name.startswith("ia3rt::")]:
+        del counts.operations[name]
+    counts.operations.update({name: times // 3 for name, times in launched.items()})  # `count` runs the way three times
+    return counts
 
 
 @contextmanager
@@ -83,12 +60,10 @@ def _launches_into(launched: Counter[str]) -> Iterator[None]:
         interpreter.GridExecutor.__call__ = original
 
 
-def main() -> None:
-    """Print the counts of a layer as JSON."""
-    shallow, deep = _count(1), _count(2)
-    counts = {str(wearing): dict(deep[wearing].less(shallow[wearing]).operations) for wearing in WEARINGS}
-    print(json.dumps(counts))
+def _on_triton(workshop: Workshop, names: Sequence[str]) -> Ia3rt:
+    return Ia3rt(*build(workshop, names, backend="triton"))
 
 
 if __name__ == "__main__":
-    main()
+    found = count_layers(WEARINGS, {"ia3rt": _on_triton}, _count)
+    print(json.dumps({str(wearing): counts.operations.total() for wearing, counts in found.items()}))

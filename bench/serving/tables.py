@@ -27,11 +27,7 @@ def rows(one: Timed) -> list[tuple[str, ...]]:
             measured = one.measured(name, figure)
             value = measured.taken.p50
             cells.append(f"{value:,.1f}" if figure == "tokens_per_second" else readable.seconds(value))
-            if name == CONTROL:
-                assert measured.ratio is not None
-                cells.append(f"{readable.of_one(measured.ratio.p50)} ±{measured.doubt:.3f}")
-            else:
-                cells.append(readable.cell(measured, control))
+            cells.append(readable.control(measured) if name == CONTROL else readable.cell(measured, control))
         made.append((name, *cells))
     return made
 
@@ -46,7 +42,8 @@ def terminal_tables(timed: Sequence[Timed]) -> Group:
             justify: JustifyMethod = "left" if title == "server" else "right"
             table.add_column(title, justify=justify, min_width=width, max_width=max(width, 8))
         for row in rows(one):
-            table.add_row(*row, style="dim" if row[0] == CONTROL else "")
+            cells = (cell.replace(" (", "\n(") for cell in row)  # what a control may be off by, on a line of its own
+            table.add_row(*cells, style="dim" if row[0] == CONTROL else "")
         made.append(table)
     return Group(*made)
 
@@ -55,7 +52,7 @@ def notes(timed: Sequence[Timed]) -> list[str]:
     """What a reader has to know about the servers."""
     shown = dict.fromkeys(name for one in timed for name in one.rounds)
     return [f"{name}: {NOTES[name]}." for name in shown if name in NOTES] + [
-        "control: the base server once more; ±: how far its ratio is from 1, or may be by chance. ° marks "
+        "control: the base server once more; in brackets: how far its ratio is from 1, or may be by chance. ° marks "
         "ratios no further from 1 than that, or than chance may have moved them; noise: off by more than 5 % by chance."
     ]
 
@@ -66,8 +63,6 @@ def write(file: Path, results: Sequence[Path]) -> None:
 
 
 def _section(plain: Mapping[str, Any], timed: Sequence[Timed]) -> str:
-    on, with_ = plain["machine"], plain["versions"]
-    head = f"{plain['model']}: `{readable.command(plain['command'])}`\\\n"
-    head += f"{on['processor']}, {on['cores']} cores; {readable.packages(with_)}."
+    head = readable.ran(f"{plain['model']}: `{plain['command']}`", plain["machine"], plain["versions"])
     lines = [(f"{one.case}: {name}", *cells) for one in timed for name, *cells in rows(one)]
     return "\n\n".join([head, markdown.table(("case: server", *HEADER[1:]), lines), " ".join(notes(timed))])

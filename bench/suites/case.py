@@ -9,6 +9,7 @@ import torch
 
 from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.workshop import Workshop
+from ia3rt.cli.errors import first_line
 
 UNADAPTED_FIRST = ("base", "base-compiled", "merged", "peft", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
 """Ratios of a forward are to the model without adapters."""
@@ -119,5 +120,4 @@ def by_subject(
 
 def described(error: BaseException) -> str:
     """An error in a line."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first_line(error)}"

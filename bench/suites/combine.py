@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ia3rt.bench.adapters import DISTINCT, names
-from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.suites.case import PEFT_FIRST, Case, Suite, by_subject
-from ia3rt.bench.workshop import Workshop
 
 LENGTH = 8
 
@@ -19,20 +17,14 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 
 def _forward(count: int) -> Case:
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.prefill(workshop.ids(1, LENGTH), names(count))
-
-    parameters = {"mixed": count, "length": LENGTH}
-    return Case("forward", parameters, by_subject(way, DISTINCT), work=LENGTH, unit="tokens")
+    ways = by_subject(lambda workshop, subject: subject.prefill(workshop.ids(1, LENGTH), names(count)), DISTINCT)
+    return Case("forward", {"mixed": count, "length": LENGTH}, ways, work=LENGTH, unit="tokens")
 
 
 def _set(count: int) -> Case:
     mixes = [names(count), names(count)[::-1]] if count > 1 else [("task0",), ("task1",)]
-
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.switch(mixes)
-
-    return Case("set", {"mixed": count}, by_subject(way, DISTINCT), references=PEFT_FIRST)
+    ways = by_subject(lambda _, subject: subject.switch(mixes), DISTINCT)
+    return Case("set", {"mixed": count}, ways, references=PEFT_FIRST)
 
 
 SUITE = Suite(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.suites.case import Case, Suite, by_subject
-from ia3rt.bench.workshop import Workshop
 
 
 def _cases(quick: bool) -> Iterator[Case]:
@@ -17,11 +15,8 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 
 def _case(what: str, rows: int, length: int, tokens: int) -> Case:
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        timed = subject.prefill if what == "prefill" else subject.decode
-        return timed(workshop.ids(rows, length), ["task0"])
-
-    return Case(what, {"rows": rows, "length": length}, by_subject(way), work=tokens, unit="tokens")
+    ways = by_subject(lambda workshop, subject: getattr(subject, what)(workshop.ids(rows, length), ["task0"]))
+    return Case(what, {"rows": rows, "length": length}, ways, work=tokens, unit="tokens")
 
 
 SUITE = Suite("forward", "A forward over prompts (prefill), and the step after them (decode).", _cases, x="rows")

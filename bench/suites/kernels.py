@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ia3rt.bench import layers
+from ia3rt.bench.captured import captured, loop
 from ia3rt.bench.contenders.subject import Way
-from ia3rt.bench.layer_times import captured, loop
 from ia3rt.bench.layers.case import ROWS, UNADAPTED
 from ia3rt.bench.layers.registry import CASES
 from ia3rt.bench.shapes import SHAPES, Shape
@@ -32,7 +32,7 @@ def _case(layer: layers.case.Case, rows: int, mode: str) -> Case:
         with torch.no_grad():
             for name, way in layer.ways(_shape(workshop), rows, settings.device, settings.dtype).items():
                 try:
-                    run = (captured if mode == "graph" else loop)(way, TURNS)[0]
+                    run = (captured if mode == "graph" else loop)(way, TURNS)
                 except Exception as error:  # as in by_subject
                     made.failed[name] = described(error)
                 else:

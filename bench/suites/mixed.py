@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.suites.case import Case, Suite, by_subject
-from ia3rt.bench.workshop import Workshop
 
 POPULARITY = ("identical", "distinct", "uniform", "zipf")
 
@@ -31,21 +29,16 @@ def worn(popularity: str, rows: int, adapters: int) -> list[str]:
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    if quick:
-        for popularity in ("distinct", "zipf"):
-            yield _case(4, 4, popularity, worn(popularity, 4, 8), 8)
-        return
-    for rows in (1, 4, 16, 64):
-        for popularity in POPULARITY:
-            yield _case(rows, 16, popularity, worn(popularity, rows, 64), 64)
+    length, adapters = (4, 8) if quick else (16, 64)
+    for rows in (4,) if quick else (1, 4, 16, 64):
+        for popularity in ("distinct", "zipf") if quick else POPULARITY:
+            yield _case(rows, length, popularity, adapters)
 
 
-def _case(rows: int, length: int, popularity: str, names: Sequence[str], adapters: int) -> Case:
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.mixed(workshop.ids(rows, length), names)
-
-    parameters = {"rows": rows, "length": length}
-    return Case(popularity, parameters, by_subject(way, adapters), work=rows * length, unit="tokens")
+def _case(rows: int, length: int, popularity: str, adapters: int) -> Case:
+    names = worn(popularity, rows, adapters)
+    ways = by_subject(lambda workshop, subject: subject.mixed(workshop.ids(rows, length), names), adapters)
+    return Case(popularity, {"rows": rows, "length": length}, ways, work=rows * length, unit="tokens")
 
 
 SUITE = Suite(

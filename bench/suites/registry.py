@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-
+from ia3rt.bench.options import matching
 from ia3rt.bench.settings import Settings
 from ia3rt.bench.suites import combine, forward, generate, kernels, load, memory, mixed, scale, switch, train
 from ia3rt.bench.suites.case import Case, Suite
@@ -13,11 +12,12 @@ SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODUL
 
 
 def cases_of(settings: Settings) -> list[tuple[str, Case]]:
-    """The cases that the settings ask for and that their device can run, with their suites' names."""
-    return [
-        (name, case)
-        for name in settings.suites
-        if SUITES[name].wants(settings.device) is None
-        for case in SUITES[name].cases(settings.quick)
-        if fnmatch.fnmatchcase(case.name, settings.cases)
-    ]
+    """The cases that the settings ask for and that their device can run, with their suites' names.
+
+    Raises:
+        UsageError: none has such a name.
+    """
+    runnable = [name for name in settings.suites if SUITES[name].wants(settings.device) is None]
+    cases = [(name, case) for name in runnable for case in SUITES[name].cases(settings.quick)]
+    chosen: list[tuple[str, Case]] = matching(settings.cases, cases, lambda named: named[1].name)
+    return chosen

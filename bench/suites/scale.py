@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.suites.case import PEFT_FIRST, Case, Suite, by_subject
-from ia3rt.bench.workshop import Workshop
 
 ROWS, LENGTH = 2, 4
 WITHOUT = {"merged": "how many other adapters there are is nothing to merged weights"}
@@ -19,19 +17,16 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 
 def _switch(count: int) -> Case:
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.switch([(f"task{count - 1}",), ("task0",)])
-
-    return Case("set", {"adapters": count}, by_subject(way, count, "scale", WITHOUT), references=PEFT_FIRST)
+    mixes = [(f"task{count - 1}",), ("task0",)]
+    ways = by_subject(lambda _, subject: subject.switch(mixes), count, "scale", WITHOUT)
+    return Case("set", {"adapters": count}, ways, references=PEFT_FIRST)
 
 
 def _forward(count: int) -> Case:
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.mixed(workshop.ids(ROWS, LENGTH), ["task0", f"task{count - 1}"])
-
-    parameters = {"adapters": count, "rows": ROWS}
+    worn = ["task0", f"task{count - 1}"]
+    way = lambda workshop, subject: subject.mixed(workshop.ids(ROWS, LENGTH), worn)  # noqa: E731
     ways = by_subject(way, count, "scale", WITHOUT)
-    return Case("mixed forward", parameters, ways, work=ROWS * LENGTH, unit="tokens")
+    return Case("mixed forward", {"adapters": count, "rows": ROWS}, ways, work=ROWS * LENGTH, unit="tokens")
 
 
 SUITE = Suite("scale", "Switching, and a mixed forward, beside many resident adapters.", _cases, x="adapters")

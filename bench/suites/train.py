@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.suites.case import PEFT_FIRST, Case, Suite, by_subject
-from ia3rt.bench.workshop import Workshop
 
 
 def _cases(quick: bool) -> Iterator[Case]:
@@ -15,11 +13,9 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 
 def _case(rows: int, length: int) -> Case:
-    def way(workshop: Workshop, subject: Subject) -> Way:
-        return subject.train(workshop.ids(rows, length), "task0")
-
     # A purpose for each: its adapters have been trained, and others' must not have been.
-    ways = by_subject(way, 1, f"train {rows} {length}")
+    purpose = f"train {rows} {length}"
+    ways = by_subject(lambda workshop, subject: subject.train(workshop.ids(rows, length), "task0"), 1, purpose)
     parameters = {"rows": rows, "length": length}
     return Case("step", parameters, ways, references=PEFT_FIRST, work=rows * length, unit="tokens")
 

@@ -26,6 +26,11 @@ class UsageError(ValueError):
         self.option = option
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it goes on with."""
+    return str(error).strip().partition("\n")[0]
+
+
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
     """Prints what a user can mend as one red line, and exits with 1, or with 2 where an option is to blame."""

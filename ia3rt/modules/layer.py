@@ -11,10 +11,12 @@ from ia3rt import ops
 from ia3rt.adapters.site import Side
 from ia3rt.modules import eager
 from ia3rt.modules.autocast import autocast
+from ia3rt.modules.prepared import Prepared, can_prepare, has_parameters
 from ia3rt.modules.quantised import Quantised
 from ia3rt.modules.sites import module_widths
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.modules.weights import dense_weight, quantised_weight
+from ia3rt.routing.tables import MixTables
 
 
 class JointLaunch(Protocol):
@@ -36,9 +38,11 @@ class IA3Layer(Wearer):
 
     Attributes:
         ia3_pair: what computes this layer and another in one launch, on the Triton backend; None where it is alone.
+        ia3_prepared: what it launches, on the Triton backend, as long as its weight and the bank stay.
     """
 
     ia3_pair: JointLaunch | None = None
+    ia3_prepared: Prepared | None = None
     _is_linear: ClassVar[bool]
 
     def __init_subclass__(cls) -> None:
@@ -67,12 +71,29 @@ class IA3Layer(Wearer):
         """The result by the Triton backend; None where no kernel fits, or nothing is scaled."""
         if self.ia3_in is None and self.ia3_out is None:
             return None
+        if self.ia3_pair is not None:
+            y = self.ia3_pair.forward(self, x)
+            if y is not None:
+                return y
+        tables = self.ia3_routing.tables
+        if can_prepare(tables):
+            prepared = self.ia3_prepared
+            if prepared is None or not prepared.fits(tables):
+                prepared = self.ia3_prepared = self._prepare(tables)
+            if prepared is not None:
+                return prepared.call(tables, x)  # type: ignore[no-any-return]
         weight, bias = dense_weight(self)
         if weight is not None:
-            y = None if self.ia3_pair is None else self.ia3_pair.forward(self, x)
-            return self._fused(x, weight, bias) if y is None else y
+            return ops.linear(*autocast(x, weight, bias), *self._worn())  # type: ignore[no-any-return]
         quantised = quantised_weight(self)
         return None if quantised is None else self._fused_quantised(x, quantised)
+
+    def _prepare(self, tables: MixTables) -> Prepared | None:
+        weight, bias = dense_weight(self)
+        if weight is None or not has_parameters(self):
+            return None
+        l_in, l_out, _, _ = self._worn()
+        return Prepared(tables, (self,), ops.linear, weight=weight, bias=bias, l_in=l_in, l_out=l_out)
 
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:
@@ -110,9 +131,6 @@ class IA3Layer(Wearer):
     @property
     def _is_uniform(self) -> bool:
         return self.ia3_routing.route.index is None
-
-    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear(*autocast(x, weight, bias), *self._worn())  # type: ignore[no-any-return]
 
     def _fused_quantised(self, x: Tensor, weight: Quantised) -> Tensor:
         stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from ia3rt.modules import eager
 from ia3rt.modules.autocast import autocast
 from ia3rt.modules.bare import is_bare
 from ia3rt.modules.mlp_forms import KINDS, Form, form_of, form_of_class
+from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 
 
@@ -22,9 +23,11 @@ class IA3MLP(Wearer):
 
     Attributes:
         ia3_form: the form, of the drop-in class.
+        ia3_prepared: the launch of the activation, as long as the bank stays.
     """
 
     ia3_form: ClassVar[Form | None]
+    ia3_prepared: Prepared | None = None
 
     def __init_subclass__(cls) -> None:
         """Recognises the form once, when the drop-in class is made."""
@@ -47,7 +50,13 @@ class IA3MLP(Wearer):
         if matrices is not None:
             return form.finish(self, ops.gate_up(*autocast(x, *matrices), *worn))
         gate, up, _ = form.gate_and_up(self, x)
-        return form.finish(self, ops.activation(gate, up, *worn))
+        if not can_prepare(tables):
+            return form.finish(self, ops.activation(gate, up, *worn))
+        prepared = self.ia3_prepared
+        if prepared is None or prepared.fixed["kind"] is not kind or not prepared.fits(tables):
+            fixed = {"l": worn[0], "kind": kind} | ({"up": None} if up is None else {})
+            prepared = self.ia3_prepared = Prepared(tables, (), ops.activation, **fixed)
+        return form.finish(self, prepared.call(tables, gate) if up is None else prepared.call(tables, gate, up))
 
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ia3rt import ops
 from ia3rt.modules.autocast import autocast
 from ia3rt.modules.layer import IA3Layer
+from ia3rt.modules.prepared import Prepared, can_prepare, has_parameters
 from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.route import Route
+from ia3rt.routing.tables import MixTables
 
 _NAMES = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"))
 
@@ -39,6 +41,7 @@ class Pair:
         self._first = first
         self._second = second
         self._ahead: _Ahead | None = None
+        self._prepared: Prepared | None = None
         self.in_order = True
 
     def forward(self, layer: IA3Layer, x: Tensor) -> Tensor | None:
@@ -62,14 +65,26 @@ class Pair:
         return None if x.is_inference() else x._version, self._first.ia3_routing.route
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        tables = self._first.ia3_routing.tables
+        layers, tables = (self._first, self._second), self._first.ia3_routing.tables
+        if can_prepare(tables) and all(map(has_parameters, layers)):
+            prepared = self._prepared
+            if prepared is None or not prepared.fits(tables):
+                (weight_a, bias_a), (weight_b, bias_b) = map(dense_weight, layers)
+                l_a, l_b = self._vectors(tables)
+                operands = dict(weight_a=weight_a, bias_a=bias_a, l_a=l_a, weight_b=weight_b, bias_b=bias_b, l_b=l_b)
+                prepared = self._prepared = Prepared(tables, layers, ops.linear_pair, **operands)
+            return prepared.call(tables, x)  # type: ignore[no-any-return]
         arguments: list[Tensor | None] = []
-        for layer in (self._first, self._second):
-            assert layer.ia3_out is not None
+        for layer, vector in zip(layers, self._vectors(tables), strict=True):
             _, *matrix = autocast(x, *dense_weight(layer))
-            arguments += [*matrix, tables.bank[layer.ia3_out]]
+            arguments += [*matrix, vector]
         y, y_second = ops.linear_pair(*autocast(x), *arguments, tables.mixes, tables.route)
         return y, y_second
+
+    def _vectors(self, tables: MixTables) -> tuple[Tensor, Tensor]:
+        first, second = self._first.ia3_out, self._second.ia3_out
+        assert first is not None and second is not None
+        return tables.bank[first], tables.bank[second]
 
 
 def pair_layers(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:

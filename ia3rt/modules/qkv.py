@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ia3rt import ops
 from ia3rt.adapters.site import Side
+from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.qkv_forms import Form, form_of, form_of_class, original_forward
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 
@@ -23,10 +24,12 @@ class IA3QKV(Wearer):
     Attributes:
         ia3_form: the form, of the drop-in class.
         ia3_module: the module that its forward is from, and finds the attention functions in.
+        ia3_prepared: the launch of the rotary embedding, as long as the bank stays.
     """
 
     ia3_form: ClassVar[Form | None]
     ia3_module: ClassVar[Any]
+    ia3_prepared: Prepared | None = None
 
     def __init_subclass__(cls) -> None:
         """Recognises the form once, when the drop-in class is made."""
@@ -45,8 +48,16 @@ class IA3QKV(Wearer):
         """q, k and v of a projection's output [batch, length, width]: scaled and rotated, [batch, heads, length, D]."""
         assert self.ia3_form is not None and self.ia3_out is not None
         tables, parts = self.ia3_routing.tables, self.ia3_form.parts
-        vectors = parts(self, tables.bank[self.ia3_out])
-        rotated = ops.rope(*parts(self, qkv), *vectors, *position_embeddings, tables.mixes, tables.route, False)
+        prepared = self.ia3_prepared
+        if not can_prepare(tables):
+            vectors = parts(self, tables.bank[self.ia3_out])
+            rotated = ops.rope(*parts(self, qkv), *vectors, *position_embeddings, tables.mixes, tables.route, False)
+        else:
+            if prepared is None or not prepared.fits(tables):
+                l_q, l_k, l_v = parts(self, tables.bank[self.ia3_out])
+                prepared = Prepared(tables, (), ops.rope, l_q=l_q, l_k=l_k, l_v=l_v, interleaved=False)
+                self.ia3_prepared = prepared
+            rotated = prepared.call(tables, *parts(self, qkv), *position_embeddings)
         return tuple([part.transpose(1, 2) for part in rotated])
 
     def ia3_attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

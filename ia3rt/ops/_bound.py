@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ia3rt.ops._dispatch import backend
+from ia3rt.ops import _dispatch
 from ia3rt.ops._op import Op, is_observed
 from ia3rt.ops._repeat import repeat_of
 
@@ -32,20 +32,25 @@ class Tables(Protocol):
     Attributes:
         mixes: int32 [slots, 2 + 2K].
         route: int32 [R].
+        at: where the two begin.
         layout: equal where the shapes of both are.
     """
 
     mixes: Tensor
     route: Tensor
+    at: tuple[int, int]
     layout: tuple[int, ...]
 
 
 class Bound:
-    """An op, and those of its arguments that stay.
+    """An op, and those of its arguments that stay as they are, and where they are, as long as this is used.
+
+    Args:
+        op: the op.
+        fixed: arguments by name; one of them is a tensor.
 
     Attributes:
-        call: (tables, the op's other tensors in their order) to what the op returns. An attribute, as another function
-            takes its place when something fixed moves.
+        call: (tables, the op's other tensors in their order) to what the op returns.
     """
 
     call: Callable[..., Any]
@@ -56,23 +61,17 @@ class Bound:
         self._names = list(inspect.signature(op.body).parameters)
         self._inputs = [name for name in self._names if name not in {*fixed, "mixes", "route"}]
         self._tensors = {name: fixed[name] for name in self._names if isinstance(fixed.get(name), Tensor)}
-        self._bind()
-
-    def _bind(self) -> None:
+        pointers = [tensor.data_ptr() for tensor in self._tensors.values()]
         layouts = tuple((name, _layout(tensor)) for name, tensor in self._tensors.items())
-        rest = tuple((name, value) for name, value in self._fixed.items() if name not in self._tensors)
-        self._known = _repeats.setdefault((self._op, layouts, rest), {})
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors.values()]
+        rest = tuple((name, value) for name, value in fixed.items() if name not in self._tensors)
+        self._known = _repeats.setdefault((op, layouts, rest), {})
         self.call = self._through_op
-        x = next(iter(self._tensors.values()))
-        if backend(x) == "triton" and not any(pointer % 16 for pointer in self._pointers):
+        if _dispatch.backend(next(iter(self._tensors.values()))) == "triton" and not any(at % 16 for at in pointers):
             from ia3rt.kernels import launch  # not before: Triton may not be installed
 
             if launch.can_repeat():
-                make = _caller(len(self._inputs), len(self._tensors))
-                self.call = make(
-                    self._known, self._miss, launch.knobs.runtime, *self._tensors.values(), *self._pointers
-                )
+                make = _caller(len(self._inputs), len(pointers))
+                self.call = make(self._known, self._miss, launch.knobs.runtime, *self._tensors.values(), *pointers)
 
     def _arguments(self, tables: Tables, inputs: Sequence[Tensor]) -> list[Any]:
         given = {**self._fixed, **dict(zip(self._inputs, inputs, strict=True))}
@@ -86,12 +85,10 @@ class Bound:
         """The op's result; what it launches is remembered, where a call that is like this one can launch it again."""
         from ia3rt.kernels import launch
 
-        if any(tensor.data_ptr() != at for tensor, at in zip(self._tensors.values(), self._pointers, strict=True)):
-            self._bind()
-        if is_observed(inputs[0]) or launch.is_watched() or any(x.data_ptr() % 16 for x in inputs):
+        if any(map(is_observed, inputs)) or launch.is_watched() or any(at % 16 for at in _pointers(tables, inputs)):
             return self._through_op(tables, *inputs)
-        key = _key(tables, inputs, self._tensors.values())
-        if key in self._known:  # None, or it would have been launched
+        key = _key(tables, inputs)
+        if key in self._known:  # as None, or it would have been launched
             return self._through_op(tables, *inputs)
         recorded = launch.record(self._op.body, *self._arguments(tables, inputs))
         names = *(f"x{i}" for i in range(len(inputs))), *(f"t{i}" for i in range(len(self._tensors))), "mixes", "route"
@@ -104,17 +101,19 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
+def _pointers(tables: Tables, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    return *tables.at, *(x.data_ptr() for x in inputs)
+
+
 def _is_here(x: Tensor) -> bool:
     return not x.is_cuda or x.get_device() == _current_device()
 
 
-def _key(tables: Tables, inputs: Sequence[Tensor], tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+def _key(tables: Tables, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """What `_caller` looks up."""
     key: list[Any] = [tables.layout, _current_device(), torch._C._get_cublas_allow_tf32(), inputs[0].get_device()]
     for x in inputs:
         key += [x.dtype, x.shape, x.stride()]
-    for tensor in tensors:
-        key += [tensor.dtype, tensor.shape]
     return tuple(key)
 
 
@@ -122,22 +121,20 @@ def _key(tables: Tables, inputs: Sequence[Tensor], tensors: Iterable[Tensor]) ->
 def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
     """Write `call` for so many inputs and fixed tensors."""
     xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
-    pointers = [f"p_{name}" for name in (*xs, *ts)]
-    key = ["tables.layout", "device()", "tf32()", "x0.get_device()"]
-    key += [f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs] + [f"{t}.dtype, {t}.shape" for t in ts]
+    given, fixed = ", ".join(xs), ", ".join([*ts, *(f"p_{t}" for t in ts)])
+    layouts = ", ".join(f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs)
     source = f"""
-def make(known, miss, hooks, {", ".join([*ts, *(f"at_{t}" for t in ts)])}):
-    def call(tables, {", ".join(xs)}):
+def make(known, miss, hooks, {fixed}):
+    def call(tables, {given}):
         if (compiling() or grad() or modes() or functorch() is not None
                 or {" or ".join(f"type({x}) is not Tensor" for x in xs)}
                 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls or hooks.debug):
-            return miss(tables, {", ".join(xs)})
-        {"; ".join(f"p_{name} = {name}.data_ptr()" for name in (*xs, *ts))}
-        repeat = known.get(({", ".join(key)}))
-        if repeat is None or ({" | ".join(f"p_{x}" for x in xs)}) & 15 or {" or ".join(f"p_{t} != at_{t}" for t in ts)}:
-            return miss(tables, {", ".join(xs)})
-        mixes, route = tables.mixes, tables.route
-        return repeat({", ".join([*xs, *ts])}, mixes, route, {", ".join(pointers)}, mixes.data_ptr(), route.data_ptr())
+            return miss(tables, {given})
+        {"; ".join(f"p_{x} = {x}.data_ptr()" for x in xs)}
+        repeat = known.get((tables.layout, device(), tf32(), x0.get_device(), {layouts}))
+        if repeat is None or ({" | ".join(f"p_{x}" for x in xs)}) & 15:
+            return miss(tables, {given})
+        return repeat(tables, {given}, {", ".join(f"p_{x}" for x in xs)}, {fixed}, *tables.at)
     return call
 """
     scope = {

@@ -23,11 +23,11 @@ class _Unknown(Exception):  # noqa: N818  (nothing is wrong: a call of this kind
 
 
 def repeat_of(recorded: Any, inputs: dict[str, Tensor]) -> Callable[..., Any] | None:
-    """Return what repeats a call, called with `inputs` and then with their pointers; None where nothing can.
+    """Return what repeats a call, as _bound.py calls it; None where nothing can.
 
     Args:
         recorded: what kernels.launch.record returned of it.
-        inputs: every tensor that the function was given, by a name of its own.
+        inputs: every tensor that the function was given: x0, … that change, t0, … that stay, `mixes` and `route`.
     """
     if not recorded.is_all:
         return None
@@ -64,7 +64,10 @@ class _Writer:
             lines.append(f"{run[0]}({', '.join(map(str, grid))}, at, {run[1]}, {run[2]}, None, None, None, {written})")
         names = ", ".join(returned)
         answer = names if isinstance(results, Tensor) else f"[{names}]" if isinstance(results, list) else f"({names},)"
-        parameters = ", ".join([*self._inputs, *(f"p_{name}" for name in self._inputs)])
+        xs, ts = ([name for name in self._inputs if name[0] == kind and name[1:].isdigit()] for kind in "xt")
+        parameters = ", ".join(
+            ["tables", *xs, *(f"p_{x}" for x in xs), *ts, *(f"p_{t}" for t in ts), "p_mixes", "p_route"]
+        )
         body = "\n    ".join([*lines, f"return {answer}"])
         exec(f"def repeat({parameters}):\n    {body}\n", self._scope)
         function: Callable[..., Any] = self._scope["repeat"]
@@ -88,7 +91,7 @@ class _Writer:
             return f"({' '.join(f'{self._written(each)},' for each in value)})"
         if type(value).__name__ == "TensorDescriptor":
             name = self._pointer(value.base).removeprefix("p_")
-            if name not in self._bases:
+            if name not in self._bases or name in ("mixes", "route"):
                 raise _Unknown  # it begins within a tensor
             return f"rebased({self._constant(_rebased(value, None))}, {name})"
         is_literal = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))

@@ -18,7 +18,7 @@ from ia3rt.bench.contenders import peft as theirs
 from ia3rt.bench.contenders.registry import CONTENDERS, OURS
 from ia3rt.bench.contenders.subject import LeftOut, Way
 from ia3rt.bench.interleaved import Seconds
-from ia3rt.bench.machine import PeakMemory
+from ia3rt.bench.layers.case import BY_ROW, FUSED, PEFT, SEPARATE, UNADAPTED
 from ia3rt.bench.models import SHAPES, build_model, clone, title_of
 from ia3rt.bench.runner import drop_wrong, measure, run, run_case, warm_up
 from ia3rt.bench.settings import Effort, Settings
@@ -62,9 +62,6 @@ def test_each_suite_runs(suite: str, workshop: Workshop) -> None:
         assert set(measured) | set(result.left_out) == set(EAGER)
         assert "adapterhub" in result.left_out  # no environment of its own was given
         assert {"ia3rt", "peft"} <= set(measured)
-        if result.what == "peak while loading":
-            assert not any(measurement.ratio for measurement in measured.values())
-            continue
         assert result.reference in ("base", "peft")
         assert measured[result.reference].ratio is None
         for measurement in measured.values():
@@ -73,11 +70,13 @@ def test_each_suite_runs(suite: str, workshop: Workshop) -> None:
 
 def test_the_kernels_run_in_the_ways_of_the_layers(workshop: Workshop) -> None:
     case = next(case for case in quick_cases("kernels") if case.parameters["mode"] == "eager")
-    ways = case.ways(workshop, EAGER).ways
-    assert case.references[0] in ways
-    for name, way in ways.items():
-        if "compiled" not in name:
-            way.run(0)
+    result = run_case("kernels", case, workshop)
+    assert not result.failed and result.reference == UNADAPTED and result.control is not None
+    measured = {measurement.contender: measurement for measurement in result.measurements}
+    assert set(measured) >= {FUSED, BY_ROW, UNADAPTED, SEPARATE, PEFT}
+    for name, measurement in measured.items():
+        assert 0 < measurement.taken.p20 <= measurement.taken.p50 <= measurement.taken.p80
+        assert (measurement.ratio is None) == (name == UNADAPTED)
 
 
 def test_the_kernels_are_left_out_without_a_gpu() -> None:
@@ -104,16 +103,6 @@ def test_what_the_issue_asks_of_the_cases() -> None:
     assert {1, 64} <= values["mixed"]["rows"] and {1, 16} <= values["combine"]["mixed"]
     assert {1, 10_000} <= values["scale"]["adapters"]
     assert {case.what for case in SUITES["mixed"].cases(False)} == set(POPULARITY)
-
-
-def test_the_peak_of_memory_is_seen() -> None:
-    torch.empty(1)
-    for _ in range(2):  # also where freed memory could be used again
-        peak = PeakMemory(CPU)
-        held = [torch.ones(50_000) for _ in range(50)]
-        grown = peak.grown()
-        del held
-        assert grown is None or 9e6 < grown < 30e6
 
 
 def test_popularity() -> None:

@@ -21,6 +21,7 @@ from ia3rt.bench import budget as budgets
 from ia3rt.bench import readable, terminal
 from ia3rt.bench.budget import Rule, check, read_budget
 from ia3rt.bench.compare import compare
+from ia3rt.bench.profile.document import measured_table
 from ia3rt.bench.report import svg, write_html
 from ia3rt.bench.result import CaseResult, Measurement, Result, read_json, write_csv, write_json
 from ia3rt.bench.suites.registry import SUITES
@@ -265,7 +266,7 @@ def test_what_is_no_budget(content: str, tmp_path: Path) -> None:
 def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_path) -> None:
     made = result(controlled(ratio, control, shape))
     (measured,) = (m for m in made.cases[0].measurements if m.contender == "ia3rt")
-    assert made.cases[0].is_within_noise(measured) == within
+    assert measured.is_within(made.cases[0].control) == within
     console = Console(record=True, width=200)
     terminal.print_result(console, made)
     printed = console.export_text()
@@ -275,6 +276,14 @@ def test_a_ratio_is_held_against_the_control(ratio, control, shape, within, tmp_
     write_html(made, tmp_path / "a.html")
     assert read_json(tmp_path / "a.json").as_dict() == json.loads(json.dumps(made.as_dict()))
     assert "control" in (tmp_path / "a.csv").read_text() and "control" in (tmp_path / "a.html").read_text()
+
+
+def test_a_documents_table_has_the_control() -> None:
+    command = "ia3rt bench forward --against base,ia3rt --out a/folder"
+    table = measured_table(result(controlled(1.2, 1.04), controlled(0.97, 1.04), command=command))
+    assert "`ia3rt bench forward --against base,ia3rt`" in table
+    row = "| forward: decode rows=1 length=8 | 2.00 |"
+    assert f"{row} 1.20 | 1.040 (± 0.040) |" in table and f"{row} 0.970 ° | 1.040 (± 0.040) |" in table
 
 
 def test_a_result_without_controls_is_read(tmp_path) -> None:

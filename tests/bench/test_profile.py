@@ -19,7 +19,7 @@ SITES = 3
 
 @pytest.fixture(scope="module")
 def decoding():
-    return count_layers("decode", torch.float32)
+    return count_layers()
 
 
 def operations(counts) -> int:
@@ -80,7 +80,7 @@ def test_memory_is_the_shapes() -> None:
 
 
 def test_the_table_of_counts() -> None:
-    told = {"ia3rt, 1 adapter": {"linear": 20, "ia3rt.linear_kernel": 4}}
+    told = {"ia3rt, 1 adapter": 24}
     lines = counted_table(told).splitlines()
     assert len(lines) == 2 + len(WEARINGS)
     (one,) = (line for line in lines if "ia3rt, 1 adapter" in line)

@@ -23,6 +23,7 @@ def launched(monkeypatch):
             calls.append(name)
             return op(*args)
 
+        record.body = op.body
         monkeypatch.setattr(ops, name, record)
     return calls
 

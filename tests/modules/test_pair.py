@@ -41,6 +41,7 @@ def _counted(op, name, counts):
         counts[name] += 1
         return op(*args)
 
+    run.body = op.body
     return run
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from ia3rt.adapters.checkpoint import read_checkpoint
 from ia3rt.adapters.mix import BASE, Mix
 from ia3rt.cli.demo.progress import busy
-from ia3rt.cli.errors import MissingPackageError, UsageError
+from ia3rt.cli.errors import MissingPackageError, UsageError, first_line
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.11
@@ -93,7 +93,7 @@ def bundled_inputs(console: Console, device: str | None = None) -> DemoInputs:
     with busy(console, "Reading the held-out texts"):
         tasks = bundled_tasks()
     source = {"pretrained_model_name_or_path": str(package), "gguf_file": BUNDLED_FILE, "dtype": torch.float32}
-    target = _device(device)
+    target = device_of(device)
     with busy(console, "Loading SmolLM2-135M-Instruct"):
         model, tokenizer = _load(source, target)
     return DemoInputs("SmolLM2-135M-Instruct", model, tokenizer, adapters, bundled_rows(tasks), tasks)
@@ -122,13 +122,13 @@ def own_inputs(
         try:
             read_checkpoint(path)
         except FileNotFoundError as error:
-            raise UsageError("--adapter", f"{name}: {_first_line(error)}") from error
-    target = _device(device)
+            raise UsageError("--adapter", f"{name}: {first_line(error)}") from error
+    target = device_of(device)
     with busy(console, f"Loading {model}"):
         try:
             loaded, tokenizer = _load({"pretrained_model_name_or_path": model, "dtype": "auto"}, target)
         except (OSError, ValueError) as error:  # transformers' messages go on for pages
-            raise UsageError("--model", _first_line(error)) from error
+            raise UsageError("--model", first_line(error)) from error
     rows = [Row(mix, prompt) for prompt in prompts or DEFAULT_PROMPTS for mix in mixes_of(list(named))]
     return DemoInputs(model, loaded, tokenizer, named, rows)
 
@@ -247,13 +247,18 @@ def _load(source: Mapping[str, Any], device: torch.device) -> tuple[PreTrainedMo
     return model.to(device).eval(), tokenizer
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of such a name; a GPU, if there is one, without any.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError("--device", f"{name!r} is of no use here: {_first_line(error)}") from error
+        raise UsageError("--device", f"{name!r} is of no use here: {first_line(error)}") from error
 
 
 def _bundled(*parts: str) -> Path:
@@ -263,7 +268,3 @@ def _bundled(*parts: str) -> Path:
         resource = resource.joinpath(part)
     with as_file(resource) as path:
         return path
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
