@@ -95,7 +95,7 @@ def gate_up_kernel(
         gate_ptrs += BLOCK_K * stride_wk
     if IN_PARTS:
         gate += gate_part
-        if up_ptr is not None:
+        if up is not None:
             up += up_part
     worn = worn_by(row + tl.arange(0, BLOCK_M), Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
     finish_gate_up(gate, up, row, col, y_ptr, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR=False)
