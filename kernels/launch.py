@@ -64,9 +64,14 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
         launches.append(Launch(compiled, (*grid, 1, 1)[:3], (*arguments, *rest)))
 
 
+def is_recording() -> bool:
+    """Return whether a function that is recorded is running: what it calls is part of it."""
+    return getattr(_records, "launches", None) is not None
+
+
 def record(function: Callable[..., Any], *arguments: Any) -> Recorded:
     """Call a function, and note what it launches."""
-    assert getattr(_records, "launches", None) is None, "recordings do not nest"
+    assert not is_recording(), "recordings do not nest"
     launches: list[Launch] = []
     _records.launches = launches
     try:

@@ -22,24 +22,27 @@ class _Unknown(Exception):  # noqa: N818  (nothing is wrong: a call of this kind
     """An argument of which it cannot be said where the next one is."""
 
 
-def repeat_of(recorded: Any, inputs: dict[str, Tensor]) -> Callable[..., Any] | None:
-    """Return what repeats a call, as _bound.py calls it; None where nothing can.
+def repeat_of(recorded: Any, inputs: dict[str, Tensor], parameters: Sequence[str]) -> Callable[..., Any] | None:
+    """Return what repeats a call; None where nothing can.
 
     Args:
         recorded: what kernels.launch.record returned of it.
-        inputs: every tensor that the function was given: x0, … that change, t0, … that stay, `mixes` and `route`.
+        inputs: every tensor that the function was given, by a name.
+        parameters: those of what is returned: a tensor has its name, and p_ before it stands for where it begins. A
+            tensor of which only the latter is among them cannot be given to a tensor descriptor.
     """
     if not recorded.is_all:
         return None
     try:
-        return _Writer(recorded, inputs).function()
+        return _Writer(recorded, inputs, parameters).function()
     except _Unknown:
         return None
 
 
 class _Writer:
-    def __init__(self, recorded: Any, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, recorded: Any, inputs: dict[str, Tensor], parameters: Sequence[str]) -> None:
         self._recorded = recorded
+        self._parameters = parameters
         self._inputs = inputs
         self._made = {f"y{i}": tensor for i, tensor in enumerate(recorded.made)}
         self._bases = {**inputs, **self._made}
@@ -49,7 +52,7 @@ class _Writer:
         from triton.runtime import driver
 
         results = self._recorded.result
-        returned = self._results([results] if isinstance(results, Tensor) else results)
+        returned = self._results([results] if isinstance(results, Tensor) else results or [])
         device = next(iter(self._inputs.values())).device
         self._scope |= {"empty": _EMPTY[device.type], "stream": driver.active.get_current_stream}
         lines = []
@@ -63,13 +66,9 @@ class _Writer:
             written = ", ".join(map(self._written, arguments))
             lines.append(f"{run[0]}({', '.join(map(str, grid))}, at, {run[1]}, {run[2]}, None, None, None, {written})")
         names = ", ".join(returned)
-        answer = names if isinstance(results, Tensor) else f"[{names}]" if isinstance(results, list) else f"({names},)"
-        xs, ts = ([name for name in self._inputs if name[0] == kind and name[1:].isdigit()] for kind in "xt")
-        parameters = ", ".join(
-            ["tables", *xs, *(f"p_{x}" for x in xs), *ts, *(f"p_{t}" for t in ts), "p_mixes", "p_route"]
-        )
+        answer = f"[{names}]" if isinstance(results, list) else f"({names},)" if isinstance(results, tuple) else names
         body = "\n    ".join([*lines, f"return {answer}"])
-        exec(f"def repeat({parameters}):\n    {body}\n", self._scope)
+        exec(f"def repeat({', '.join(self._parameters)}):\n    {body}\n", self._scope)
         function: Callable[..., Any] = self._scope["repeat"]
         return function
 
@@ -91,7 +90,7 @@ class _Writer:
             return f"({' '.join(f'{self._written(each)},' for each in value)})"
         if type(value).__name__ == "TensorDescriptor":
             name = self._pointer(value.base).removeprefix("p_")
-            if name not in self._bases or name in ("mixes", "route"):
+            if name not in self._made and name not in self._parameters:
                 raise _Unknown  # it begins within a tensor
             return f"rebased({self._constant(_rebased(value, None))}, {name})"
         is_literal = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
