@@ -30,8 +30,8 @@ from ia3rt.kernels.mixes import ROUTING, Routing, Site
 def attention_kernel(
     out_ptr,  # [B, Sq, Hq, D], contiguous
     lse_ptr,  # fp32 [B, Hq, Sq], contiguous
-    site_v,  # of width Hkv * D
-    site_k,  # the same
+    site_k,  # of width Hkv * D
+    site_v,  # the same
     inputs,
     stride_table,  # or None
     window,  # or None
@@ -138,7 +138,7 @@ def attention(
     # As if the mixes were several where there is one: a load, but not another kernel for it to be built.
     routing = Routing.of(mixes, route, B)._replace(rows_per_mix=B // route.numel())
     sizes = None if table is None else table.stride(0), window, Hq, Sq, Skv
-    read = Site.of(l_k), inputs, *sizes, *routing
+    sites, read = (Site.of(l_k), Site.of(l_v)), (inputs, *sizes, *routing)
     constants = dict(
         CAUSAL=causal,
         D=D,
@@ -151,7 +151,7 @@ def attention(
     )
     splits = splits_of(grid[0] * grid[1], Skv, config.block_n, q.device) if packs else 1
     if splits > 1:
-        decode(o, lse, splits, grid, read, Site.of(l_v), routing, constants)
+        decode(o, lse, splits, grid, sites, read, routing, constants)
     else:
-        run(attention_kernel, grid, o, lse, Site.of(l_v), *read, **constants)
+        run(attention_kernel, grid, o, lse, *sites, *read, **constants)
     return o, lse

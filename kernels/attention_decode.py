@@ -139,16 +139,17 @@ def decode(
     lse: Tensor,
     splits: int,
     grid: tuple[int, int],
+    sites: tuple[Site, Site],
     read: tuple[Any, ...],
-    site_v: Site,
     routing: Routing,
     constants: dict[str, Any],
 ) -> None:
-    """Write o and lse; `read` is what attention_kernel would be launched with behind site_v."""
+    """Write o and lse; `sites` and `read` are what attention_kernel would be launched with."""
+    site_k, site_v = sites
     B, Sq, Hq, D = o.shape
     sums = o.new_empty((splits, B, Hq, Sq, D), dtype=torch.float32)
     ends = o.new_empty((2, splits, B, Hq, Sq), dtype=torch.float32)
-    run(decode_kernel, (*grid, splits), sums, ends, *read, **constants)
+    run(decode_kernel, (*grid, splits), sums, ends, site_k, *read, **constants)
     run(
         combine_kernel,
         (Sq, Hq, B),

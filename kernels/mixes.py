@@ -42,7 +42,8 @@ class Routing(NamedTuple):
     """What the rows of a launch wear.
 
     A kernel takes this as five parameters of its own, *routing, and makes it again of them: in a tuple Triton
-    specialises every number, whatever do_not_specialize says.
+    specialises every number, whatever do_not_specialize says. They stand last, behind N: sizes side by side are loaded
+    together.
     """
 
     rows: int

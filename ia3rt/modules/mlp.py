@@ -45,18 +45,23 @@ class IA3MLP(Wearer):
             scale = routing.composed.scale(self.ia3_in)
             return form.finish(self, _scaled_product(form, self, activation, x, scale, routing.tokens))
         tables = routing.tables
-        worn = tables.bank[self.ia3_in], tables.mixes, tables.route, kind
         matrices = form.first_matrices(self, x.dtype) if routing.fuses_gate_up else None
         if matrices is not None:
+            worn = tables.bank[self.ia3_in], tables.mixes, tables.route, kind
             return form.finish(self, ops.gate_up(*autocast(x, *matrices), *worn))
         gate, up, _ = form.gate_and_up(self, x)
+        return form.finish(self, self.ia3_activate(gate, up, kind))
+
+    def ia3_activate(self, gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+        """s ∘ act(gate) ∘ up by the kernel."""
+        tables = self.ia3_routing.tables
         if not can_prepare(tables):
-            return form.finish(self, ops.activation(gate, up, *worn))
+            return ops.activation(gate, up, tables.bank[self.ia3_in or 0], tables.mixes, tables.route, kind)  # type: ignore[no-any-return]
         prepared = self.ia3_prepared
         if prepared is None or prepared.fixed["kind"] is not kind or not prepared.fits(tables):
-            fixed = {"l": worn[0], "kind": kind} | ({"up": None} if up is None else {})
+            fixed = {"l": tables.bank[self.ia3_in or 0], "kind": kind} | ({"up": None} if up is None else {})
             prepared = self.ia3_prepared = Prepared(tables, (), ops.activation, **fixed)
-        return form.finish(self, prepared.call(tables, gate) if up is None else prepared.call(tables, gate, up))
+        return prepared.call(tables, gate) if up is None else prepared.call(tables, gate, up)  # type: ignore[no-any-return]
 
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:

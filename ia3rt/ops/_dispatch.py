@@ -16,7 +16,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @cache
-def _kernels_work() -> bool:
+def kernels_work() -> bool:
     """Whether Triton is installed: a failure of another kind is no reason to be silently slow."""
     try:
         importlib.import_module("ia3rt.kernels.linear")
@@ -30,7 +30,16 @@ def _kernels_work() -> bool:
 def backend(x: Tensor) -> Literal["triton", "torch"]:
     """Return what computes an operation on x."""
     on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton" if on_device and x.dtype in TRITON_DTYPES and _kernels_work() else "torch"
+    return "triton" if on_device and x.dtype in TRITON_DTYPES and kernels_work() else "torch"
+
+
+def may_repeat(x: Tensor) -> bool:
+    """Whether a launch on x may go past Triton's own way."""
+    if backend(x) != "triton":
+        return False
+    from ia3rt.kernels import launch  # not before: Triton may not be installed
+
+    return launch.can_repeat() and not launch.is_watched() and not launch.is_recording()
 
 
 def module(name: str, x: Tensor) -> Any:
