@@ -183,7 +183,7 @@ def _check_graph(settings: Settings) -> None:
     from ia3rt.bench.suites.registry import SUITES
 
     if settings.device.type != "cuda":
-        advice = "give --device cuda" if torch.cuda.is_available() else "torch sees no such GPU here: leave --graph out"
+        advice = "give --device cuda" if torch.cuda.is_available() else "torch sees no GPU here, so leave --graph out"
         raise UsageError("--graph", f"CUDA graphs need a CUDA GPU, and this run is on {settings.device}: {advice}")
     graphed = [name for name, suite in SUITES.items() if suite.in_graph is not None]
     if not set(graphed) & set(settings.suites):
