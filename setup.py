@@ -49,6 +49,7 @@ setup(
         "ia3rt.bench",
         "ia3rt.bench.compiled",
         "ia3rt.bench.contenders",
+        "ia3rt.bench.launches",
         "ia3rt.bench.layers",
         "ia3rt.bench.profile",
         "ia3rt.bench.serving",

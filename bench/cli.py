@@ -12,6 +12,7 @@ import typer.core
 from rich.console import Console
 from rich.text import Text
 
+from ia3rt.bench.launches.cli import launch
 from ia3rt.bench.options import known, split
 from ia3rt.bench.serving.cli import serve
 from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
@@ -33,6 +34,7 @@ class _RunByDefault(typer.core.TyperGroup):
 
 app = typer.Typer(cls=_RunByDefault, add_completion=False)
 app.command()(serve)
+app.command()(launch)
 
 
 @app.command()

@@ -297,6 +297,14 @@ def attention_gradient_configs(
     )
 
 
+INT4_STEP = 32
+"""The shortest step along K for int4, whose nibbles are joined to neighbours along K.
+
+Behind such a join Triton 3.6 and 3.7 give a thread 8 neighbours along K of an operand of mma.sync, and four threads 32.
+Where a step has 16, they take 8 of them twice, and drop the others. `bench.compiled` sees it in the code.
+"""
+
+
 @functools.lru_cache(4096)
 def linear_quantised_config(
     rows: int,
@@ -312,7 +320,8 @@ def linear_quantised_config(
 ) -> LinearConfig:
     """Return the config of linear_quantised.py's kernel for x [rows, K] and y [rows, N].
 
-    A step along K is no longer than a group, so that each needs one row of scales, where a group has at least 16.
+    A step along K is no longer than a group, so that each needs one row of scales, where a group has at least 16; but
+    of int4 it has at least INT4_STEP.
     """
     stages = 2 if arch.startswith("gfx") else 3
     if dtype == torch.float32:
@@ -324,7 +333,7 @@ def linear_quantised_config(
         config = LinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=stages, piece=64)
     else:
         config = LinearConfig(128, 128, 64, 8, 8, stages, piece=16 if per_row else 64)
-    if group_size >= 16:
-        # The largest power of two that divides the group.
-        config = replace(config, block_k=max(16, min(config.block_k, group_size & -group_size)))
+    # The largest power of two that divides the group.
+    block_k = min(config.block_k, group_size & -group_size) if group_size >= 16 else config.block_k
+    config = replace(config, block_k=max(INT4_STEP if kind == "int4" else 16, block_k))
     return replace(config, splits=_splits(config, rows, N, K, processors)) if rows <= 64 else config

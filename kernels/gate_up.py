@@ -23,7 +23,7 @@ from ia3rt.kernels.configs import arch_of, gate_up_config, processors_of
 from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors, gate_up_tma
 from ia3rt.kernels.launch import run
-from ia3rt.kernels.linear_tile import tile_of
+from ia3rt.kernels.linear_tile import add_part, tile_of
 from ia3rt.kernels.mixes import ROUTING, TALLEST, Routing, Site, worn_by_tile
 from ia3rt.kernels.tuned import LinearConfig
 from ia3rt.reference import Activation
@@ -71,16 +71,33 @@ def gate_up_kernel(
     if up_ptr is not None:
         up_ptrs = up_ptr + w_offsets
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    IN_PARTS: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    if IN_PARTS:
+        gate_part = gate
+        if up_ptr is not None:
+            up_part = up
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptrs, mask=(ks < K - k)[None, :], other=0.0)
         w_gate = tl.load(gate_ptrs, mask=(ks < K - k)[:, None], other=0.0)
-        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+        if IN_PARTS:
+            gate_part = tl.dot(x, w_gate, gate_part, input_precision=PRECISION)
+            gate, gate_part = add_part(gate, gate_part, k + BLOCK_K)
+        else:
+            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
         if up_ptr is not None:
             w_up = tl.load(up_ptrs, mask=(ks < K - k)[:, None], other=0.0)
-            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+            if IN_PARTS:
+                up_part = tl.dot(x, w_up, up_part, input_precision=PRECISION)
+                up, up_part = add_part(up, up_part, k + BLOCK_K)
+            else:
+                up = tl.dot(x, w_up, up, input_precision=PRECISION)
             up_ptrs += BLOCK_K * stride_wk
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K * stride_wk
+    if IN_PARTS:
+        gate += gate_part
+        if up is not None:
+            up += up_part
     worn = worn_by_tile(row, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr), BLOCK_M, TWO_MIXES)
     finish_gate_up(gate, up, row, col, y_ptr, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR=False)
 

@@ -30,11 +30,19 @@ class Launch(NamedTuple):
     """In the order of the kernel's parameters, as CompiledKernel.run takes them: tensors, numbers, tuples of both."""
 
 
+class Multiplication(NamedTuple):
+    """A matmul by torch, into a tensor."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Tensor, ...]
+    out: Tensor
+
+
 class Recorded(NamedTuple):
     """What a function did."""
 
     result: Any
-    launches: list[Launch]
+    launches: list[Launch | Multiplication]
     made: list[Tensor]
     """The tensors that it made, uninitialised: its results and workspaces."""
     is_all: bool
@@ -52,22 +60,28 @@ _MAKES = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_MULTIPLIES: dict[Any, Callable[..., Tensor]] = {torch.ops.aten.mm.out: torch.mm, torch.ops.aten.addmm.out: torch.addmm}
 _records = threading.local()
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel by Triton's own way; constants are its compile-time arguments and the compiler's options."""
     compiled = kernel[grid](*arguments, **constants)
-    launches: list[Launch] | None = getattr(_records, "launches", None)
+    launches: list[Launch | Multiplication] | None = getattr(_records, "launches", None)
     if launches is not None:
         rest = (constants[name] for name in kernel.arg_names[len(arguments) :])
         launches.append(Launch(compiled, (*grid, 1, 1)[:3], (*arguments, *rest)))
 
 
+def is_recording() -> bool:
+    """Return whether a function that is recorded is running: what it calls is part of it."""
+    return getattr(_records, "launches", None) is not None
+
+
 def record(function: Callable[..., Any], *arguments: Any) -> Recorded:
     """Call a function, and note what it launches."""
-    assert getattr(_records, "launches", None) is None, "recordings do not nest"
-    launches: list[Launch] = []
+    assert not is_recording(), "recordings do not nest"
+    launches: list[Launch | Multiplication] = []
     _records.launches = launches
     try:
         with _Watch() as watch:
@@ -89,6 +103,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in _MAKES:
             self.made.append(result)
+        elif func in _MULTIPLIES and set(kwargs or ()) == {"out"}:
+            _records.launches.append(Multiplication(_MULTIPLIES[func], args, kwargs["out"]))
         elif not func.is_view:
             self.only_makes_and_views = False
         return result

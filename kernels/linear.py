@@ -29,7 +29,7 @@ from ia3rt.kernels.configs import processors_of
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_plan import plan
 from ia3rt.kernels.linear_sum import add_partials
-from ia3rt.kernels.linear_tile import Layer, finish, of_layers, tile_of
+from ia3rt.kernels.linear_tile import Layer, add_part, finish, of_layers, tile_of
 from ia3rt.kernels.linear_tma import linear_tma
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
 from ia3rt.kernels.scale import scale
@@ -90,13 +90,22 @@ def linear_kernel(
     x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x + ks[None, :]
     w_ptrs = weight_a + (cols % N).to(tl.int64)[None, :] * stride_wn + ks.to(tl.int64)[:, None] * stride_wk
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    IN_PARTS: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    if IN_PARTS:
+        part = acc
     for k in range(begin, end, BLOCK_K):
         ks = tl.arange(0, BLOCK_K)
         x = tl.load(x_ptrs, mask=(ks < K - k)[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(ks < K - k)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if IN_PARTS:
+            part = tl.dot(x, w, part, input_precision=PRECISION)
+            acc, part = add_part(acc, part, k + BLOCK_K)
+        else:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
+    if IN_PARTS:
+        acc += part
 
     if SPLIT:
         partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]

@@ -28,7 +28,7 @@ from ia3rt.kernels.configs import arch_of, linear_quantised_config, processors_o
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
 from ia3rt.kernels.linear_sum import add_partials
-from ia3rt.kernels.linear_tile import Layer, finish, tile_of
+from ia3rt.kernels.linear_tile import Layer, add_part, finish, tile_of
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
 from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import LinearConfig
@@ -78,13 +78,22 @@ def linear_quantised_kernel(
 
     x_rows = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_x
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    IN_PARTS: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    if IN_PARTS:
+        part = acc
     for k in range(begin, end, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + ks[None, :], mask=(ks < K)[None, :], other=0.0)
         w = load_values(weight_ptr, k, cols, N, K, stride_w, KIND, BLOCK_K)
         if zeros_ptr is not None:
             w = scale_values(w, scales_ptr, zeros_ptr, groups_ptr, k, cols, N, K, group_size, KIND, ONE_GROUP, PLUS_ONE)
-        acc = tl.dot(x, w.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)
+        if IN_PARTS:
+            part = tl.dot(x, w.to(tl.float32), part, input_precision=PRECISION)
+            acc, part = add_part(acc, part, k + BLOCK_K)
+        else:
+            acc = tl.dot(x, w.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)
+    if IN_PARTS:
+        acc += part
     if zeros_ptr is None:
         acc *= tl.load(scales_ptr + cols % N).to(tl.float32)[None, :]
 

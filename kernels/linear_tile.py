@@ -42,6 +42,20 @@ def of_layers(operands: Sequence[tuple[object, object, object]]) -> tuple[object
 
 
 @triton.jit
+def add_part(acc, part, k, CHAIN: tl.constexpr = 128):
+    """Return acc and part, two sums of fp32; where a chain of products ends at k, part is added to acc, and is 0 again.
+
+    Each addition rounds, so that a sum errs by about the root of its length: 14,336 products in order err 5 to 7 times
+    as much as a library's kernels, which add parts. 128 in order, and then 112 such parts, err as little as those. The
+    tensor cores add several products before they round, and what they read is coarser: bf16 and fp16 need no parts.
+    """
+    if k % CHAIN == 0:
+        acc += part
+        part = tl.zeros_like(part)
+    return acc, part
+
+
+@triton.jit
 def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Return the (first row, first column) of a tile: GROUP_M row blocks share a column of W while it is in L2."""
     blocks_m = tl.cdiv(M, BLOCK_M)

@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
+from where import DEVICE
 
-if not torch.cuda.is_available():
+if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before anything imports one
 
     import triton_interpreter
@@ -21,7 +22,7 @@ torch.set_num_threads(1)  # tiny tensors, and pytest-xdist gives each core a pro
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
 )
+from where import home
 
 import ia3rt
 
@@ -52,7 +53,7 @@ def make(name, **options):
 
 
 def patched(model, backend="torch"):
-    runtime = ia3rt.patch(model, backend=backend)
+    runtime = ia3rt.patch(model.to(home(backend)), backend=backend)
     generator = torch.Generator().manual_seed(1)
     for adapter in "bc":
         runtime.add_adapter(

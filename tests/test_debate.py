@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import FAMILIES, TARGETS, logits, peft_model, peft_vectors, save_each, scaled, tiny_model, token_ids
+from where import home
 
 import ia3rt
 
@@ -133,7 +134,7 @@ def test_a_sum_leaves_the_sites_where_no_adapter_of_it_acts(backend):
     down, value, query = (
         f"model.layers.0.{name}" for name in ("mlp.down_proj", "self_attn.v_proj", "self_attn.q_proj")
     )
-    runtime = ia3rt.patch(tiny_model(), capacity=2, backend=backend)
+    runtime = ia3rt.patch(tiny_model().to(home(backend)), capacity=2, backend=backend)
     vectors = {"b": torch.rand(96), "c": torch.rand(96)}
     for name, vector in vectors.items():
         runtime.add_adapter(name, {down: vector})

@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
+from where import home
 
 import ia3rt
 from ia3rt import Mix
@@ -47,7 +48,8 @@ class Programs(RuleBasedStateMachine):
 
     @initialize(capacity=st.integers(1, 3), backend=st.sampled_from(["torch", "triton"]))
     def patch(self, capacity, backend):
-        self.model = Net()
+        self.device = home(backend)
+        self.model = Net().to(self.device)
         self.runtime = ia3rt.patch(self.model, capacity=capacity, backend=backend)
         self.weights = {name: parameter.detach().double() for name, parameter in Net().named_parameters()}
         self.truth, self.worn, self.merged = {}, None, False
@@ -144,7 +146,7 @@ class Programs(RuleBasedStateMachine):
 
     def compare(self, rows):
         with torch.no_grad():
-            actual = self.model(self.x)
+            actual = self.model(self.x.to(self.device)).cpu()
         truth = self.expected(rows)
         torch.testing.assert_close(actual.double(), truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max().clamp(min=1)))
 
@@ -158,7 +160,7 @@ class Programs(RuleBasedStateMachine):
         if hasattr(self, "runtime"):
             self.runtime.unpatch()
             for name, parameter in self.model.named_parameters():
-                assert torch.equal(parameter.double(), self.weights[name])
+                assert torch.equal(parameter.cpu().double(), self.weights[name])
 
 
 @contextlib.contextmanager

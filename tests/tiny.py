@@ -64,7 +64,8 @@ def randomize(wrapped: peft.PeftModel, seed: int) -> None:
     for name, parameter in wrapped.named_parameters():
         if "ia3_l" in name:
             values = torch.empty(parameter.shape).uniform_(-0.5, 2.0, generator=generator)
-            parameter.data = values.masked_fill(torch.rand(values.shape, generator=generator) < 0.05, 0.0)
+            values = values.masked_fill(torch.rand(values.shape, generator=generator) < 0.05, 0.0)
+            parameter.data = values.to(parameter.device)
 
 
 def save_each(wrapped: peft.PeftModel, folder: Path) -> list[Path]:
@@ -91,6 +92,7 @@ def scaled(model: nn.Module, scales: dict[tuple[str, str], Tensor]) -> nn.Module
     for (path, side), scale in scales.items():
         module = copied.get_submodule(path)
         weight = module.weight.data.t() if type(module).__name__ == "Conv1D" else module.weight.data
+        scale = scale.to(weight.device)
         if side == "in":
             weight *= scale
         else:
@@ -101,5 +103,12 @@ def scaled(model: nn.Module, scales: dict[tuple[str, str], Tensor]) -> nn.Module
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """A model's logits, on the device of `ids` wherever it runs."""
     with torch.no_grad():
-        return model(ids).logits
+        return model(ids.to(model.device)).logits.to(ids.device)
+
+
+def generated(model: nn.Module, ids: Tensor, mask: Tensor, **settings: object) -> Tensor:
+    """What a model generates, on the device of `ids` wherever it runs."""
+    there = model.device
+    return model.generate(input_ids=ids.to(there), attention_mask=mask.to(there), **settings).to(ids.device)

@@ -1,7 +1,9 @@
-"""Repairs Triton's interpreter where it computes bf16 otherwise than a GPU does.
+"""Repairs Triton's interpreter where it computes otherwise than a GPU does.
 
 It holds bf16 as raw uint16, so that tl.dot multiplies bit patterns, and it truncates fp32 → bf16 where hardware rounds
-to nearest even. Elementwise bf16 arithmetic stays broken: kernels do it in fp32.
+to nearest even. Elementwise bf16 arithmetic stays broken: kernels do it in fp32. And it leaves products of fp32 to a
+library, which adds them in parts, where compiled code multiplies and adds one after another: a sum that is too long
+would err on a GPU only.
 """
 
 import numpy as np
@@ -17,6 +19,14 @@ def _to_fp32(data: np.ndarray) -> np.ndarray:
 def _to_bf16(data: np.ndarray) -> np.ndarray:
     rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
     return rounded.view(torch.int16).numpy().view(np.uint16)
+
+
+def _added_in_order(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """d + a b in fp32, by fused multiplications and additions: a product of two numbers is exact in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(a.shape[-1]):
+        d = (a[..., :, k, None] * b[..., None, k, :] + d).astype(np.float32)
+    return d
 
 
 def install() -> None:
@@ -36,6 +46,8 @@ def install() -> None:
         # fp16 too: its products are exact in fp32, and a matmul of one dtype goes to BLAS.
         if a.dtype.scalar in (tl.float16, tl.bfloat16):
             a, b = cast_impl(self, a, tl.float32), cast_impl(self, b, tl.float32)
+        elif a.dtype.scalar == tl.float32:
+            return TensorHandle(_added_in_order(a.data, b.data, d.data), d.dtype.scalar)
         return dot(self, a, b, d, *args)
 
     InterpreterBuilder.cast_impl = cast_impl

@@ -15,9 +15,9 @@ Facts = dict[str, int]
 def facts_of(arch: str, kernel: Any) -> Facts:
     """Return a compiled kernel's facts.
 
-    registers, spills, shared (bytes), matrix (tensor core instructions) for all; for sm_90 also instructions, HGMMA,
-    wide_loads (of 16 bytes), and of the innermost loop with an HGMMA: loop (instructions), waits, waiting_HGMMA and
-    from_registers (HGMMAs whose first operand is not in shared memory).
+    registers, spills, shared (bytes), matrix (tensor core instructions) for all; for NVIDIA also wrong_dots (see
+    below); for sm_90 also instructions, HGMMA, wide_loads (of 16 bytes), and of the innermost loop with an HGMMA: loop
+    (instructions), waits, waiting_HGMMA and from_registers (HGMMAs whose first operand is not in shared memory).
     """
     if arch.startswith("gfx"):
         facts = _amd_facts(kernel.asm["amdgcn"])
@@ -26,11 +26,22 @@ def facts_of(arch: str, kernel: Any) -> Facts:
             cubin.write(kernel.asm["cubin"])
             cubin.flush()
             facts = _nvidia_facts(cubin.name) | {
-                "matrix": len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma)", kernel.asm["ptx"]))
+                "matrix": len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma)", kernel.asm["ptx"])),
+                "wrong_dots": wrong_dots(kernel.asm["ttgir"]),
             }
             if arch == "sm_90":  # disassembling takes longest
                 facts |= _sm_90_facts(cubin.name)
     return facts | {"shared": kernel.metadata.shared}
+
+
+def wrong_dots(ttgir: str) -> int:
+    """Count the products by mma.sync whose step along K is shorter than what four threads hold of it side by side.
+
+    A thread has kWidth neighbours along K, and the four that share a row have 4 kWidth. Where a step is shorter, two of
+    them hold the same numbers, and Triton 3.6 and 3.7 multiply some twice and others never.
+    """
+    operands = re.findall(r"tt\.dot .*?: tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0, .*?kWidth = (\d+)\}>>", ttgir)
+    return sum(int(steps) < 4 * int(width) for steps, width in operands)
 
 
 def _amd_facts(assembly: str) -> Facts:

@@ -67,6 +67,11 @@ CASES |= {
     "quantised int8, decode, SmolLM2": Case(partial(_quantised, "int8", 16, 16, N=192, K=576)),
     "quantised int8, 64 rows, fp32": Case(partial(_quantised, "int8", 64, 64, dtype=torch.float32), matrix=False),
     "quantised int4, decode, groups of 32": Case(partial(_quantised, "int4", 16, 16, group_size=32)),
+    # 40 and 80 share no factor with a power of two past 8 and 16, so that a step along K crosses groups.
+    "quantised int4, decode, groups of 40": Case(partial(_quantised, "int4", 16, 16, K=4000, group_size=40)),
+    "quantised int4, 64 rows, groups of 80": Case(partial(_quantised, "int4", 64, 64, K=4000, group_size=80)),
+    "quantised int4, 64 rows, fp32": Case(partial(_quantised, "int4", 64, 64, dtype=torch.float32), matrix=False),
+    "quantised gptq, decode, groups of 40": Case(partial(_quantised, "gptq", 16, 16, K=4000, group_size=40)),
     "quantised gptq, decode, fp16": Case(partial(_quantised, "gptq", 16, 16, dtype=torch.float16)),
     "quantised gptq, decode, act-order": Case(partial(_quantised, "gptq", 16, 16, act_order=True)),
 }

@@ -51,6 +51,15 @@ def _rotate(run: Callable[..., object], rows: int, R: int, shape: _Shape, dtype:
     run(*x, *l, table, table, *routing(R), shape.interleaved)
 
 
+def _k_alone_has_a_vector(q: Tensor, k: Tensor, v: Tensor, l_q: Any, l_k: Any, l_v: Any, *arguments: Any) -> None:
+    rope(q, k, v, None, l_k, None, *arguments)
+
+
+def _gradient_without_v(q: Tensor, k: Tensor, v: Tensor, l_q: Any, l_k: Any, l_v: Any, *arguments: Any) -> None:
+    """Launch as the gradient of the vectors does: it needs Pᵀ dy alone, which for v is dy."""
+    rope_gradient(q, k, None, None, None, None, *arguments)
+
+
 def _into_cache(q: Tensor, k: Tensor, *arguments: Any) -> None:
     cache = empty(2, 1024, 16, *k.shape[1:], dtype=k.dtype)
     rope_into_cache(q, k, *arguments, *cache, empty(len(q), dtype=torch.int64))
@@ -76,8 +85,10 @@ CASES: dict[str, Case] = {
     "rope, Llama-3-8B, fp32": _case(rope, 4096, 1, LLAMA, torch.float32),
     "rope gradient, Llama-3-8B, uniform": _case(rope_gradient, 4096, 1, LLAMA),
     "rope gradient, Llama-3-8B, one mix a row": _case(rope_gradient, 4096, 4096, LLAMA),
+    "rope gradient, Llama-3-8B, without v": _case(_gradient_without_v, 4096, 1, LLAMA, wide_loads=12),
     "rope into a cache, Llama-3-8B, uniform": _case(_into_cache, 4096, 1, LLAMA),
     "rope into a cache, Llama-3-8B, one mix a row": _case(_into_cache, 64, 64, LLAMA),
+    "rope, Llama-3-8B, k alone has a vector": _case(_k_alone_has_a_vector, 4096, 1, LLAMA),
     "rope, SmolLM2-135M, uniform": _case(rope, 4096, 1, SMOLLM),
     "rope into a cache, SmolLM2-135M, one mix a row": _case(_into_cache, 64, 64, SMOLLM),
     # A few numbers of each head are rotated: the others are read 16 bytes at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,8 @@ HIDDEN, INNER, KEY_VALUE, HEAD = 4096, 14336, 1024, 128
 LENGTH = 1024  # of the cache
 
 
-class _Attention(nn.Module):
-    """What pairs are known by."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, nn.Linear(HIDDEN, KEY_VALUE, bias=False, dtype=DTYPE))
+def _projections(*names: str) -> dict[str, nn.Linear]:
+    return {name: nn.Linear(HIDDEN, KEY_VALUE, bias=False, dtype=DTYPE) for name in names}
 
 
 def cases() -> Iterator[Case]:
@@ -53,7 +49,7 @@ def _activation() -> Case:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     config = LlamaConfig(hidden_size=64, intermediate_size=INNER)  # the matrices are not what is timed
-    model = nn.ModuleDict({"mlp": LlamaMLP(config).to(DTYPE)})
+    model = nn.ModuleDict({"mlp": LlamaMLP(config).to(DTYPE)})  # type: ignore[no-untyped-call]
     runtime = _patched(model)
     (l,), mixes, route = _worn(runtime)  # noqa: E741
     mlp, gate, up = model["mlp"], _row(INNER), _row(INNER)
@@ -65,9 +61,9 @@ def _activation() -> Case:
 
 
 def _pair() -> Case:
-    model = _Attention(("q_proj", "k_proj", "v_proj"))
-    (l_k, l_v), mixes, route = _worn(_patched(model))
-    x, key, value = _row(HIDDEN), model.k_proj, model.v_proj
+    layers = _projections("q_proj", "k_proj", "v_proj")
+    (l_k, l_v), mixes, route = _worn(_patched(nn.ModuleDict(layers)))
+    x, key, value = _row(HIDDEN), layers["k_proj"], layers["v_proj"]
     weights = key.weight, None, l_k, value.weight, None, l_v
     return (
         "linear_pair (k and v)",
@@ -77,9 +73,9 @@ def _pair() -> Case:
 
 
 def _linear() -> Case:
-    model = _Attention(("v_proj",))
-    (l,), mixes, route = _worn(_patched(model, target_modules=["v_proj"]))  # noqa: E741
-    x, layer = _row(HIDDEN), model.v_proj
+    layers = _projections("v_proj")
+    (l,), mixes, route = _worn(_patched(nn.ModuleDict(layers), target_modules=["v_proj"]))  # noqa: E741
+    x, layer = _row(HIDDEN), layers["v_proj"]
     return (
         "linear",
         lambda: layer.forward(x),
@@ -88,7 +84,7 @@ def _linear() -> Case:
 
 
 def _scale() -> Case:
-    runtime = _patched(_Attention(("v_proj",)), target_modules=["v_proj"])
+    runtime = _patched(nn.ModuleDict(_projections("v_proj")), target_modules=["v_proj"])
     tables = runtime._routing.tables
     x, bound = _row(KEY_VALUE), ops.Bound(ops.scale, l=tables.bank[0])
     return "scale", lambda: bound.call(tables, x), lambda: ops.scale(x, tables.bank[0], tables.mixes, tables.route)
@@ -104,23 +100,24 @@ def _rope() -> Case:
     (l,), mixes, route = _worn(runtime)  # noqa: E741
     attention, qkv = model["self_attn"], _row(HIDDEN + 2 * KEY_VALUE)
     angles = _row(HEAD), _row(HEAD)
-    parts = attention.ia3_form.parts  # type: ignore[union-attr]
+    form: Any = attention.ia3_form
+    sizes = form.sizes(attention)
     return (
         "rope (q, k and v)",
         lambda: attention.ia3_rotated(qkv, angles),  # type: ignore[operator]
-        lambda: ops.rope(*parts(attention, qkv), *parts(attention, l), *angles, mixes, route, False),  # type: ignore[operator]
+        lambda: ops.rope(*form.parts(qkv, *sizes), *form.parts(l, *sizes), *angles, mixes, route, False),
     )
 
 
 def _attention() -> Case:
     q = torch.ones(1, 32, 1, HEAD, dtype=DTYPE)
     k, v = torch.ones(2, 1, 8, LENGTH, HEAD, dtype=DTYPE)
-    unread = torch.zeros(1, 2, dtype=torch.int32)
+    mixes, route = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     module, options = nn.Module(), (HEAD**-0.5, False, None, None)
     return (
         "attention",
         lambda: attention_forward(module, q, k, v, None),
-        lambda: ops.attention(q, k, v, *[None] * 5, unread, unread[0, :1], *options),
+        lambda: ops.attention(q, k, v, *[None] * 5, mixes, route, *options),
     )
 
 

@@ -47,7 +47,9 @@ def host_times() -> tuple[float, list[HostTime]]:
     """Return torch.mul's microseconds, and each operation's times; measured in a process whose driver is replaced."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ia3rt.bench.launches.measured"]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"timing launches failed: {done.stderr[-2000:]}")
     unit, times = json.loads(done.stdout.splitlines()[-1])
     return unit, [HostTime(**time) for time in times]
 

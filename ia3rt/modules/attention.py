@@ -87,13 +87,14 @@ def attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
     window = sliding_window if causal and sliding_window is not None and sliding_window < length else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if _fits(query, key, value) and not torch.compiler.is_compiling():
+    fits = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1] <= 256
+    if fits and not torch.compiler.is_compiling() and ops.backend(query) == "triton":
         given = (query, key, value) if attention_mask is None else (query, key, value, attention_mask)
         prepared = _prepared(len(given) == 4, scale, causal, window, softcap)
         return prepared.call(_unread(query.device), *given)[0], None
     unread = torch.empty(1, 2, dtype=torch.int32, device=query.device)  # a mix table, and a route to it
     arguments = query, key, value, attention_mask, *(None,) * 4, unread, unread[0, :1], scale, causal, window, softcap
-    if _fits(query, key, value):
+    if fits and _backend(query.device.type, query.dtype) == "triton":
         return ops.attention(*arguments)[0], None
     if softcap is not None or window is not None:
         return reference.attention(*arguments)[0], None
@@ -120,12 +121,6 @@ def _unread(device: torch.device) -> MixTables:
 
 def _given(kwargs: dict[str, Any], name: str) -> bool:
     return kwargs.get(name) is not None and kwargs[name] is not False
-
-
-def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernels run these tensors: where, of what type, and of which size."""
-    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1] <= 256
-    return alike and _backend(query.device.type, query.dtype) == "triton"
 
 
 def _backend(device: str, dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3rt.ops import Bound, Op
+from ia3rt.ops import Bound, Callee
 from ia3rt.routing.tables import MixTables
 
 
@@ -25,7 +25,7 @@ class Prepared:
         fixed: as given.
     """
 
-    def __init__(self, tables: MixTables, layers: tuple[nn.Module, ...], op: Op, **fixed: Any) -> None:
+    def __init__(self, tables: MixTables, layers: tuple[nn.Module, ...], op: Callee, **fixed: Any) -> None:
         self.call = Bound(op, **fixed).call
         self.fixed = fixed
         self._bank = tables.bank

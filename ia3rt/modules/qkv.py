@@ -7,6 +7,7 @@ made of: a quantised one too. And one launch takes the place of the dozen operat
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -47,18 +48,15 @@ class IA3QKV(Wearer):
     def ia3_rotated(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """q, k and v of a projection's output [batch, length, width]: scaled and rotated, [batch, heads, length, D]."""
         assert self.ia3_form is not None and self.ia3_out is not None
-        tables, parts = self.ia3_routing.tables, self.ia3_form.parts
-        prepared = self.ia3_prepared
+        form, tables = self.ia3_form, self.ia3_routing.tables
+        l, sizes = tables.bank[self.ia3_out], form.sizes(self)  # noqa: E741
         if not can_prepare(tables):
-            vectors = parts(self, tables.bank[self.ia3_out])
-            rotated = ops.rope(*parts(self, qkv), *vectors, *position_embeddings, tables.mixes, tables.route, False)
-        else:
-            if prepared is None or not prepared.fits(tables):
-                l_q, l_k, l_v = parts(self, tables.bank[self.ia3_out])
-                prepared = Prepared(tables, (), ops.rope, l_q=l_q, l_k=l_k, l_v=l_v, interleaved=False)
-                self.ia3_prepared = prepared
-            rotated = prepared.call(tables, *parts(self, qkv), *position_embeddings)
-        return tuple([part.transpose(1, 2) for part in rotated])
+            worn = tables.mixes, tables.route
+            return tuple(_rotated(qkv, l, *position_embeddings, *worn, form.parts, sizes))
+        prepared = self.ia3_prepared
+        if prepared is None or prepared.fixed["sizes"] != sizes or not prepared.fits(tables):
+            prepared = self.ia3_prepared = Prepared(tables, (), _rotated, l=l, parts=form.parts, sizes=sizes)
+        return tuple(prepared.call(tables, qkv, *position_embeddings))
 
     def ia3_attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         """What the attention function that the model's config names returns."""
@@ -78,7 +76,39 @@ class IA3QKV(Wearer):
 
         assert self.ia3_form is not None
         projection = getattr(self, self.ia3_form.projection)
-        q, *_ = self.ia3_form.parts(self, self.ia3_routing.tables.bank[self.ia3_out or 0])
+        q, *_ = self.ia3_form.parts(self.ia3_routing.tables.bank[self.ia3_out or 0], *self.ia3_form.sizes(self))
         config = rope_config(rows, q.shape[-1], computing_tensor(projection).dtype)
         words = f"{config.block_m} rows × {config.group(q.shape[-2])} heads, {config.num_warps} warps"
         return How("rope", words, "q, k and v are read and rotated here anyway: the vector costs no pass")
+
+
+class _Rotated:
+    """The parts of a projection's output [batch, length, width], scaled and rotated: [batch, heads, length, D] each.
+
+    As one function of that output, so that a launch that is known takes no views of it.
+    """
+
+    def __call__(self, *args: Any) -> list[Tensor]:
+        return self._by(ops.rope, *args)
+
+    def body(
+        self,
+        qkv: Tensor,
+        l: Tensor,  # noqa: E741
+        cos: Tensor,
+        sin: Tensor,
+        mixes: Tensor,
+        route: Tensor,
+        parts: Callable[..., tuple[Tensor, ...]],
+        sizes: tuple[int, ...],
+    ) -> list[Tensor]:
+        """The same past the dispatcher."""
+        return self._by(ops.rope.body, qkv, l, cos, sin, mixes, route, parts, sizes)
+
+    @staticmethod
+    def _by(rope: Callable[..., list[Tensor]], qkv: Tensor, l: Tensor, *rest: Any) -> list[Tensor]:  # noqa: E741
+        *rest, parts, sizes = rest  # type: ignore[assignment]
+        return [part.transpose(1, 2) for part in rope(*parts(qkv, *sizes), *parts(l, *sizes), *rest, False)]
+
+
+_rotated = _Rotated()

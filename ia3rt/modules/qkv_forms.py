@@ -30,14 +30,16 @@ class Form(NamedTuple):
         forward: the forward, as its source is written; a class is of this form if its own compiles to the same.
         rotary: the rotary embedding that the forward calls, likewise; pairs are half of rotary_dim apart.
         projection: the name of the projection of q, k and v, whose output the vector scales.
-        parts: (attention, [..., width of the projection]) to its q, k and v, views [..., heads, D].
+        sizes: what `parts` has to know of an attention.
+        parts: ([..., width of the projection], *sizes) to its q, k and v, views [..., heads, D].
         worn: the forward with the vector.
     """
 
     forward: Callable[..., Any]
     rotary: Callable[..., Any]
     projection: str
-    parts: Callable[[Any, Tensor], tuple[Tensor, ...]]
+    sizes: Callable[[Any], tuple[int, ...]]
+    parts: Callable[..., tuple[Tensor, ...]]
     worn: Callable[..., Any]
 
 
@@ -127,9 +129,12 @@ def _phi3_worn(self, hidden_states, position_embeddings, attention_mask, cache=N
     return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-def _phi3_parts(attention: Any, qkv: Tensor) -> tuple[Tensor, ...]:
-    heads, heads_kv = attention.config.num_attention_heads, attention.num_key_value_heads
-    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (-1, attention.head_dim)).split((heads, heads_kv, heads_kv), -2)
+def _phi3_sizes(attention: Any) -> tuple[int, ...]:
+    return attention.config.num_attention_heads, attention.num_key_value_heads, attention.head_dim
+
+
+def _phi3_parts(qkv: Tensor, heads: int, heads_kv: int, head_dim: int) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (-1, head_dim)).split((heads, heads_kv, heads_kv), -2)
     return parts
 
 
@@ -175,14 +180,18 @@ def _gpt_neox_worn(self, hidden_states, attention_mask, layer_past=None, positio
     return self.dense(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-def _gpt_neox_parts(attention: Any, qkv: Tensor) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (-1, 3, attention.head_size)).unbind(-2)
+def _gpt_neox_sizes(attention: Any) -> tuple[int, ...]:
+    return (attention.head_size,)
+
+
+def _gpt_neox_parts(qkv: Tensor, head_size: int) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (-1, 3, head_size)).unbind(-2)
     return parts
 
 
 FORMS: tuple[Form, ...] = (
-    Form(_phi3, _rotary_in_one, "qkv_proj", _phi3_parts, _phi3_worn),
-    Form(_gpt_neox, _rotary_in_two, "query_key_value", _gpt_neox_parts, _gpt_neox_worn),
+    Form(_phi3, _rotary_in_one, "qkv_proj", _phi3_sizes, _phi3_parts, _phi3_worn),
+    Form(_gpt_neox, _rotary_in_two, "query_key_value", _gpt_neox_sizes, _gpt_neox_parts, _gpt_neox_worn),
 )
 
 

@@ -17,18 +17,17 @@ An op knows tensors, no adapters and no modules. It may import `kernels` and `re
 
 from ia3rt.ops._activation import activation, activation_gradient
 from ia3rt.ops._attention import attention, attention_gradient
-from ia3rt.ops._bound import Bound
+from ia3rt.ops._bound import Bound, Callee
 from ia3rt.ops._dispatch import backend
 from ia3rt.ops._gate_up import gate_up
 from ia3rt.ops._linear import linear, linear_pair
-from ia3rt.ops._op import Op
 from ia3rt.ops._quantised import linear_quantised
 from ia3rt.ops._rope import rope, rope_gradient, rope_into_cache
 from ia3rt.ops._scale import bank_gradient, scale
 
 __all__ = [
     "Bound",
-    "Op",
+    "Callee",
     "activation",
     "activation_gradient",
     "attention",

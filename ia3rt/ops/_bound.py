@@ -18,28 +18,10 @@ import torch
 from torch import Tensor
 
 from ia3rt.ops import _dispatch
-from ia3rt.ops._op import Op, is_observed
-from ia3rt.ops._repeat import repeat_of
+from ia3rt.ops._op import Calls, _current_device, is_observed
 
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_MOST = 512  # calls that are known of an op; each takes some kilobytes
-
-
-class _Calls:
-    """The calls of an op with fixed arguments that are laid out alike.
-
-    Attributes:
-        repeats: by all else that matters, what launches the same kernels again.
-        seen: those that were made once, and whether a second one is worth noting. One of its kind may be the only one,
-            as the length of a prompt is.
-    """
-
-    def __init__(self) -> None:
-        self.repeats: dict[object, Callable[..., Any]] = {}
-        self.seen: dict[object, bool] = {}
-
-
-_calls: dict[object, _Calls] = {}
+_calls: dict[object, Calls] = {}
+"""Of an op with fixed arguments that are laid out alike."""
 
 
 class Tables(Protocol):
@@ -48,14 +30,25 @@ class Tables(Protocol):
     Attributes:
         mixes: int32 [slots, 2 + 2K].
         route: int32 [R].
-        at: where the two begin.
         layout: equal where the shapes of both are.
     """
 
     mixes: Tensor
     route: Tensor
-    at: tuple[int, int]
     layout: tuple[int, ...]
+
+
+class Callee(Protocol):
+    """An op, or several of them and views as one function."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Return the result, by the dispatcher where somebody looks on."""
+        ...
+
+    @property
+    def body(self) -> Callable[..., Any]:
+        """The same where nobody does."""
+        ...
 
 
 class Bound:
@@ -71,7 +64,7 @@ class Bound:
 
     call: Callable[..., Any]
 
-    def __init__(self, op: Op, **fixed: Any) -> None:
+    def __init__(self, op: Callee, **fixed: Any) -> None:
         self._op = op
         self._fixed = fixed
         self._names = list(inspect.signature(op.body).parameters)
@@ -80,7 +73,7 @@ class Bound:
         pointers = [tensor.data_ptr() for tensor in self._tensors.values()]
         layouts = tuple((name, _layout(tensor)) for name, tensor in self._tensors.items())
         rest = tuple((name, value) for name, value in fixed.items() if name not in self._tensors)
-        self._calls = _calls.setdefault((op, layouts, rest), _Calls())
+        self._calls = _calls.setdefault((op, layouts, rest), Calls())
         self.call = self._through_op
         if not any(at % 16 for at in pointers) and _dispatch.kernels_work():
             from ia3rt.kernels import launch  # not before: Triton may not be installed
@@ -100,38 +93,20 @@ class Bound:
         return self._op(*self._arguments(tables, inputs))
 
     def _miss(self, tables: Tables, *inputs: Tensor) -> Any:
-        """The op's result; what it launches is remembered, where a call that is like this one can launch it again."""
-        from ia3rt.kernels import launch
-
-        if any(map(is_observed, inputs)) or launch.is_watched() or any(at % 16 for at in _pointers(tables, inputs)):
+        """The op's result; what it launches is noted, where a call that is like this one can launch it again."""
+        observed = any(map(is_observed, inputs)) or any(
+            x.data_ptr() % 16 for x in (*inputs, tables.mixes, tables.route)
+        )
+        if observed or not _dispatch.may_repeat(inputs[0]) or not self._calls.is_second(_key(tables, inputs)):
             return self._through_op(tables, *inputs)
-        key, calls = _key(tables, inputs), self._calls
-        if not calls.seen.get(key) or _dispatch.backend(inputs[0]) != "triton" or not _is_here(inputs[0]):
-            if len(calls.seen) >= _MOST:
-                calls.seen.clear()
-                calls.repeats.clear()
-            calls.seen.setdefault(key, True)
-            return self._through_op(tables, *inputs)
-        recorded = launch.record(self._op.body, *self._arguments(tables, inputs))
         names = *(f"x{i}" for i in range(len(inputs))), *(f"t{i}" for i in range(len(self._tensors))), "mixes", "route"
-        bases = dict(zip(names, (*inputs, *self._tensors.values(), tables.mixes, tables.route), strict=True))
-        repeat = repeat_of(recorded, bases)
-        if repeat is not None:
-            calls.repeats[key] = repeat
-        calls.seen[key] = False
-        return recorded.result
+        tensors = dict(zip(names, (*inputs, *self._tensors.values(), tables.mixes, tables.route), strict=True))
+        arguments, parameters = self._arguments(tables, inputs), _parameters(len(inputs), len(self._tensors))
+        return self._calls.note(_key(tables, inputs), self._op.body, arguments, tensors, parameters)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
-
-
-def _pointers(tables: Tables, inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    return *tables.at, *(x.data_ptr() for x in inputs)
-
-
-def _is_here(x: Tensor) -> bool:
-    return not x.is_cuda or x.get_device() == _current_device()
 
 
 def _key(tables: Tables, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -142,12 +117,18 @@ def _key(tables: Tables, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple(key)
 
 
+def _parameters(inputs: int, tensors: int) -> list[str]:
+    """What a repeated call is given."""
+    xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
+    return [*xs, *(f"p_{x}" for x in xs), *ts, *(f"p_{t}" for t in ts), "p_mixes", "p_route"]
+
+
 @functools.cache
 def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
     """Write `call` for so many inputs and fixed tensors."""
     xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
     given, fixed = ", ".join(xs), [*ts, *(f"p_{t}" for t in ts)]
-    arguments = ", ".join(["tables", *xs, *(f"p_{x}" for x in xs), *fixed, "*tables.at"])
+    arguments = ", ".join([*_parameters(inputs, tensors)[:-2], "tables.mixes.data_ptr()", "tables.route.data_ptr()"])
     layouts = ", ".join(f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs)
     source = f"""
 def make({", ".join(["known", "miss", "hooks", *fixed])}):

@@ -33,6 +33,15 @@ def backend(x: Tensor) -> Literal["triton", "torch"]:
     return "triton" if on_device and x.dtype in TRITON_DTYPES and kernels_work() else "torch"
 
 
+def may_repeat(x: Tensor) -> bool:
+    """Whether a launch on x may go past Triton's own way."""
+    if backend(x) != "triton":
+        return False
+    from ia3rt.kernels import launch  # not before: Triton may not be installed
+
+    return launch.can_repeat() and not launch.is_watched() and not launch.is_recording()
+
+
 def module(name: str, x: Tensor) -> Any:
     """Return kernels/<name>.py, or ia3rt.reference, which has a stand-in for each of its launchers."""
     return importlib.import_module(f"ia3rt.kernels.{name}") if backend(x) == "triton" else reference

@@ -1,4 +1,4 @@
-"""A torch.library custom op that costs no dispatch where nobody looks on."""
+"""A torch.library custom op that costs no dispatch where nobody looks on, and no launch twice the work of the first."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3rt.ops import _dispatch
+from ia3rt.ops._repeat import repeat_of
+
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+MOST = 512  # calls that are known of an op; each takes some kilobytes
+
 
 class Op:
     """A custom op. A call goes past the dispatcher, straight to the body, where only the result is wanted.
 
     The dispatcher is needed by autograd, by tracers and by modes; without these it would take twice as long as the rest
-    of the call, which in eager decoding is time that the GPU waits.
+    of the call, which in eager decoding is time that the GPU waits. And a third call that is like the first in all that
+    the checks, a launcher or Triton looks at launches what the second did.
 
     Attributes:
         op: what torch.library made.
@@ -21,15 +28,78 @@ class Op:
     """
 
     def __init__(self, name: str, body: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
-        self.op = torch.library.custom_op(name, body, mutates_args=mutates_args)
+        self.body = body
+        self._calls = Calls()
+        # The schema is read from the body; what runs is `_run`.
+        schema = torch.library.infer_schema(body, mutates_args=mutates_args)
+        self.op = torch.library.custom_op(name, self._run, mutates_args=mutates_args, schema=schema)
         self.register_fake = self.op.register_fake
         self.register_autograd = self.op.register_autograd
-        self.body = body
         self.__doc__ = body.__doc__
 
     def __call__(self, *args: Any) -> Any:
         """Return what the op returns."""
-        return self.op(*args) if is_observed(args[0]) else self.body(*args)
+        return self.op(*args) if is_observed(args[0]) else self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        if not _dispatch.may_repeat(args[0]):
+            return self.body(*args)
+        tensors = [each for each in args if isinstance(each, Tensor)]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key: list[Any] = [_current_device(), torch._C._get_cublas_allow_tf32()]
+        for each in args:
+            key += (each.dtype, each.shape, each.stride(), each.get_device()) if isinstance(each, Tensor) else (each,)
+        repeat = self._calls.repeats.get(tuple(key))
+        is_aligned = not any(at & 15 for at in pointers)
+        if repeat is not None and is_aligned:
+            return repeat(*tensors, *pointers)
+        if not is_aligned or not self._calls.is_second(tuple(key)):
+            return self.body(*args)
+        names = [f"x{i}" for i in range(len(tensors))]
+        parameters = [*names, *(f"p_{name}" for name in names)]
+        return self._calls.note(tuple(key), self.body, args, dict(zip(names, tensors, strict=True)), parameters)
+
+
+class Calls:
+    """The calls of a function that were made.
+
+    Attributes:
+        repeats: by all that matters, what launches the same kernels again.
+    """
+
+    def __init__(self) -> None:
+        self.repeats: dict[object, Callable[..., Any]] = {}
+        self._seen: dict[object, bool] = {}  # those made once, and whether a second one is worth noting
+
+    def is_second(self, key: object) -> bool:
+        """Whether a call is the second of its kind: the first may be the only one, as the length of a prompt is."""
+        if key not in self._seen:
+            if len(self._seen) >= MOST:
+                self._seen.clear()
+                self.repeats.clear()
+            self._seen[key] = True
+            return False
+        return self._seen[key]
+
+    def note(
+        self,
+        key: object,
+        function: Callable[..., Any],
+        arguments: Any,
+        tensors: dict[str, Tensor],
+        parameters: list[str],
+    ) -> Any:
+        """Makes a call, notes what repeats it, where something does, and returns its result."""
+        from ia3rt.kernels import launch  # not before: Triton may not be installed
+
+        recorded = launch.record(function, *arguments)
+        device = next(iter(tensors.values()))
+        if not device.is_cuda or device.get_device() == _current_device():
+            repeat = repeat_of(recorded, tensors, parameters)
+            if repeat is not None:
+                self.repeats[key] = repeat
+        self._seen[key] = False
+        return recorded.result
 
 
 def is_observed(x: Tensor) -> bool:

@@ -47,10 +47,15 @@ class Staging:
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
+        self._made = count, device
         turns = _TURNS if device.type == "cuda" else 1  # a copy within the CPU is made when the call returns
         memory = torch.zeros(turns, count, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._turns = [Turn(row) for row in memory]
         self._next = 0
+
+    def __deepcopy__(self, memo: object) -> Staging:
+        """Other memory: what is on its way from this one is not the copy's."""
+        return Staging(*self._made)
 
     def turn(self) -> Turn:
         """Numbers to write now, whatever is on its way to the device."""

@@ -23,8 +23,7 @@ class MixTables:
         mixes: int32 [slots, 2 + 2 K], a mix a row: mode (0 product, 1 linear), count, K bank rows, K float32 weights
             as raw bits. K is the longest mix there is room for.
         route: int32 [R], the slot each row of the batch wears; R = 1 where all wear one.
-        at: where `mixes` and `route` begin.
-        layout: the shapes of both: R, slots and K.
+        layout: the shapes of `mixes` and `route`: R, slots, and the numbers of a slot.
         stays: whether `bank` is the bank's own table, and not made anew for each forward.
     """
 
@@ -32,7 +31,7 @@ class MixTables:
         self.bank: tuple[Tensor, ...] = ()
         self.mixes = torch.zeros(0, 2, dtype=torch.int32)
         self.route = torch.zeros(0, dtype=torch.int32)
-        self.at, self.layout, self.stays = (0, 0), (0, 0, 0), True
+        self.layout, self.stays = (0, 0, 0), True
         self._table: Tensor | None = None
         self._slots: list[int] | None = None  # what the route holds; None where that is on the device only
         self._mix_staging: Staging | None = None
@@ -61,7 +60,7 @@ class MixTables:
         if self._mix_staging is None or not fits:
             self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
             self._mix_staging = Staging(self.mixes.numel(), device)
-            self._moved()
+            self._lay_out()
         turn, width = self._mix_staging.turn(), self.mixes.shape[1]
         _pack(turn, mixes, width)
         turn.copy_to(self.mixes.view(-1), len(mixes) * width)
@@ -72,7 +71,7 @@ class MixTables:
         if self._route_staging is None or self.route.device != device or len(self.route) != count:
             self.route = torch.empty(count, dtype=torch.int32, device=device)
             self._route_staging, self._slots = Staging(count, device), None
-            self._moved()
+            self._lay_out()
         if slots == self._slots:
             return  # as between any two switches of all rows
         self._slots = slots
@@ -85,12 +84,11 @@ class MixTables:
         if self.route.device != slots.device or self.route.shape != slots.shape:
             self.route = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
             self._route_staging = None  # of another size; tokens need none
-            self._moved()
+            self._lay_out()
         self._slots = None
         self.route.copy_(slots)
 
-    def _moved(self) -> None:
-        self.at = self.mixes.data_ptr(), self.route.data_ptr()
+    def _lay_out(self) -> None:
         self.layout = len(self.route), *self.mixes.shape
 
 

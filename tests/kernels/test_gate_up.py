@@ -48,6 +48,13 @@ class MLP:
         assert_meets_bar(result.out, reference.gate_up(x, *tensors, mixes, route, kind), truth)
 
 
+@pytest.mark.parametrize("M", [4, 20])
+def test_a_long_sum(M, device) -> None:
+    """Compiled, and here as then, fp32 is added one product after another: in parts it errs no more than torch does."""
+    mlp = MLP(device, N=64, K=4096)
+    mlp.check(mlp.randn(M, mlp.K), mlp.mixes(), mlp.route("uniform", M))
+
+
 NOT_GATED = {"up": None, "bias_up": None}
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bar import Guarded, assert_meets_bar
+from bar import Guarded, assert_meets_bar, sums_of
 from grid import DTYPES, ROWS
 from torch import Tensor
 from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, random_bank, random_mixes
@@ -47,7 +47,8 @@ class Layer:
         result.assert_untouched()
         exact = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
         truth = reference.linear(x.double(), **exact, mixes=mixes, route=route)
-        assert_meets_bar(result.out, reference.linear(x, **tensors, mixes=mixes, route=route), truth)
+        sums = sums_of(x, **tensors, mixes=mixes, route=route)
+        assert_meets_bar(result.out, reference.linear(x, **tensors, mixes=mixes, route=route), truth, sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -320,6 +321,13 @@ def test_a_zero_factor_is_zero_and_the_identity_is_exact(device) -> None:
     assert (y[2:] == 0).all()
 
 
+@pytest.mark.parametrize("M", [4, 20])
+def test_a_long_sum(M, device) -> None:
+    """Compiled, and here as then, fp32 is added one product after another: in parts it errs no more than torch does."""
+    layer = Layer(device, N=64, K=14336)
+    layer.check(layer.randn(M, layer.K), layer.mixes(), layer.route("uniform", M), l_in=None)
+
+
 def check_pair(a: Layer, b: Layer, rows: int, route: Tensor, config=None, **changes: Tensor | None) -> None:
     """Compare two layers in one launch with the reference; `changes` are to the second."""
     x, mixes = a.randn(rows, a.K), a.mixes()
@@ -335,7 +343,8 @@ def check_pair(a: Layer, b: Layer, rows: int, route: Tensor, config=None, **chan
         result.assert_untouched()
         exact = {name: None if tensor is None else tensor.double() for name, tensor in layer.items()}
         truth = reference.linear(x.double(), **exact, l_in=None, mixes=mixes, route=route)
-        assert_meets_bar(y, reference.linear(x, **layer, l_in=None, mixes=mixes, route=route), truth)
+        sums = sums_of(x, **layer, l_in=None, mixes=mixes, route=route)
+        assert_meets_bar(y, reference.linear(x, **layer, l_in=None, mixes=mixes, route=route), truth, sums)
 
 
 def two_layers(device: torch.device, N: int, K: int, dtype: torch.dtype) -> tuple[Layer, Layer]:

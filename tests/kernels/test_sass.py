@@ -43,6 +43,7 @@ def test_each_launch_is_what_its_case_says(built) -> None:
         message = f"{name} on {arch}: {facts}"
         assert facts["matrix"] > 0 or not case.matrix, message
         if arch != "gfx942":
+            assert facts["wrong_dots"] == 0, message
             assert facts["registers"] <= MAX_REGISTERS, message
         if arch == "sm_90":
             assert facts["registers"] <= case.max_registers, message

@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
 )
+from where import CPU, DEVICE
 
 import ia3rt
 from ia3rt import ops
@@ -30,11 +31,11 @@ CONFIGS = {
     ),
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=64, n_layer=2, n_head=4),
 }
-IDS = token_ids()
+IDS = token_ids().to(DEVICE)
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
-def pair(name):
+def pair(name, device=DEVICE):
     """The same model with eager attention, and with ours."""
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
@@ -46,7 +47,7 @@ def pair(name):
     ours = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="ia3rt").eval()
     ours.load_state_dict(eager.state_dict())
     ours.generation_config = eager.generation_config
-    return eager, ours
+    return eager.to(device), ours.to(device)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_training(name):
 def test_an_encoder():
     torch.manual_seed(0)
     config = BertConfig(**SIZES, attn_implementation="eager")
-    eager = BertModel(config).eval()
+    eager = BertModel(config).eval().to(DEVICE)
     ours = copy.deepcopy(eager)
     ours.set_attn_implementation("ia3rt")
     mask = torch.ones_like(IDS)
@@ -130,7 +131,7 @@ def test_compiled_in_one_graph(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_triton_torch_computes(name, torch_backend):
-    eager, ours = pair(name)
+    eager, ours = pair(name, CPU)
     torch.testing.assert_close(logits(ours, IDS), logits(eager, IDS), **CLOSE)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, logits, tiny_model, token_ids
 from torch import nn
+from where import DEVICE
 
 import ia3rt
 from ia3rt import ops
@@ -30,7 +31,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("fuse_gate_up", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_names_what_a_forward_launches(family, fuse_gate_up, launched):
-    runtime = ia3rt.patch(tiny_model(family), backend="triton", fuse_gate_up=fuse_gate_up)
+    runtime = ia3rt.patch(tiny_model(family).to(DEVICE), backend="triton", fuse_gate_up=fuse_gate_up)
     logits(runtime.model, token_ids(2, 4))
     explanation = ia3rt.explain(runtime.model, rows=8)
     assert [entry.site for entry in explanation.sites] == runtime.sites
@@ -43,7 +44,7 @@ def test_each_backend_and_kind_of_weight_has_its_reason(monkeypatch):
         ("multiplication", "")
     }
 
-    model = tiny_model()
+    model = tiny_model().to(DEVICE)
     path = "model.layers.0.self_attn.k_proj"
     runtime = ia3rt.patch(model, backend="triton", target_modules=["k_proj", "o_proj"])
 
@@ -58,7 +59,7 @@ def test_each_backend_and_kind_of_weight_has_its_reason(monkeypatch):
     class Quantised(nn.Linear):
         pass
 
-    other = tiny_model()
+    other = tiny_model().to(DEVICE)
     other.model.layers[0].self_attn.k_proj.__class__ = Quantised
     ia3rt.patch(other, backend="triton")
     entry = next(entry for entry in ia3rt.explain(other).sites if entry.site.path == path)
@@ -66,7 +67,7 @@ def test_each_backend_and_kind_of_weight_has_its_reason(monkeypatch):
 
 
 def test_an_input_site_says_where_x_is_scaled():
-    model = tiny_model(dtype=torch.bfloat16)
+    model = tiny_model(dtype=torch.bfloat16).to(DEVICE)
     runtime = ia3rt.patch(model, backend="triton", target_modules=["o_proj"], feedforward_modules=["o_proj"])
     assert runtime.sites[0].side == "in"
     for rows in (1, 512):
@@ -75,7 +76,7 @@ def test_an_input_site_says_where_x_is_scaled():
 
 
 def test_printed_it_shows_each_kind_of_site_once():
-    text = str(ia3rt.explain(ia3rt.patch(tiny_model(), backend="triton").model))
+    text = str(ia3rt.explain(ia3rt.patch(tiny_model().to(DEVICE), backend="triton").model))
     assert "6 sites, triton backend, 1 rows" in text
     assert text.count("× 2") == 3
     for part in ("model.layers.N.self_attn.k_proj (out)", "linear_pair", "activation", "warps"):
@@ -100,7 +101,7 @@ def test_a_fused_projection_is_explained_by_the_rotary_embedding(launched):
         num_key_value_heads=2,
         pad_token_id=0,
     )
-    model = Phi3ForCausalLM(config).eval()
+    model = Phi3ForCausalLM(config).eval().to(DEVICE)
     ia3rt.patch(model, backend="triton")
     logits(model, token_ids(1, 3))
     entries = ia3rt.explain(model, 3).sites

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import FAMILIES, logits, peft_model, save_each, tiny_model, token_ids
 from torch import nn
+from where import DEVICE, home
 
 import ia3rt
 from ia3rt.modules.layer import IA3Layer
@@ -19,7 +20,7 @@ def folders(request, tmp_path):
 
 def patched(folders, **options):
     family, paths = folders
-    runtime = ia3rt.patch(tiny_model(family), **options)
+    runtime = ia3rt.patch(tiny_model(family).to(home(options.get("backend"))), **options)
     for path in paths:
         runtime.load_adapter(path)
     return runtime
@@ -48,11 +49,11 @@ def test_a_layer_that_no_kernel_fits_is_scaled_beside_them():
     class Quantised(nn.Linear):
         """Stands for a layer whose weight no kernel reads."""
 
-    model = nn.ModuleDict({"up_proj": nn.Linear(8, 12), "down_proj": Quantised(12, 8)})
-    expected = nn.Linear(12, 8)
+    model = nn.ModuleDict({"up_proj": nn.Linear(8, 12), "down_proj": Quantised(12, 8)}).to(DEVICE)
+    expected = nn.Linear(12, 8).to(DEVICE)
     expected.load_state_dict(model["down_proj"].state_dict())
     runtime = ia3rt.patch(model, backend="triton")
-    vector, x = torch.rand(12), torch.randn(3, 2, 12)
+    vector, x = torch.rand(12).to(DEVICE), torch.randn(3, 2, 12).to(DEVICE)
     runtime.add_adapter("b", {"down_proj": vector})
     runtime.route(["b", None, "b"])
     result = model["down_proj"](x)
@@ -158,10 +159,11 @@ def test_the_kernels_follow_autocast(folders, fuse_gate_up):
     family, *_ = folders
     results = []
     for backend in ("torch", "triton"):
-        runtime = ia3rt.patch(tiny_model(family), backend=backend, fuse_gate_up=fuse_gate_up and backend == "triton")
+        model, fuse = tiny_model(family).to(home(backend)), fuse_gate_up and backend == "triton"
+        runtime = ia3rt.patch(model, backend=backend, fuse_gate_up=fuse)
         runtime.load_adapter(folders[1][0])
         runtime.set_adapter("b")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(home(backend).type, dtype=torch.bfloat16):
             results.append(logits(runtime.model, IDS))
         exact = logits(runtime.model, IDS)
     assert results[0].dtype == results[1].dtype == torch.bfloat16

@@ -78,9 +78,10 @@ def test_gradients_are_those_of_the_scaled_weights(name, activation, backend):
     truth = truths(runtime, make(name, hidden_act=activation))["b"]
     gradients = []
     for model, dtype in ((runtime.model, torch.float32), (truth, torch.float64)):
-        embeddings = model.get_input_embeddings()(IDS).detach().to(dtype).requires_grad_()
-        model(inputs_embeds=embeddings, labels=IDS).loss.backward()
-        gradients.append(embeddings.grad)
+        ids = IDS.to(model.device)
+        embeddings = model.get_input_embeddings()(ids).detach().to(dtype).requires_grad_()
+        model(inputs_embeds=embeddings, labels=ids).loss.backward()
+        gradients.append(embeddings.grad.cpu())
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-3, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ import torch
 from mlps import IDS, check, make
 from tiny import FAMILIES, logits, peft_model, save_each, tiny_model
 from torch import nn
+from where import DEVICE, home
 
 import ia3rt
 from ia3rt import ops
@@ -26,7 +27,7 @@ def launches(monkeypatch) -> list[int]:
 
 
 def fused(model: nn.Module, **options) -> ia3rt.Runtime:
-    runtime = ia3rt.patch(model, backend="triton", fuse_gate_up=True, **options)
+    runtime = ia3rt.patch(model.to(DEVICE), backend="triton", fuse_gate_up=True, **options)
     generator = torch.Generator().manual_seed(1)
     for name in "bc":
         vectors = {site.key: torch.empty(site.width).uniform_(-0.5, 2, generator=generator) for site in runtime.sites}
@@ -47,7 +48,7 @@ def test_equals_peft(family, launches, tmp_path) -> None:
     model = tiny_model(family)
     wrapped = peft_model(model, family, "bc")
     folders = save_each(wrapped, tmp_path)
-    runtime = ia3rt.patch(model, backend="triton", fuse_gate_up=True)
+    runtime = ia3rt.patch(model.to(DEVICE), backend="triton", fuse_gate_up=True)
     for folder in folders:
         name = runtime.load_adapter(folder)
         runtime.set_adapter(name)
@@ -61,7 +62,7 @@ def test_phi3_equals_peft(launches, tmp_path) -> None:
     names = {"target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     wrapped = peft_model(model, "llama", "b", **names)
     (folder,) = save_each(wrapped, tmp_path)
-    runtime = ia3rt.patch(model, backend="triton", fuse_gate_up=True)
+    runtime = ia3rt.patch(model.to(DEVICE), backend="triton", fuse_gate_up=True)
     runtime.set_adapter(runtime.load_adapter(folder, "b"))
     torch.testing.assert_close(logits(model, IDS), logits(wrapped, IDS), rtol=1e-4, atol=1e-5)
     assert len(launches) == 2
@@ -69,7 +70,7 @@ def test_phi3_equals_peft(launches, tmp_path) -> None:
 
 def test_only_where_it_is_asked_for(launches) -> None:
     for options in ({"backend": "triton"}, {"backend": "torch", "fuse_gate_up": True}):
-        logits(ia3rt.patch(make("llama"), **options).model, IDS)
+        logits(ia3rt.patch(make("llama").to(home(options["backend"])), **options).model, IDS)
     assert not launches
 
 
@@ -137,7 +138,7 @@ def test_an_exchanged_layer_or_dtype_is_left_to_the_modules(launches) -> None:
     assert len(launches) == 1
     mlp = model.model.layers[1].mlp
     with pytest.raises(RuntimeError, match="dtype"):  # as of the modules themselves
-        mlp(torch.ones(1, 32, dtype=torch.bfloat16))
+        mlp(torch.ones(1, 32, dtype=torch.bfloat16, device=DEVICE))
 
 
 def test_unpatch_restores_the_model() -> None:
@@ -147,7 +148,7 @@ def test_unpatch_restores_the_model() -> None:
     logits(model, IDS)
     runtime.unpatch()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    assert torch.equal(logits(model, IDS), logits(make("llama"), IDS))
+    assert torch.equal(logits(model, IDS), logits(make("llama").to(DEVICE), IDS))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -155,12 +156,12 @@ def test_gradients_are_those_of_an_unfused_model(name, launches) -> None:
     """Of all weights and of the vectors in training."""
     gradients = []
     for fuse in (True, False):
-        model = make(name)
+        model, ids = make(name).to(DEVICE), IDS.to(DEVICE)
         runtime = ia3rt.patch(model, backend="triton", fuse_gate_up=fuse)
         runtime.add_adapter("b")
         runtime.train_adapter("b")
         model.requires_grad_(True)
-        model(IDS, labels=IDS).loss.backward()
+        model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert len(launches) == 2
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
@@ -169,7 +170,7 @@ def test_gradients_are_those_of_an_unfused_model(name, launches) -> None:
 def test_torch_compile_has_one_graph(launches) -> None:
     runtime = fused(make("llama"))
     runtime.set_adapter("b")
-    mlp, x = runtime.model.model.layers[0].mlp, torch.randn(3, 32)
+    mlp, x = runtime.model.model.layers[0].mlp, torch.randn(3, 32).to(DEVICE)
     with torch.no_grad():
         compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(compiled, mlp(x))

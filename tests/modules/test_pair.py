@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import logits, tiny_model, token_ids
 from torch import nn
+from where import DEVICE
 
 import ia3rt
 from ia3rt import ops
@@ -45,7 +46,7 @@ def _counted(op, name, counts):
 
 
 def patched(model):
-    runtime = ia3rt.patch(model, backend="triton")
+    runtime = ia3rt.patch(model.to(DEVICE), backend="triton")
     generator = torch.Generator().manual_seed(1)
     for name in "bc":
         runtime.add_adapter(name, {site.key: torch.rand(site.width, generator=generator) for site in runtime.sites})
@@ -53,17 +54,21 @@ def patched(model):
     return runtime
 
 
+def drawn():
+    return torch.randn(2, 3, 8).to(DEVICE)
+
+
 def expected(runtime, name, layer, x):
     (scale,) = (
         vector for site, vector in runtime._bank.vectors(runtime._bank.adapters[name]).items() if site.path == layer
     )
-    fresh = Attention(runtime.model.v_proj.out_features)
+    fresh = Attention(runtime.model.v_proj.out_features).to(DEVICE)
     return getattr(fresh, layer)(x) * scale
 
 
 @pytest.mark.parametrize("value_width", [6, 10])
 def test_both_come_from_one_op(calls, value_width):
-    runtime, x = patched(Attention(value_width)), torch.randn(2, 3, 8)
+    runtime, x = patched(Attention(value_width)), drawn()
     for name in "bc":
         runtime.set_adapter(name)
         key, value = runtime.model(x)
@@ -80,7 +85,7 @@ def test_a_model_uses_it_in_each_layer(calls):
 
 def test_another_x_or_a_changed_one_gets_its_own_result():
     runtime = patched(Attention())
-    model, x, other = runtime.model, torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    model, x, other = runtime.model, drawn(), drawn()
     model.k_proj(x)
     torch.testing.assert_close(model.v_proj(other), expected(runtime, "b", "v_proj", other))
     model.k_proj(x)
@@ -89,35 +94,35 @@ def test_another_x_or_a_changed_one_gets_its_own_result():
 
 
 def test_a_second_call_gets_its_own_result():
-    runtime, x = patched(Attention()), torch.randn(2, 3, 8)
+    runtime, x = patched(Attention()), drawn()
     runtime.model(x)
     runtime.set_adapter("c")
     torch.testing.assert_close(runtime.model.v_proj(x), expected(runtime, "c", "v_proj", x))
 
 
 def test_where_nobody_comes_for_the_second_result_it_is_computed_no_more(calls):
-    runtime, x = patched(Attention()), torch.randn(2, 3, 8)
+    runtime, x = patched(Attention()), drawn()
     for _ in range(4):
         torch.testing.assert_close(runtime.model.k_proj(x), expected(runtime, "b", "k_proj", x))
     assert calls == {"linear": 3, "linear_pair": 1}
 
 
 def test_a_switch_between_the_two_calls_shows():
-    runtime, x = patched(Attention()), torch.randn(2, 3, 8)
+    runtime, x = patched(Attention()), drawn()
     runtime.model.k_proj(x)
     runtime.set_adapter("c")
     torch.testing.assert_close(runtime.model.v_proj(x), expected(runtime, "c", "v_proj", x))
 
 
 def test_an_input_vector_on_one_of_them_ends_the_pair(calls):
-    runtime, x = patched(Attention()), torch.randn(2, 3, 8)
+    runtime, x = patched(Attention()), drawn()
     runtime.add_adapter("in", {("v_proj", "in"): torch.rand(8)})
     runtime.model(x)
     assert calls == {"linear": 2, "linear_pair": 0}
 
 
 def test_copies_have_pairs_of_their_own():
-    runtime, x = patched(Attention()), torch.randn(2, 3, 8)
+    runtime, x = patched(Attention()), drawn()
     other = copy.deepcopy(runtime)
     other.set_adapter("c")
     pair = other.model.k_proj.ia3_pair
@@ -128,7 +133,7 @@ def test_copies_have_pairs_of_their_own():
 
 def test_gradients_are_those_of_separate_layers():
     runtime = patched(Attention())
-    x = torch.randn(2, 3, 8, requires_grad=True)
+    x = drawn().requires_grad_()
     key, value = runtime.model(x)
     (key.sin().sum() + value.cos().sum()).backward()
     fused, x.grad = x.grad, None
@@ -140,6 +145,6 @@ def test_unpatching_leaves_nothing_behind():
     model = Attention()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     runtime = patched(model)
-    model(torch.randn(1, 8))
+    model(drawn())
     runtime.unpatch()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before

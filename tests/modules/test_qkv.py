@@ -7,12 +7,13 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
-from tiny import logits, peft_vectors, randomize, save_each, scaled, token_ids
+from tiny import generated, logits, peft_vectors, randomize, save_each, scaled, token_ids
 from torch import nn
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.phi3 import modeling_phi3
+from where import DEVICE, home
 
 import ia3rt
 from ia3rt.modules.layer import IA3Layer
@@ -58,7 +59,7 @@ def with_peft(model, family):
 
 
 def patched(model, wrapped, folder, backend="triton"):
-    runtime = ia3rt.patch(model, backend=backend)
+    runtime = ia3rt.patch(model.to(home(backend)), backend=backend)
     for path in save_each(wrapped, folder):
         if path.name != "sum":
             runtime.load_adapter(path)
@@ -153,9 +154,9 @@ def test_greedy_generation_is_pefts_token_for_token(pair, cache):
     wrapped, runtime = pair
     peft_set(wrapped, SUM)
     runtime.set_adapter(SUM)
-    settings = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False)
-    expected = wrapped.generate(input_ids=IDS, **settings)
-    assert torch.equal(runtime.model.generate(IDS, cache_implementation=cache, **settings), expected)
+    settings = dict(mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False)
+    expected = generated(wrapped, IDS, **settings)
+    assert torch.equal(generated(runtime.model, IDS, cache_implementation=cache, **settings), expected)
 
 
 @pytest.mark.slow
@@ -166,11 +167,11 @@ def test_left_padding_changes_no_row(pair):
     mask = padded.ne(0).long()
     settings = dict(max_new_tokens=4, do_sample=False)
     with runtime.route(ROWS):
-        tokens = runtime.model.generate(padded, attention_mask=mask, **settings)
+        tokens = generated(runtime.model, padded, mask, **settings)
     for row, spec in enumerate(ROWS):
         runtime.set_adapter(spec)
         prompt = padded[row : row + 1, mask[row].bool()]
-        expected = runtime.model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        expected = generated(runtime.model, prompt, torch.ones_like(prompt), **settings)
         assert torch.equal(tokens[row, -4:], expected[0, -4:])
 
 
@@ -206,10 +207,12 @@ def test_gradients_reach_the_vectors_and_the_model(family, tmp_path):
     for backend in ("torch", "triton"):
         runtime = patched(copy.deepcopy(model), wrapped, tmp_path, backend)
         runtime.set_adapter(["b", "c"])
-        embeddings = runtime.model.get_input_embeddings()(IDS).detach().requires_grad_()
+        ids = IDS.to(runtime.model.device)
+        embeddings = runtime.model.get_input_embeddings()(ids).detach().requires_grad_()
         runtime.train_adapter("b")
-        runtime.model(inputs_embeds=embeddings, labels=IDS).loss.backward()
-        gradients.append([embeddings.grad, *(p.grad for p in runtime.model.parameters() if p.requires_grad)])
+        runtime.model(inputs_embeds=embeddings, labels=ids).loss.backward()
+        trained = [embeddings, *(p for p in runtime.model.parameters() if p.requires_grad)]
+        gradients.append([parameter.grad.cpu() for parameter in trained])
     assert len(gradients[0]) == 5 and all(gradient.any() for gradient in gradients[1])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -220,14 +223,14 @@ def test_gradients_reach_the_vectors_and_the_model(family, tmp_path):
 def test_the_attention_is_the_one_of_the_models_config(family, implementation, tmp_path):
     """With dropout, in training: the same random numbers."""
     option = "attention_dropout"
-    model = make(family, attn_implementation=implementation, **{option: 0.5})
+    model = make(family, attn_implementation=implementation, **{option: 0.5}).to(DEVICE)
     fresh = copy.deepcopy(model)
     ia3rt.patch(model, backend="triton")
     outputs = []
     for each in (model, fresh):
         torch.manual_seed(5)
         with torch.no_grad():
-            outputs.append(each.train()(IDS, output_attentions=implementation == "eager"))
+            outputs.append(each.train()(IDS.to(DEVICE), output_attentions=implementation == "eager"))
     assert_close(outputs[0].logits, outputs[1].logits)
     if implementation == "eager":
         assert len(outputs[0].attentions) == 2
@@ -251,7 +254,7 @@ def test_hooks_on_the_projection_run_and_unpatch_gives_the_class_back(pair, fami
     assert type(attention) is ATTENTION[family]
     assert names == [name for name, _ in make(family).named_modules()]
     assert not [name for name in vars(attention) if name.startswith("ia3")]
-    assert torch.equal(logits(model, IDS), logits(make(family), IDS))
+    assert torch.equal(logits(model, IDS), logits(make(family).to(DEVICE), IDS))
 
 
 def test_a_projection_may_be_of_any_class(family, tmp_path):
@@ -276,7 +279,7 @@ def test_a_projection_may_be_of_any_class(family, tmp_path):
 
 @pytest.mark.slow
 def test_a_projection_may_wear_an_input_vector_too(family):
-    model = make(family)
+    model = make(family).to(DEVICE)
     runtime = ia3rt.patch(model, backend="triton")
     path = next(site.path for site in runtime.sites if site.path.endswith(PROJECTION[family]))
     widths = model.get_submodule(path).weight.shape
@@ -341,14 +344,14 @@ def test_a_forward_set_on_the_instance_is_not_hidden(family, tmp_path):
     for module in model.modules():
         if type(module) is ATTENTION[family]:
             module.forward = functools.partial(type(module).forward, module)
-    ia3rt.patch(model, backend="triton")
+    ia3rt.patch(model.to(DEVICE), backend="triton")
     assert not attentions(model)
 
 
 def test_a_cache_may_be_passed_by_its_earlier_name():
-    model = make("phi3")
-    attention, states = model.model.layers[0].self_attn, torch.randn(1, 3, 64)
-    angles = model.model.rotary_emb(states, torch.arange(3)[None])
+    model = make("phi3").to(DEVICE)
+    attention, states = model.model.layers[0].self_attn, torch.randn(1, 3, 64).to(DEVICE)
+    angles = model.model.rotary_emb(states, torch.arange(3, device=DEVICE)[None])
 
     def run(**cache):
         with torch.no_grad(), pytest.warns(FutureWarning) if type(attention) is ATTENTION["phi3"] else nullcontext():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import logits, tiny_model, token_ids
 from torch import Tensor, nn
+from where import DEVICE, home
 
 import ia3rt
 from ia3rt import ops
@@ -48,7 +49,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.from_numpy(scales).half())
         self.register_buffer("g_idx", torch.from_numpy(g_idx).to(torch.int32))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self.dense = torch.from_numpy(((q - zeros[g_idx]) * scales[g_idx].astype(np.float64)).T.copy())
+        dense = torch.from_numpy(((q - zeros[g_idx]) * scales[g_idx].astype(np.float64)).T.copy())
+        self.register_buffer("dense", dense, persistent=False)
 
     def qzero_format(self) -> int:
         return self.version
@@ -133,7 +135,7 @@ CASES = [(kind, "triton") for kind in FORMATS] + [(kind, "torch") for kind in FO
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize(("kind", "backend"), CASES)
 def test_vectors_act_on_quantised_layers(kind, backend, dtype, tolerance, monkeypatch) -> None:
-    model = quantised_model(kind, dtype)
+    model = quantised_model(kind, dtype).to(home(backend))
     plain = None if kind == "int4" else logits(model, IDS)
     classes = {path: type(module) for path, module in model.named_modules()}
     kinds: list[str] = []
@@ -174,7 +176,7 @@ def test_a_layer_that_quantises_its_input_keeps_its_forward() -> None:
     torchao.quantize_(model.model, torchao.Int8DynamicActivationInt8WeightConfig())
     results = []
     for backend in ("torch", "triton"):
-        runtime = ia3rt.patch(model, backend=backend)
+        runtime = ia3rt.patch(model.to(home(backend)), backend=backend)
         layer = model.model.layers[0].mlp.down_proj
         assert dense_weight(layer)[0] is None and quantised_weight(layer) is None
         runtime.add_adapter("b", random_vectors(runtime))
@@ -198,9 +200,9 @@ def test_layouts_that_the_kernel_does_not_read() -> None:
 
 
 def test_a_gptq_layer_moves_and_is_explained() -> None:
-    model = quantised_model("gptq")
+    model = quantised_model("gptq").to(DEVICE)
     runtime = ia3rt.patch(model, backend="triton")
-    model.to(torch.device("cpu"))  # it has buffers only
+    model.to(DEVICE)  # it has buffers only
     layer = model.model.layers[0].self_attn.k_proj
     assert isinstance(layer, IA3Layer)
     assert layer.ia3_how("out", 4).kernel == "linear_quantised"

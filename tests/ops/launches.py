@@ -17,6 +17,7 @@ launched: list[tuple] = []
 stop_at_launches(lambda *call: launched.append(call))
 
 from ia3rt import ops  # noqa: E402
+from ia3rt.kernels import launch  # noqa: E402
 from ia3rt.ops import Bound, _repeat  # noqa: E402
 
 RANDOM = random.Random(int(sys.argv[1]))
@@ -25,8 +26,7 @@ BANK = torch.ones(9, 4096)
 
 def tables(R: int, slots: int = 64, longest: int = 8) -> SimpleNamespace:
     mixes, route = torch.zeros(slots, 2 + 2 * longest, dtype=torch.int32), torch.zeros(R, dtype=torch.int32)
-    at = mixes.data_ptr(), route.data_ptr()
-    return SimpleNamespace(mixes=mixes, route=route, at=at, layout=(R, slots, longest))
+    return SimpleNamespace(mixes=mixes, route=route, layout=(R, slots, longest))
 
 
 def flat(value: object, names: dict[int, str]) -> object:
@@ -49,8 +49,21 @@ def calls(run, given: list[Tensor]) -> tuple[list[object], object]:
     names = {x.data_ptr(): f"given {place}" for place, x in enumerate(given)}
     names |= {y.data_ptr(): f"result {place}" for place, y in enumerate(results)}
     described = [(y.shape, y.stride(), y.dtype) for y in results]
-    # Grid, stream, function and so on; then the kernel's own arguments.
+    # Grid, stream, function and so on; then the kernel's own arguments, and of a matmul its tensors.
     return [(call[:3], call[4:8], flat(call[-1], names)) for call in launched], described
+
+
+def watch_matmuls() -> None:
+    """Torch's matmuls are launches too."""
+    for op, multiply in list(launch._MULTIPLIES.items()):
+
+        def watched(*tensors: Tensor, out: Tensor, multiply=multiply) -> Tensor:
+            laid_out = [(x.data_ptr(), tuple(x.shape), x.stride()) for x in (*tensors, out)]
+            launched.append((multiply.__name__, *[0] * 7, laid_out))
+            return multiply(*tensors, out=out)
+
+        launch._MULTIPLIES[op] = watched
+        setattr(torch, multiply.__name__, watched)
 
 
 class Case:
@@ -101,6 +114,7 @@ def main() -> None:
         return repeat
 
     _repeat._Writer.function = counted
+    watch_matmuls()
     worn = {R: tables(R) for R in (1, 2, 4)} | {"long": tables(1, 64, 16), "one": tables(1, 64, 1)}
     cases = []
     for dtype in (torch.bfloat16, torch.float32):

@@ -2,6 +2,7 @@
 
 import torch
 from tiny import tiny_model
+from where import DEVICE
 
 import ia3rt
 
@@ -12,7 +13,7 @@ def addresses(runtime: ia3rt.Runtime) -> tuple[int, ...]:
 
 
 def test_nothing_moves_while_mixes_and_routes_of_as_many_rows_change():
-    runtime = ia3rt.patch(tiny_model(), backend="triton", capacity=12)
+    runtime = ia3rt.patch(tiny_model().to(DEVICE), backend="triton", capacity=12)
     names = [str(number) for number in range(10)]
     for name in names:
         runtime.add_adapter(name, {site.key: torch.ones(site.width) for site in runtime.sites})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import FAMILIES, TARGETS, VOCABULARY, logits, peft_vectors, scaled, tiny_model, token_ids
 from torch import Tensor, nn
+from where import home
 
 import ia3rt
 
@@ -28,7 +29,8 @@ def train(model: nn.Module, parameters: list[nn.Parameter], steps: int = 6, accu
     """Trains on batches that are the same at each call, and returns each batch's loss."""
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     losses = []
-    for step, ids in enumerate(batches(steps * accumulate)):
+    for step, drawn in enumerate(batches(steps * accumulate)):
+        ids = drawn.to(model.device)
         loss = model(ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())
@@ -51,7 +53,7 @@ def peft_trained(family: str, model: nn.Module, names: str) -> tuple[peft.PeftMo
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_follows_pefts_step_for_step(family, backend, names):
-    model = tiny_model(family)
+    model = tiny_model(family).to(home(backend))
     wrapped, expected = peft_trained(family, model, names)
     runtime = ia3rt.patch(model, backend=backend)
     for name in names:
@@ -70,7 +72,7 @@ def test_the_loss_follows_pefts_step_for_step(family, backend, names):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_gradient_is_the_formulas(backend):
     """Rows of every kind of mix, one of them with an adapter that stays as it is, against autograd in float64."""
-    model, ids = tiny_model(), token_ids(4)
+    model, ids = tiny_model().to(home(backend)), token_ids(4).to(home(backend))
     runtime = ia3rt.patch(model, backend=backend)
     generator = torch.Generator().manual_seed(4)
     for name in "abc":
@@ -83,7 +85,7 @@ def test_every_gradient_is_the_formulas(backend):
     assert len(parameters) == 2 * len(runtime.sites)
     runtime.route(["a", ["a", "b", "c"], {"b": 0.3, "c": -0.2}, None])
     logits_ = model(ids).logits
-    weights = torch.randn(logits_.shape, generator=generator)
+    weights = torch.randn(logits_.shape, generator=generator).to(ids.device)
     (logits_ * weights).sum().backward()
 
     truth = {name: {key: v.clone().requires_grad_() for key, v in vectors[name].items()} for name in "ab"}
@@ -118,7 +120,7 @@ def functional_logits(model: nn.Module, scales: dict[tuple[str, str], Tensor], i
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_learned_is_what_is_worn(backend):
     """Between two steps, after them, and in a checkpoint."""
-    model = tiny_model()
+    model = tiny_model().to(home(backend))
     plain = copy.deepcopy(model)
     runtime = ia3rt.patch(model, backend=backend)
     runtime.add_adapter("a")
@@ -197,7 +199,7 @@ def test_loading_casting_and_growing_meanwhile_leave_the_training_intact():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_forwards_before_a_backward(backend):
     """As contrastive losses have them, under two routes: the second does not spoil what the first saved."""
-    model, ids = tiny_model(), token_ids(2)
+    model, ids = tiny_model().to(home(backend)), token_ids(2).to(home(backend))
     runtime = ia3rt.patch(model, backend=backend)
     for name in "ab":
         runtime.add_adapter(name)

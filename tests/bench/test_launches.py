@@ -1,0 +1,26 @@
+"""`ia3rt bench launch` on this machine: what it counts, and that it prints and writes what it timed."""
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from ia3rt.cli.main import app
+
+
+def test_the_command_times_every_operation(tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, ["bench", "launch", "--out", str(tmp_path / "times.json")])
+    assert run.exit_code == 0, run.output
+    found = json.loads((tmp_path / "times.json").read_text("utf-8"))
+    launches = {time["operation"]: time["launches"] for time in found["times"]}
+    assert launches == {
+        "activation": 1,
+        "linear_pair (k and v)": 2,  # the parts of the sums, and their sum
+        "linear": 2,
+        "scale": 1,
+        "rope (q, k and v)": 1,
+        "attention": 2,
+    }
+    for time in found["times"]:
+        assert time["microseconds"] > 0 and time["op_microseconds"] > 0
+        assert time["operation"] in run.output

@@ -1,0 +1,12 @@
+"""Where tests run: what the kernels compute on the GPU where there is one, and otherwise in Triton's interpreter."""
+
+import torch
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU
+"""Where the kernels run; the fixture `device` is it."""
+
+
+def home(backend: str | None) -> torch.device:
+    """Return where a test's model stands: where its backend's users have it. On a GPU machine torch keeps its CPU."""
+    return DEVICE if backend == "triton" else CPU
