@@ -15,10 +15,10 @@ from ia3rt.bench.interleaved import time_interleaved
 from ia3rt.bench.layers.case import Inputs, copies_of
 from ia3rt.bench.shapes import Shape
 from ia3rt.kernels.configs import linear_config
-from ia3rt.kernels.linear import launch, launch_library
-from ia3rt.kernels.linear_plan import FUSED_INPUT_ROWS
+from ia3rt.kernels.linear import launch, multiply
 from ia3rt.kernels.linear_tile import Layer
 from ia3rt.kernels.linear_tma import fits_descriptors
+from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import ROWS, LinearConfig, LinearShape, dtype_name
 
 GAIN = 0.97
@@ -35,7 +35,7 @@ def linear_shapes(shape: Shape, dtype: torch.dtype, rows: Iterable[int] = ROWS) 
             continue
         common = dtype_name(dtype), per_row
         yield LinearShape(count, shape.kv_width, shape.hidden, *common, False, True, 2)
-        if count <= FUSED_INPUT_ROWS:
+        if count <= 64:
             yield LinearShape(count, shape.hidden, shape.intermediate, *common, True, False, 1)
 
 
@@ -55,8 +55,23 @@ def candidates(shape: LinearShape, arch: str, processors: int) -> list[LinearCon
         layers=shape.layers,
     )
     found: dict[LinearConfig | None, None] = {default: None, None: None}
+    if default is None:  # as with a mix a row, or for an input scale: what the kernel would have
+        default = linear_config(
+            min(shape.rows, 1024) if not shape.scales_input else shape.rows,
+            shape.N,
+            shape.K,
+            dtype,
+            arch,
+            processors,
+            per_row=False,
+            scales_input=False,
+            descriptors=shape.descriptors,
+            layers=shape.layers,
+        )
     if default is None:
         return list(found)
+    if shape.per_row and default.resident:
+        default = replace(default, piece=16)
     if default.resident:
         for block_m, block_n, stages, resident in itertools.product((64, 128), (64, 128, 256), (3, 4), (1, 2)):
             warps = 8 if block_m * block_n >= 128 * 128 else 4
@@ -133,7 +148,7 @@ def _run(
     def run(turn: int) -> None:
         chosen = layers[turn % len(layers)]
         if config is None:
-            launch_library(x, l_in, chosen, ys, *routing)
+            multiply(x if l_in is None else scale(x, l_in, *routing), chosen, ys, *routing)
         else:
             launch(x, l_in, chosen, ys, *routing, config)
 

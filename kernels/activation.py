@@ -62,7 +62,7 @@ def activation_kernel(
     if up_ptr is not None:
         y *= _load(up_ptr, wide_rows, stride_up, cols, inside)
     if site.l is not None:
-        y *= mixed_scale(site, worn_by(rows, routing), cols, N, UNROLL=0)
+        y *= mixed_scale(site, worn_by(rows, routing), cols, N)
     _store(y_ptr, wide_rows, N, cols, y, inside)
 
 
@@ -98,7 +98,7 @@ def activation_gradient_kernel(
     if up_ptr is not None:
         slope *= _load(up_ptr, wide_rows, stride_up, cols, inside)
     if site.l is not None:
-        dy *= mixed_scale(site, worn_by(rows, routing), cols, N, UNROLL=0)
+        dy *= mixed_scale(site, worn_by(rows, routing), cols, N)
     if up_ptr is not None:
         _store(dup_ptr, wide_rows, N, cols, dy * act, inside)
     _store(dgate_ptr, wide_rows, N, cols, dy * slope, inside)

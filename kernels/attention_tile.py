@@ -100,7 +100,7 @@ def attend(
     there = (queries < Sq)[:, None] & (dims < D)[None, :]
     q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
     if site_k.l is not None:
-        s_k = mixed_scale(site_k, worn_by(b + tl.arange(0, 1), routing), hkv * D + dims, (hkv + 1) * D, UNROLL=0)
+        s_k = mixed_scale(site_k, worn_by(b + tl.arange(0, 1), routing), hkv * D + dims, (hkv + 1) * D)
         q = (q.to(tl.float32) * s_k).to(inputs.q.dtype.element_ty)
 
     first = block * BLOCK_M // GROUP
@@ -193,7 +193,7 @@ def finish(
     y = acc / tl.where(total == 0, 1.0, total)[:, None]
     if site_v.l is not None:
         worn = worn_by(b + tl.arange(0, 1), routing)
-        y = y * mixed_scale(site_v, worn, hkv * D + dims, (hkv + 1) * D, UNROLL=0)
+        y = y * mixed_scale(site_v, worn, hkv * D + dims, (hkv + 1) * D)
     y_rows = ((b.to(tl.int64) * Sq + queries) * Hq + heads) * D
     tl.store(
         out_ptr + y_rows[:, None] + dims[None, :],

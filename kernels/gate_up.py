@@ -24,7 +24,7 @@ from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors, gate_up_tma
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import add_part, tile_of
-from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
+from ia3rt.kernels.mixes import ROUTING, TALLEST, Routing, Site, worn_by_tile
 from ia3rt.kernels.tuned import LinearConfig
 from ia3rt.reference import Activation
 
@@ -47,6 +47,7 @@ def gate_up_kernel(
     rows_per_mix,
     mixes_ptr,
     route_ptr,
+    TWO_MIXES: tl.constexpr,  # whether a tile wears two mixes at most
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,7 +98,7 @@ def gate_up_kernel(
         gate += gate_part
         if up is not None:
             up += up_part
-    worn = worn_by(row + tl.arange(0, BLOCK_M), Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
+    worn = worn_by_tile(row, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr), BLOCK_M, TWO_MIXES)
     finish_gate_up(gate, up, row, col, y_ptr, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR=False)
 
 
@@ -134,7 +135,7 @@ def gate_up(
     if x.shape[0] == 0:
         return y
     routing = Routing.of(mixes, route, x.shape[0])
-    config = config or plan(x, gate, up, y, routing.is_uniform)
+    config = config or plan(x, gate, up, y, routing)
     biases = bias_gate, bias_up
     if config is None:
         gated = torch.nn.functional.linear(x, gate, bias_gate)
@@ -147,8 +148,8 @@ def gate_up(
     return y
 
 
-def plan(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor, uniform: bool) -> LinearConfig | None:
-    """Return the config of a launch; None where torch multiplies. `uniform` says that all rows wear one mix."""
+def plan(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor, routing: Routing) -> LinearConfig | None:
+    """Return the config of a launch; None where torch multiplies."""
     if up is not None and up.stride() != gate.stride():
         return None
     config: LinearConfig | None = gate_up_config(
@@ -158,7 +159,8 @@ def plan(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor, uniform: bool) -
         arch_of(x.device),
         processors_of(x.device),
         gated=up is not None,
-        per_row=not uniform,
+        per_row=routing.per_row,
+        two_mixes=routing.two_mixes(TALLEST),
         descriptors=fits_descriptors(x, gate, up, y),
     )
     return config
@@ -191,6 +193,7 @@ def _launch_pointers(
         K,
         N,
         *routing,
+        TWO_MIXES=routing.two_mixes(config.block_m),
         KIND=kind,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         **config.build_options(),

@@ -16,7 +16,7 @@ from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import tile_of
 from ia3rt.kernels.linear_tma import is_describable
-from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
 from ia3rt.kernels.tuned import LinearConfig
 from ia3rt.reference import Activation
 
@@ -36,6 +36,7 @@ def gate_up_tma_kernel(
     rows_per_mix,
     mixes_ptr,
     route_ptr,
+    TWO_MIXES: tl.constexpr,  # whether a tile wears two mixes at most
     TRANSPOSED: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,7 +62,7 @@ def gate_up_tma_kernel(
                 w_up = up.load([k, col]) if TRANSPOSED else up.load([col, k]).T
                 up_sum = tl.dot(x_tile, w_up, up_sum)
         # Loaded here, so that they take no registers during the loop.
-        worn = worn_by(row + tl.arange(0, BLOCK_M), routing)
+        worn = worn_by_tile(row, routing, BLOCK_M, TWO_MIXES)
         finish_gate_up(gate_sum, up_sum, row, col, y, biases, site, worn, M, N, KIND, PIECE, BY_DESCRIPTOR=True)
 
 
@@ -104,6 +105,7 @@ def gate_up_tma(
         K,
         N,
         *routing,
+        TWO_MIXES=routing.two_mixes(config.block_m),
         TRANSPOSED=transposed,
         KIND=kind,
         **config.build_options(),

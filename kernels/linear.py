@@ -1,8 +1,9 @@
 """y = s_out ∘ (W (s_in ∘ x) + b): a linear layer with an input and an output site (IA³, Liu et al. 2022, section 3.3).
 
 s_in and s_out are what each row's mix is at the two sites (mixes.py); either may be absent. The output scale costs one
-multiply in the epilogue. The input scale is applied to the tiles of x for a few rows, where the weight is all the
-traffic; for many rows it would force x through registers and make every wgmma wait, so x is scaled beforehand.
+multiply in the epilogue. The input scale has a pass of its own before: inside, it would force x through registers and
+make every wgmma wait, and for a few rows too each step along K waited for the bank: on an H100 that took 7 times as
+long as the pass and torch's matmul.
 
 Many rows go to linear_tma.py where the device has descriptors. Up to 64 rows, several programs share the sum of a tile
 (split-K) where else there were fewer tiles than processors: each writes its part to a workspace, and sum_kernel adds
@@ -26,11 +27,11 @@ from torch import Tensor
 
 from ia3rt.kernels.configs import processors_of
 from ia3rt.kernels.launch import run
-from ia3rt.kernels.linear_plan import fuses_input, plan
+from ia3rt.kernels.linear_plan import plan
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, of_layers, tile_of
 from ia3rt.kernels.linear_tma import linear_tma
-from ia3rt.kernels.mixes import ROUTING, Routing, Site, mixed_scale, worn_by
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
 from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import LinearConfig
 
@@ -46,7 +47,6 @@ def linear_kernel(
     weight_b,  # and those of the second layer, which is like the first; None where there is one
     epilogue_b,
     y_b,
-    site_in,  # of width K
     stride_l_out,
     stride_x,
     K,
@@ -56,8 +56,8 @@ def linear_kernel(
     rows_per_mix,
     mixes_ptr,
     route_ptr,
+    TWO_MIXES: tl.constexpr,  # whether a tile wears two mixes at most
     SPLIT: tl.constexpr,  # whether the programs along axis 1 share a sum
-    UNROLL: tl.constexpr,  # the mix table's capacity, where x is scaled
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -78,7 +78,6 @@ def linear_kernel(
     row, col = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
-    worn = worn_by(rows, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
     begin, end = 0, K
     if SPLIT:
         share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
@@ -98,9 +97,6 @@ def linear_kernel(
         ks = tl.arange(0, BLOCK_K)
         x = tl.load(x_ptrs, mask=(ks < K - k)[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(ks < K - k)[:, None], other=0.0)
-        if site_in.l is not None:
-            s_in = mixed_scale(site_in, worn, k + ks, K, UNROLL)
-            x = (x.to(tl.float32) * s_in).to(x_ptr.dtype.element_ty)
         if IN_PARTS:
             part = tl.dot(x, w, part, input_precision=PRECISION)
             acc, part = add_part(acc, part, k + BLOCK_K)
@@ -115,6 +111,7 @@ def linear_kernel(
         partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]
         tl.store(y_a + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
     else:
+        worn = worn_by_tile(row, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr), BLOCK_M, TWO_MIXES)
         site = Site(epilogue_a.l_out, stride_l_out)
         finish(acc, row, col, y_a, epilogue_a.bias, site, worn, M, N, PIECE, BY_DESCRIPTOR=False)
 
@@ -163,23 +160,19 @@ def launch(
     if M == 0:
         return
     routing = Routing.of(mixes, route, M)
-    if l_in is not None and not fuses_input(M, routing.mix_size, routing.is_uniform):
-        x, l_in = scale(x, l_in, mixes, route), None
-    config = config or plan(x, l_in is not None, layers, ys, routing.is_uniform)
+    if l_in is not None:
+        x = scale(x, l_in, mixes, route)
+    config = config or plan(x, l_in is not None, layers, ys, routing.per_row)
     if config is None:
-        launch_library(x, l_in, layers, ys, mixes, route)
+        multiply(x, layers, ys, mixes, route)
     elif config.resident:
         linear_tma(x, layers, ys, routing, config, processors_of(x.device))
     else:
-        _launch_pointers(x, Site.of(l_in), layers, ys, routing, config)
+        _launch_pointers(x, layers, ys, routing, config)
 
 
-def launch_library(
-    x: Tensor, l_in: Tensor | None, layers: Sequence[Layer], ys: Sequence[Tensor], mixes: Tensor, route: Tensor
-) -> None:
+def multiply(x: Tensor, layers: Sequence[Layer], ys: Sequence[Tensor], mixes: Tensor, route: Tensor) -> None:
     """Let torch multiply, and scale in a pass of its own; the arguments are those of `launch`."""
-    if l_in is not None:
-        x = scale(x, l_in, mixes, route)
     for (weight, bias, l_out), y in zip(layers, ys, strict=True):
         if bias is None:
             torch.mm(x, weight.t(), out=y)
@@ -190,7 +183,7 @@ def launch_library(
 
 
 def _launch_pointers(
-    x: Tensor, site_in: Site, layers: Sequence[Layer], ys: Sequence[Tensor], routing: Routing, config: LinearConfig
+    x: Tensor, layers: Sequence[Layer], ys: Sequence[Tensor], routing: Routing, config: LinearConfig
 ) -> None:
     """Run linear_kernel, and sum_kernel where several programs share a sum."""
     weight, _, l_out = layers[0]
@@ -204,14 +197,13 @@ def _launch_pointers(
         x,
         *weight.stride(),
         *of_layers(operands),
-        site_in,
         Site.of(l_out).stride,
         x.stride(0),
         K,
         N,
         *routing,
+        TWO_MIXES=routing.two_mixes(config.block_m),
         SPLIT=splits > 1,
-        UNROLL=0 if site_in.l is None else routing.mix_size,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         **config.build_options(),
     )

@@ -29,7 +29,7 @@ from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, tile_of
-from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
 from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import LinearConfig
 
@@ -54,6 +54,7 @@ def linear_quantised_kernel(
     rows_per_mix,
     mixes_ptr,
     route_ptr,
+    TWO_MIXES: tl.constexpr,  # whether a tile wears two mixes at most
     SPLIT: tl.constexpr,  # whether the programs along axis 1 share a sum
     KIND: tl.constexpr,
     ONE_GROUP: tl.constexpr,
@@ -69,7 +70,6 @@ def linear_quantised_kernel(
     row, col = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
-    worn = worn_by(rows, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr))
     begin, end = 0, K
     if SPLIT:
         share = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
@@ -101,6 +101,7 @@ def linear_quantised_kernel(
         partial_rows = (tl.program_id(1) * M + rows).to(tl.int64)[:, None]
         tl.store(y_ptr + partial_rows * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
     else:
+        worn = worn_by_tile(row, Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr), BLOCK_M, TWO_MIXES)
         finish(acc, row, col, y_ptr, bias_ptr, site_out, worn, M, N, PIECE, BY_DESCRIPTOR=False)
 
 
@@ -146,7 +147,7 @@ def linear_quantised(
     if l_in is not None:
         x = scale(x, l_in, mixes, route)
     routing = Routing.of(mixes, route, M)
-    config = config or plan(x, N, kind, group_size, routing.is_uniform)
+    config = config or plan(x, N, kind, group_size, routing.per_row)
     layout = kind.removesuffix("_v2")
     if kind == "fp8":
         weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(x.device)) else "fp8_bits"
@@ -169,6 +170,7 @@ def linear_quantised(
         K,
         N,
         *routing,
+        TWO_MIXES=routing.two_mixes(config.block_m),
         SPLIT=splits > 1,
         KIND=layout,
         ONE_GROUP=group_size > 0 and groups is None and group_size % config.block_k == 0,
@@ -181,8 +183,8 @@ def linear_quantised(
     return y
 
 
-def plan(x: Tensor, N: int, kind: str, group_size: int, uniform: bool) -> LinearConfig:
-    """Return the config of a launch for x [M, K] and y [M, N]; `uniform` says that all rows wear one mix."""
+def plan(x: Tensor, N: int, kind: str, group_size: int, per_row: bool) -> LinearConfig:
+    """Return the config of a launch for x [M, K] and y [M, N]; `per_row` is Routing.per_row."""
     config: LinearConfig = linear_quantised_config(
         x.shape[0],
         N,
@@ -192,7 +194,7 @@ def plan(x: Tensor, N: int, kind: str, group_size: int, uniform: bool) -> Linear
         processors_of(x.device),
         kind,
         group_size,
-        per_row=not uniform,
+        per_row=per_row,
     )
     return config
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.mixes import mixed_scale
+from ia3rt.kernels.mixes import scaled
 
 
 class Epilogue(NamedTuple):
@@ -94,7 +94,7 @@ def finish(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         if site.l is not None:
-            acc *= mixed_scale(site, worn, cols, N, UNROLL=0)
+            acc = scaled(acc, site, worn, cols, N)
         if BY_DESCRIPTOR:
             y.store([row, col], acc.to(y.dtype))
         else:

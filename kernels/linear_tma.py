@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear_tile import Layer, finish, of_layers, tile_of
-from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by
+from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
 from ia3rt.kernels.tuned import LinearConfig
 
 
@@ -31,6 +31,7 @@ def descriptor_tile(
     routing,
     N,
     K,
+    TWO_MIXES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -49,7 +50,7 @@ def descriptor_tile(
         w = weight.load([k, col]) if TRANSPOSED else weight.load([col, k]).T
         acc = tl.dot(x.load([row, k]), w, acc)
     # Loaded here, so that they take no registers during the loop.
-    worn = worn_by(row + tl.arange(0, BLOCK_M), routing)
+    worn = worn_by_tile(row, routing, BLOCK_M, TWO_MIXES)
     site = Site(epilogue.l_out, stride_l_out)
     finish(acc, row, col, y, epilogue.bias, site, worn, M, N, PIECE, BY_DESCRIPTOR=True)
 
@@ -71,6 +72,7 @@ def linear_tma_kernel(
     rows_per_mix,
     mixes_ptr,
     route_ptr,
+    TWO_MIXES: tl.constexpr,  # whether a tile wears two mixes at most
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -95,6 +97,7 @@ def linear_tma_kernel(
             routing,
             N,
             K,
+            TWO_MIXES,
             TRANSPOSED,
             BLOCK_M,
             BLOCK_N,
@@ -116,6 +119,7 @@ def linear_tma_kernel(
                 routing,
                 N,
                 K,
+                TWO_MIXES,
                 TRANSPOSED,
                 BLOCK_M,
                 BLOCK_N,
@@ -167,6 +171,7 @@ def linear_tma(
         K,
         N,
         *routing,
+        TWO_MIXES=routing.two_mixes(config.block_m),
         TRANSPOSED=transposed,
         **config.build_options(),
     )

@@ -10,7 +10,8 @@ The route is int32 [R]: row m of M wears mix route[m // (M // R)]. R = 1 is "uni
 
 A launcher lays out a Site for each vector, which stays while the vector is where it is, and one Routing, which is of
 this forward. A kernel asks `worn_by` for what the rows of its tile wear, and `mixed_scale` for s in fp32. A uniform
-batch is the tile with one row, which then broadcasts, so both cases are one code path.
+batch is the tile with one row, which then broadcasts, so both cases are one code path. Where a mix has as many rows as
+a tile, or more, the tile meets two at most: `worn_by_tile` reads these two, and selects by row.
 """
 # Triton's decorator and its tensor language carry no types that mypy could check.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -23,6 +24,9 @@ from torch import Tensor
 
 ROUTING = ["M", "mix_size", "rows_per_mix"]
 """The numbers of a Routing, as kernels name them. They are not specialised: no value of theirs is worth other code."""
+
+TALLEST = 128
+"""The most rows that a tile of a matmul has."""
 
 
 class Site(NamedTuple):
@@ -68,19 +72,58 @@ class Routing(NamedTuple):
         """Whether all rows wear one mix."""
         return self.rows_per_mix is None
 
+    @property
+    def per_row(self) -> bool:
+        """Whether tiles wear many mixes, of whatever height they are: one a token, or one a row in decoding."""
+        return not self.is_uniform and not self.two_mixes(TALLEST)
+
+    def two_mixes(self, block_m: int) -> bool:
+        """Return whether a tile of so many rows wears at most two mixes, and not one because all rows do."""
+        return self.rows_per_mix is not None and self.rows_per_mix >= block_m
+
+
+class Mix(NamedTuple):
+    """What is read of the mix table once a tile, inside a kernel: loads that wait for each other."""
+
+    entries: Tensor
+    """Where each mix's ids begin: pointers [rows], or [1] where the rows wear one mix; so the others, too."""
+    is_product: Tensor
+    length: Tensor
+    most: Tensor
+    """The largest length."""
+    first_id: Tensor
+    """The first adapter, int64: a large bank has more than 2**31 numbers."""
+    first_weight: Tensor
+
 
 class Worn(NamedTuple):
     """What the rows of a tile wear, inside a kernel."""
 
-    mixes: Tensor
+    mix: Mix
+    other: Mix
+    """Of a tile of two mixes, that of its last rows; else `mix`."""
+    wears_other: Tensor
+    """bool [rows]; or [1], False, where the tile is not one of two mixes."""
+    has_other: bool | Tensor
+    """Whether any row does."""
     mix_size: int
-    slots: Tensor
-    """The mix table's row of each: int32 [rows], or [1] where all rows wear one mix."""
 
 
 def mix_size(mixes: Tensor) -> int:
     """Return K, the largest number of adapters that a row of this mix table can name."""
     return (mixes.shape[1] - 2) // 2
+
+
+@triton.jit
+def _mix(index, routing):
+    """Read what is at these places of the route."""
+    entries = routing.mixes + tl.load(routing.route + index) * (2 + 2 * routing.mix_size)
+    is_product = tl.load(entries) == 0
+    length = tl.load(entries + 1)
+    entries += 2
+    first_id = tl.load(entries, mask=length > 0, other=0).to(tl.int64)
+    first_weight = tl.load(entries + routing.mix_size, mask=length > 0, other=0).to(tl.float32, bitcast=True)
+    return Mix(entries, is_product, length, tl.max(length, axis=0), first_id, first_weight)
 
 
 @triton.jit
@@ -91,35 +134,65 @@ def worn_by(rows, routing):
     else:
         # Rows past the end wear the last row's mix: a valid slot, which adds no step to the loop over adapters.
         index = tl.minimum(rows, routing.rows - 1) // routing.rows_per_mix
-    return Worn(routing.mixes, routing.mix_size, tl.load(routing.route + index))
+    mix = _mix(index, routing)
+    return Worn(mix, mix, tl.full([1], False, tl.int1), False, routing.mix_size)
 
 
 @triton.jit
-def _fold(s, j, live, product, ids_ptr, mix_size, site, cols, in_width):
-    """Fold adapter j of each row's mix into s. Rows whose mix is shorter get the neutral element, and load nothing."""
-    ids = tl.load(ids_ptr + j, mask=live, other=0).to(tl.int64)  # a large bank has more than 2**31 numbers
-    w = tl.load(ids_ptr + mix_size + j, mask=live, other=0).to(tl.float32, bitcast=True)
+def worn_by_tile(row, routing, BLOCK_M: tl.constexpr, TWO_MIXES: tl.constexpr):
+    """Return what BLOCK_M rows from `row` on wear. TWO_MIXES is Routing.two_mixes: no vector a row, but two a tile."""
+    rows = row + tl.arange(0, BLOCK_M)
+    if TWO_MIXES:
+        index = row // routing.rows_per_mix
+        last = (min(row + BLOCK_M, routing.rows) - 1) // routing.rows_per_mix
+        wears_other = rows >= (index + 1) * routing.rows_per_mix
+        one = tl.arange(0, 1)
+        return Worn(_mix(index + one, routing), _mix(last + one, routing), wears_other, last > index, routing.mix_size)
+    else:
+        return worn_by(rows, routing)
+
+
+@triton.jit
+def _fold(s, live, mix, ids, weights, site, cols, in_width):
+    """Fold one adapter of each mix into s. A mix that has none is left as it is, and loads nothing."""
     l_rows = (site.l + ids * site.stride)[:, None] + cols[None, :]
     l_j = tl.load(l_rows, mask=live[:, None] & in_width[None, :], other=1.0).to(tl.float32)
-    return tl.where(product[:, None], s * l_j, s + w[:, None] * l_j)
+    return tl.where(mix.is_product[:, None], s * l_j, s + weights[:, None] * l_j)
 
 
 @triton.jit
-def mixed_scale(site, worn, cols, width, UNROLL: tl.constexpr):
-    """Return s as fp32 [len(worn.slots), len(cols)]: the mixes that are worn, at columns `cols` of a site.
-
-    With UNROLL = 0 the loop runs to the longest of these mixes. Inside another loop pass UNROLL = K, the table's
-    capacity: a nested dynamic loop would keep Triton from pipelining the outer one. Columns past `width` are undefined.
-    """
-    mix_ptr = worn.mixes + worn.slots * (2 + 2 * worn.mix_size)
-    product = tl.load(mix_ptr) == 0
-    count = tl.load(mix_ptr + 1)
-    in_width = cols < width
-    s = tl.where(product, 1.0, 0.0)[:, None] + tl.zeros([1, cols.shape[0]], tl.float32)
-    if UNROLL > 0:
-        for j in tl.static_range(UNROLL):
-            s = _fold(s, j, j < count, product, mix_ptr + 2, worn.mix_size, site, cols, in_width)
-    else:
-        for j in range(tl.max(count, axis=0)):
-            s = _fold(s, j, j < count, product, mix_ptr + 2, worn.mix_size, site, cols, in_width)
+def _scale_of(mix, mix_size, site, cols, in_width):
+    """Return s of these mixes, fp32 [mixes, cols]."""
+    s = tl.where(mix.is_product, 1.0, 0.0)[:, None] + tl.zeros([1, cols.shape[0]], tl.float32)
+    s = _fold(s, mix.length > 0, mix, mix.first_id, mix.first_weight, site, cols, in_width)
+    for j in range(1, mix.most):
+        live = j < mix.length
+        ids = tl.load(mix.entries + j, mask=live, other=0).to(tl.int64)
+        weights = tl.load(mix.entries + mix_size + j, mask=live, other=0).to(tl.float32, bitcast=True)
+        s = _fold(s, live, mix, ids, weights, site, cols, in_width)
     return s
+
+
+@triton.jit
+def mixed_scale(site, worn, cols, width):
+    """Return s as fp32 [rows or 1, len(cols)]: what is worn, at columns `cols` of a site; not of a tile of two mixes.
+
+    Columns past `width` are undefined.
+    """
+    return _scale_of(worn.mix, worn.mix_size, site, cols, cols < width)
+
+
+@triton.jit
+def scaled(acc, site, worn, cols, width):
+    """Return s ∘ acc, for acc fp32 [rows, len(cols)] of a tile, which may be one of two mixes."""
+    s = _scale_of(worn.mix, worn.mix_size, site, cols, cols < width)
+    if worn.wears_other.shape[0] > 1:
+        # One after the other, and the second where there is one: sequences are longer than tiles, most of which wear
+        # one mix, and beside the accumulator the registers hold one vector more.
+        acc *= tl.where(worn.wears_other[:, None], 1.0, s)
+        if worn.has_other:
+            other = _scale_of(worn.other, worn.mix_size, site, cols, cols < width)
+            acc *= tl.where(worn.wears_other[:, None], other, 1.0)
+    else:
+        acc *= s
+    return acc

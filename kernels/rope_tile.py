@@ -83,12 +83,12 @@ def _scale_pairs(site, worn, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVE
     """Return s of the first and of the second numbers of the pairs."""
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK)
-        s = mixed_scale(site, worn, cols, 2 * HALF, UNROLL=0)
+        s = mixed_scale(site, worn, cols, 2 * HALF)
         first, second = tl.split(tl.reshape(s, [s.shape[0], BLOCK, 2]))
     else:
         cols = tl.arange(0, BLOCK)
-        first = mixed_scale(site, worn, cols, HALF, UNROLL=0)
-        second = mixed_scale(Site(site.l + HALF, site.stride), worn, cols, HALF, UNROLL=0)
+        first = mixed_scale(site, worn, cols, HALF)
+        second = mixed_scale(Site(site.l + HALF, site.stride), worn, cols, HALF)
     return first, second
 
 
@@ -99,7 +99,7 @@ def _scale_rest(x_rows, y_rows, read, written, site, worn, START: tl.constexpr, 
     within = (cols < D - START)[None, :]
     y = tl.load(x_rows[:, None] + START + cols[None, :], mask=read[:, None] & within).to(tl.float32)
     if site.l is not None:
-        y *= mixed_scale(Site(site.l + START, site.stride), worn, cols, D - START, UNROLL=0)
+        y *= mixed_scale(Site(site.l + START, site.stride), worn, cols, D - START)
     tl.store(y_rows[:, None] + START + cols[None, :], y.to(y_rows.dtype.element_ty), mask=written[:, None] & within)
 
 

@@ -35,7 +35,7 @@ def scale_kernel(
     routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    s = mixed_scale(site, worn_by(rows, routing), cols, N, UNROLL=0)
+    s = mixed_scale(site, worn_by(rows, routing), cols, N)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     rows = rows.to(tl.int64)[:, None]
     x = tl.load(x_ptr + rows * stride_x + cols[None, :], mask=inside)

@@ -25,8 +25,8 @@ class Case:
     """Whether they have to by wgmma on sm_90, of which some may read an operand from registers."""
     dots: int = 1
     """How many products a step of that loop adds up; each may wait once."""
-    longer_loop: int = 0
-    """By how many instructions that loop may be longer than without a scale."""
+    longer_loop: int = 2
+    """By how many instructions that loop may be longer than without a scale: uniform registers get short."""
     max_registers: int = 240
     """The most registers a thread may have on sm_90."""
     wide_loads: int = 0

@@ -47,12 +47,12 @@ _gpt2 = partial(_gate_up, N=3072, K=768, kind="gelu_tanh", gated=False, bias=Tru
 CASES: dict[str, Case] = {
     "gate_up, prefill, uniform": Case(partial(_gate_up, 4096, 1), wgmma=True, dots=2),
     "gate_up, prefill, one mix a sequence": Case(partial(_gate_up, 4096, 4), wgmma=True, dots=2),
-    "gate_up, prefill, one mix a row": Case(partial(_smollm2, 4096, 4096), wgmma=True, dots=2),
+    "gate_up, prefill, one mix a row": Case(partial(_smollm2, 1024, 1024), wgmma=True, dots=2),
     "gate_up, prefill, halves": Case(partial(_gate_up, 512, 1, N=8192, K=3072, halves=True), wgmma=True, dots=2),
     "gate_up, prefill, biases": Case(partial(_gate_up, 4096, 4, kind="gelu", bias=True), wgmma=True, dots=2),
     # Two programs fit a processor: 65,536 registers for 2 × 256 threads.
     "gate_up, prefill, not gated, Conv1D": Case(partial(_gpt2, 4096, 1), wgmma=True, max_registers=128),
-    "gate_up, prefill, not gated, one mix a row": Case(partial(_gpt2, 4096, 4096), wgmma=True),
+    "gate_up, prefill, not gated, one mix a row": Case(partial(_gpt2, 512, 512), wgmma=True),
     "gate_up, prefill, x without descriptors": Case(partial(_gate_up, 4096, 4, stride_x=4100), wgmma=True, dots=2),
     "gate_up, prefill, odd sizes": Case(partial(_gate_up, 1000, 8, N=1001, K=1003, dtype=torch.float16)),
     "gate_up, 64 rows": Case(partial(_gate_up, 64, 64)),

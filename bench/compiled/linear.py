@@ -19,9 +19,7 @@ def _linear(
     *,
     N: int = 4096,
     K: int = 4096,
-    longest: int = 8,
     dtype: torch.dtype = torch.bfloat16,
-    side: str = "out",
     conv1d: bool = False,
     bank_offset: int = 0,
     stride_x: int | None = None,
@@ -30,13 +28,12 @@ def _linear(
     """Launch linear, or linear_pair, for M rows routed by R entries."""
     x = empty(M, stride_x or K, dtype=dtype)[:, :K]
     weight = empty(K, N, dtype=dtype).t() if conv1d else empty(N, K, dtype=dtype)
-    l = site(K if side == "in" else N, bank_offset) if has_scale else None  # noqa: E741
-    l_in, l_out = (l, None) if side == "in" else (None, l)
+    l = site(N, bank_offset) if has_scale else None  # noqa: E741
     bias = empty(N, dtype=dtype)
     if pair:
-        linear_pair(x, (weight, bias, l_out), (weight, bias, l_out), *routing(R, longest))
+        linear_pair(x, (weight, bias, l), (weight, bias, l), *routing(R))
     else:
-        linear(x, weight, bias, l_in, l_out, *routing(R, longest))
+        linear(x, weight, bias, None, l, *routing(R))
 
 
 def _scale(R: int, in_place: bool, has_scale: bool) -> None:
@@ -48,10 +45,15 @@ CASES: dict[str, Case] = {
     "prefill, uniform": Case(partial(_linear, 4096, 1), wgmma=True),
     "prefill, one mix a sequence": Case(partial(_linear, 4096, 4), wgmma=True),
     # Two programs fit a processor: 65,536 registers for 2 × 256 threads.
-    "prefill, two programs a processor": Case(partial(_linear, 512, 1, N=1024), wgmma=True, max_registers=128),
-    "prefill, Conv1D": Case(partial(_linear, 4096, 4096, N=2304, K=768, conv1d=True), wgmma=True),
-    # A bank that is read one number at a time leaves fewer uniform registers, and one more move for it.
-    "prefill, unaligned site": Case(partial(_linear, 4096, 4, bank_offset=3), wgmma=True, longer_loop=1),
+    "prefill, two programs a processor": Case(partial(_linear, 4096, 1, N=1024), wgmma=True, max_registers=128),
+    "prefill, Conv1D": Case(partial(_linear, 4096, 4, N=2304, K=768, conv1d=True), wgmma=True),
+    "prefill, 256 rows": Case(partial(_linear, 256, 1, N=1024, pair=True), wgmma=True),
+    "prefill, 512 rows": Case(partial(_linear, 512, 1, N=1024, pair=True), wgmma=True),
+    # Where tiles are more than processors, torch multiplies on sm_90 (configs.py).
+    "prefill, 256 rows, one mix a row": Case(partial(_linear, 256, 256, N=1024, pair=True), wgmma=True),
+    "prefill, 512 rows, one mix a row": Case(partial(_linear, 512, 512, N=1024, pair=True), wgmma=True),
+    "prefill, 1,024 rows, one mix a row": Case(partial(_linear, 1024, 1024, N=1024, pair=True), wgmma=True),
+    "prefill, unaligned site": Case(partial(_linear, 4096, 4, bank_offset=3), wgmma=True),
     "prefill, x without descriptors": Case(partial(_linear, 4096, 4, stride_x=4100), wgmma=True),
     "prefill, pair": Case(partial(_linear, 4096, 4, N=1024, pair=True), wgmma=True),
     "prefill, wide pair": Case(partial(_linear, 4096, 1, pair=True), wgmma=True),
@@ -61,10 +63,6 @@ CASES: dict[str, Case] = {
     "64 rows, one mix a row": Case(partial(_linear, 64, 64, N=1024), wgmma=True),
     "decode, one mix a row": Case(partial(_linear, 16, 16)),
     "decode, odd sizes": Case(partial(_linear, 16, 16, N=1001, K=1003)),
-    "decode, input site, uniform": Case(partial(_linear, 32, 1, N=8192, side="in")),
-    "decode, input site, 16 rows": Case(partial(_linear, 16, 16, N=8192, longest=2, side="in")),
-    "decode, input site, 32 rows": Case(partial(_linear, 32, 32, longest=1, side="in")),
-    "decode, input site, fp32": Case(partial(_linear, 16, 16, longest=2, dtype=torch.float32, side="in"), matrix=False),
     "prefill, SmolLM2's k and v": Case(partial(_linear, 4096, 4, N=192, K=576, pair=True), wgmma=True),
     "decode, SmolLM2's k and v": Case(partial(_linear, 16, 16, N=192, K=576, pair=True)),
     "prefill, SmolLM2's down_proj": Case(partial(_linear, 4096, 1, N=576, K=1536), wgmma=True),

@@ -113,7 +113,7 @@ class IA3Layer(Wearer):
             widths = module_widths(self)
             assert widths is not None
             x = computing_tensor(self).new_empty(rows, widths[0])
-            config = plan(x, widths[1], quantised.kind, quantised.group_size, self._is_uniform)
+            config = plan(x, widths[1], quantised.kind, quantised.group_size, self._per_row(rows))
             where = "the vector is in the epilogue" if side == "out" else "x is scaled in a pass before"
             why = f"{quantised.kind} is dequantised in registers; {where}"
             return How("linear_quantised", config.in_words(), why)
@@ -123,14 +123,16 @@ class IA3Layer(Wearer):
             return How("multiplication", "", f"no kernel computes in {weight.dtype}")
         from ia3rt.kernels.linear_plan import explain  # not before: Triton may not be installed
 
-        x, size = weight.new_empty(rows, weight.shape[1]), (self.ia3_routing.tables.mixes.shape[1] - 2) // 2
+        x = weight.new_empty(rows, weight.shape[1])
         paired = side == "out" and self.ia3_pair is not None and self.ia3_pair.in_order
-        config, why = explain(x, weight, side, size, self._is_uniform, 1 + paired)
+        config, why = explain(x, weight, side, self._per_row(rows), 1 + paired)
         return How("linear_pair" if paired else "linear", config, why)
 
-    @property
-    def _is_uniform(self) -> bool:
-        return self.ia3_routing.route.index is None
+    def _per_row(self, rows: int) -> bool:
+        from ia3rt.kernels.mixes import Routing  # not before: Triton may not be installed
+
+        tables = self.ia3_routing.tables
+        return bool(Routing.of(tables.mixes, tables.route, rows).per_row)
 
     def _fused_quantised(self, x: Tensor, weight: Quantised) -> Tensor:
         stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]

@@ -85,11 +85,13 @@ class IA3MLP(Wearer):
         matrices = form.first_matrices(self, weight.dtype) if routing.fuses_gate_up else None
         if matrices is not None:
             from ia3rt.kernels.gate_up import plan
+            from ia3rt.kernels.mixes import Routing
 
             gate, _, up, _ = matrices
             assert gate is not None
+            tables = routing.tables
             x, y = weight.new_empty(rows, gate.shape[1]), weight.new_empty(rows, gate.shape[0])
-            config = plan(x, gate, up, y, routing.route.index is None)
+            config = plan(x, gate, up, y, Routing.of(tables.mixes, tables.route, rows))
             words = "torch, then the activation" if config is None else config.in_words()
             return How("gate_up", words, "patch(fuse_gate_up=True): what the vector scales is formed in the epilogue")
         config = activation_config(rows, self.ia3_routing.bank.widths[self.ia3_in or 0], weight.dtype)

@@ -12,7 +12,7 @@ from ia3rt.routing.staging import Staging, Turn
 
 PRODUCT, LINEAR = 0, 1
 _SLOTS = 64  # up to this many rows, batches of any size find one table
-_MIX_SIZE = 8  # up to this, the kernels can scale the input of a few rows within the matmul
+_MIX_SIZE = 8  # up to this, mixes of any size find one table
 
 
 class MixTables:

@@ -137,17 +137,17 @@ def test_bank_dtypes(bank_dtype, device) -> None:
     mlp.check(mlp.randn(7, mlp.K), mlp.mixes(), mlp.route("distinct", 7), l=mlp.l.to(bank_dtype))
 
 
-def config_of(arch: str, device: torch.device, rows: int = 4096, **changes: bool) -> LinearConfig:
+def config_of(arch: str, device: torch.device, rows: int = 256, **changes: bool) -> LinearConfig:
     if device.type == "cuda" and changes.get("descriptors") and arch_of(device) not in DESCRIPTOR_ARCHS:
         pytest.skip("needs a GPU with a tensor memory accelerator")
-    flags = {"gated": True, "per_row": False, "descriptors": False} | changes
+    flags = {"gated": True, "per_row": False, "two_mixes": False, "descriptors": False} | changes
     config = gate_up_config(rows, 4096, 4096, torch.bfloat16, arch, 132, **flags)
     if device.type == "cuda" and arch != arch_of(device):
         config = replace(config, num_stages=2)  # another's pipeline may not fit this shared memory
     return config
 
 
-@pytest.mark.parametrize(("arch", "rows"), [("sm_80", 4096), ("gfx942", 4096), ("sm_90", 64), ("sm_90", 16)])
+@pytest.mark.parametrize(("arch", "rows"), [("sm_80", 256), ("gfx942", 256), ("sm_90", 64), ("sm_90", 16)])
 def test_configs_of_large_layers(arch, rows, device) -> None:
     """Those that small layers never choose. What only a compiler sees is in test_sass.py."""
     mlp = MLP(device, N=144, dtype=torch.bfloat16)
@@ -156,10 +156,12 @@ def test_configs_of_large_layers(arch, rows, device) -> None:
 
 def test_how_configs_are_chosen() -> None:
     def config(rows: int, N: int = 4096, dtype: torch.dtype = torch.bfloat16, **changes: bool) -> LinearConfig | None:
-        flags = {"gated": True, "per_row": False, "descriptors": True} | changes
+        flags = {"gated": True, "per_row": False, "two_mixes": False, "descriptors": True} | changes
         return gate_up_config(rows, N, 4096, dtype, "sm_90", 132, **flags)
 
     assert config(65, dtype=torch.float32) is None and config(64, dtype=torch.float32)  # torch's own matmul
+    assert config(65, per_row=True) and config(4096, per_row=True) is None  # torch's, then the activation
+    assert config(65, two_mixes=True).piece < config(65).piece
     assert config(65).resident == 1 and config(65, gated=False).resident == 2
     assert not config(64).resident and not config(65, N=4088).resident and not config(65, descriptors=False).resident
     assert config(16, N=1536).block_n == 16 and config(16, N=14336).block_n == 32  # at least a tile a processor
@@ -167,17 +169,19 @@ def test_how_configs_are_chosen() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize(
-    ("routed", "transposed", "gated"), [(1, False, True), (1, True, False), (70, True, True), (140, False, False)]
+    ("routed", "transposed", "gated"),
+    [(1, False, True), (1, True, False), (2, False, True), (70, True, True), (140, False, False)],
 )
 def test_persistent_kernel(routed, transposed, gated, dtype, device) -> None:
     """More tiles than programs, and rows, columns and a K that end inside a block."""
     mlp = MLP(device, N=304, K=136, dtype=dtype)
-    config = config_of("sm_90", device, gated=gated, per_row=routed > 1, descriptors=True)
+    config = config_of("sm_90", device, gated=gated, per_row=routed > 2, two_mixes=routed == 2, descriptors=True)
     if transposed:
         mlp.gate, mlp.up = (weight.t().contiguous().t() for weight in (mlp.gate, mlp.up))
     changes = {} if gated else NOT_GATED
     config = replace(config, resident=1)  # in the interpreter: four programs
-    mlp.check(mlp.randn(140, mlp.K), mlp.mixes(), mlp.route("zipf", routed), "gelu", config=config, **changes)
+    rows = 270 if routed == 2 else 140  # in the second of three tiles another mix begins
+    mlp.check(mlp.randn(rows, mlp.K), mlp.mixes(), mlp.route("distinct", routed), "gelu", config=config, **changes)
 
 
 def test_persistent_kernel_on_halves_of_a_fused_weight(device) -> None:
