@@ -121,7 +121,3 @@ def inspect(
     Console().print(render(description, adapter))
     if not description.is_finite:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,7 +1,7 @@
 """Each operation in a few lines of plain torch: the truth that the kernels are compared with, and their stand-in.
 
 A scale is composed in fp32, or in fp64 where the bank or the activation is; so a float64 call of anything here is the
-exact formula (IA³, Liu et al. 2022, section 3.3), and all of it is differentiable. The words are the design's:
+exact formula (IA³, Liu et al. 2022, section 3.3), and all of it is differentiable. Its words:
 
     bank    [capacity, width]        one row an adapter; row 0 is all ones
     mixes   int32 [slots, 2 + 2K]    mode (0 product, 1 linear), count n, K bank rows, K weights (fp32 bits)

@@ -66,7 +66,7 @@ def test_counts_a_known_model() -> None:
 
 
 def test_memory_is_the_shapes() -> None:
-    """57,600 and 524,288 numbers are what the design says; a LoRA's are counted on a real layer by PEFT."""
+    """57,600 and 524,288 numbers are what README says; a LoRA's are counted on a real layer by PEFT."""
     small, _, large = (memory.numbers(shape) for shape in memory.WHOLE)
     assert (small.ia3, large.ia3) == (57_600, 524_288)
     import peft

@@ -58,6 +58,11 @@ def test_version_is_the_packages() -> None:
     assert (result.exit_code, result.output) == (0, f"ia3rt {ia3rt.__version__}\n")
 
 
+def test_the_package_is_the_command_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "ia3rt.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"ia3rt {ia3rt.__version__}\n"), done.stderr
+
+
 def test_inspect_prints_the_description(adapter: Path) -> None:
     result = run("inspect", adapter)
     assert result.exit_code == 0

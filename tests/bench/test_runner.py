@@ -94,7 +94,7 @@ def test_every_suite_has_more_cases_than_its_quick_ones() -> None:
             assert all(suite.x in case.parameters for case in suite.cases(quick))
 
 
-def test_what_the_issue_asks_of_the_cases() -> None:
+def test_the_cases_that_have_to_be_there() -> None:
     values = {
         name: {
             parameter: {case.parameters.get(parameter) for case in SUITES[name].cases(False)} for parameter in wanted
