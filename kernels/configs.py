@@ -253,7 +253,7 @@ def gate_up_config(
         return LinearConfig(128, 64 if gated else 128, block_k, 8, 8, 2 if arch.startswith("gfx") else stages, piece)
     if per_row:
         num_warps = 8 if gated or arch == "sm_90" else 4  # as in linear_config; one sum leaves four the registers
-        config = LinearConfig(128, 128, 64, 8, num_warps, 3, piece=16, resident=1)
+        config = LinearConfig(128, 128, 64, 8, num_warps, 3, piece=8 if gated else 16, resident=1)
         # As in _persistent_config: on an H100 the kernel took 1.15 times as long as what it replaces.
         return None if arch == "sm_90" and config.tiles(rows, N) > processors else config
     # Two programs fit a processor where one sum leaves them the registers.
