@@ -12,7 +12,8 @@ from rich.progress import track
 from rich.table import Table
 
 from ia3rt.bench import document as documents
-from ia3rt.bench.profile import document as performance
+from ia3rt.bench import recorded as records
+from ia3rt.bench.profile import document as profiles
 from ia3rt.bench.result import read_json, write_json
 from ia3rt.bench.runner import run
 from ia3rt.bench.serving import tables as serving_tables
@@ -32,8 +33,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 @app.command()
 def document(file: Annotated[Path, typer.Argument(help="docs/kernels.md")] = Path("docs/kernels.md")) -> None:
-    """Write the tables of docs/kernels.md: compiled kernels and roofline. No GPU is needed."""
+    """Write the table of compiled kernels and the roofline's in docs/kernels.md. No GPU is needed."""
     documents.write(file)
+
+
+@app.command()
+def recorded(
+    kernels: Annotated[Path, typer.Option(help="docs/kernels.md")] = Path("docs/kernels.md"),
+    performance: Annotated[Path, typer.Option(help="docs/performance.md")] = Path("docs/performance.md"),
+) -> None:
+    """Write what was measured on GPUs, as bench/results keeps it, into the documents. No GPU is needed."""
+    documents.write_roofline(kernels)
+    records.write_kernels(kernels)
+    records.write_performance(performance)
 
 
 @app.command()
@@ -42,9 +54,9 @@ def profile(
     counted: Annotated[bool, typer.Option("--counted", help="Only what is counted: no timing.")] = False,
 ) -> None:
     """Count and time where a forward's time and memory go, and write the tables of docs/performance.md."""
-    performance.write_counted(file)
+    profiles.write_counted(file)
     if not counted:
-        performance.write_timed(file)
+        profiles.write_timed(file)
 
 
 @app.command()
@@ -55,7 +67,22 @@ def measured(
     ),
 ) -> None:
     """Write the measured tables and the plots of docs/performance.md."""
-    performance.write_measured(file, [read_json(result) for result in results])
+    profiles.write_measured(file, [read_json(result) for result in results])
+
+
+@app.command()
+def switching(
+    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A run of `ia3rt bench switch`.")],
+    file: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("docs/performance.md"),
+) -> None:
+    """Write the table of switching in docs/performance.md."""
+    profiles.write_switching(file, read_json(result))
+
+
+@app.command()
+def launching(file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md")) -> None:
+    """Time launches as `ia3rt bench launch` does, and write the table of launching in docs/performance.md."""
+    profiles.write_launching(file)
 
 
 @app.command()

@@ -80,6 +80,14 @@ def run(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cases: ends in two minutes on two cores. All take an hour or more.")
     ] = False,
+    graph: Annotated[
+        bool,
+        typer.Option(
+            "--graph",
+            help="On CUDA: each case of forward and mixed once more in a CUDA graph, and generate with a static cache, "
+            "whose steps transformers compiles.",
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the JSON, CSV and HTML files go.")] = Path(
         "bench-results"
     ),
@@ -101,8 +109,8 @@ def run(
     with errors_in_a_line():
         from ia3rt.bench.budget import read_budget
 
-        given = dict(model=model, layers=layers, quick=quick, cases=cases, adapterhub_python=adapterhub_python)
-        settings = _settings(suites, against, device, dtype, **given)
+        given = dict(model=model, layers=layers, quick=quick, graph=graph, cases=cases)
+        settings = _settings(suites, against, device, dtype, adapterhub_python=adapterhub_python, **given)
         rules = read_budget(budget) if budget is not None else []
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingPackageError("the report needs matplotlib: pip install 'ia3rt[bench]'")
@@ -159,11 +167,27 @@ def _settings(
     why = {name: SUITES[name].wants(where) for name in settings.suites}
     if all(why.values()):
         raise UsageError("SUITE", "; ".join(f"{name}: {reason}" for name, reason in why.items()))
+    if settings.graph:
+        _check_graph(settings)
     cases_of(settings)  # says if --cases is of no use
     python = settings.adapterhub_python
     if python is not None and not python.is_file():
         raise UsageError("--adapterhub-python", f"there is no file {python}")
     return settings
+
+
+def _check_graph(settings: Settings) -> None:
+    """Says if --graph is of no use."""
+    import torch
+
+    from ia3rt.bench.suites.registry import SUITES
+
+    if settings.device.type != "cuda":
+        advice = "give --device cuda" if torch.cuda.is_available() else "torch sees no GPU here, so leave --graph out"
+        raise UsageError("--graph", f"CUDA graphs need a CUDA GPU, and this run is on {settings.device}: {advice}")
+    graphed = [name for name, suite in SUITES.items() if suite.in_graph is not None]
+    if not set(graphed) & set(settings.suites):
+        raise UsageError("--graph", f"goes with the suites {', '.join(graphed)}, not with {', '.join(settings.suites)}")
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/kernels.md: what the compilers made of the kernels, and what the roofline predicts."""
+"""Writes tables of docs/kernels.md: what the compilers made of the kernels, and what the roofline predicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ia3rt.bench import markdown
+from ia3rt.bench import markdown, recorded
 from ia3rt.bench.compiled.build import PLAIN
 from ia3rt.bench.compiled.facts import Facts
 from ia3rt.bench.layers.case import BY_ROW, FUSED, ROWS, SEPARATE
@@ -46,8 +46,8 @@ def compiled_table(facts: dict[str, Facts]) -> str:
 
 
 def roofline_table() -> str:
-    """Return the predicted ratios to the layer without IA³, on an H100, at Llama-3-8B's widths."""
-    rows = []
+    """Return ratios to the layer without IA³ on an H100, at Llama-3-8B's widths: predicted / measured in a graph."""
+    measured, rows = recorded.layer_times(recorded.GRAPH, "ratio"), []
     for case in CASES.values():
         for count in ROWS:
             work = case.work(LLAMA_3_8B, count)
@@ -55,13 +55,20 @@ def roofline_table() -> str:
             megabytes, gigaflops = (sum(kernel[i] for kernel in work[FUSED]) for i in (0, 1))
             separate = sum(kernel.bytes for kernel in work[SEPARATE])
             cells = (f"{megabytes / 1e6:,.2f}", f"{separate / 1e6:,.2f}", f"{gigaflops / 1e9:,.3f}")
-            rows.append((case.name, count, *cells, *(f"{ratios[way]:.3f}" for way in (FUSED, BY_ROW, SEPARATE))))
+            beside = measured[case.name, count]
+            shown = (f"{ratios[way]:.3f} / {beside[way]:.3f}" for way in (FUSED, BY_ROW, SEPARATE))
+            rows.append((case.name, count, *cells, *shown))
     header = ("operation", "rows", "MB fused", "MB separate", "GFLOP", "fused", "a mix a row", "separate scale")
     text: str = markdown.table(header, rows)
     return text
 
 
+def write_roofline(file: Path) -> None:
+    """Write the roofline's table into `file`, with what was measured."""
+    markdown.replace(file, "roofline", roofline_table())
+
+
 def write(file: Path) -> None:
     """Write both tables into `file`."""
-    markdown.replace(file, "roofline", roofline_table())
+    write_roofline(file)
     markdown.replace(file, "sm_90", compiled_table(compiled_facts("sm_90")))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ia3rt.bench.contenders.registry import CONTENDERS, TWICE
 from ia3rt.bench.contenders.subject import Way
 from ia3rt.bench.interleaved import Seconds, sample_interleaved
+from ia3rt.bench.likeness import distance, tolerance_of
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.models import title_of
 from ia3rt.bench.result import CONTROL, CaseResult, Measurement, Result
@@ -27,8 +28,6 @@ from ia3rt.bench.workshop import Workshop
 from ia3rt.cli.demo.inputs import quiet
 from ia3rt.cli.errors import MissingPackageError
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far two contenders' results may lie apart, as a share of their norm: another adapter's are at a tenth or more."""
 WARM_UPS = 8
 """Rounds of warming up at most; fewer where the times no longer fall."""
 FEWEST = 3
@@ -87,7 +86,7 @@ def run_case(
     if end is not None and clock() > end:
         raise OutOfTimeError
     made = case.ways(workshop, workshop.settings.contenders)
-    drop_wrong(made, TOLERANCE.get(workshop.settings.dtype, 5e-2))
+    drop_wrong(made, tolerance_of(workshop.settings.dtype))
     values = {name: way for name, way in made.ways.items() if isinstance(way, Value)}
     ways = {name: way for name, way in made.ways.items() if isinstance(way, Way)}
     reference = next((name for name in case.references if name in made.ways), "")
@@ -96,7 +95,8 @@ def run_case(
     else:
         if reference:
             ways[CONTROL] = control_of(made, reference)
-        measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
+        with case.beside():
+            measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
     return _case_result(suite, case, reference, measurements, made)
 
 
@@ -127,9 +127,9 @@ def drop_wrong(made: Ways, tolerance: float) -> None:
             del made.ways[name]
             continue
         first = first or (name, result)
-        distance = _distance(result, first[1])
-        if not distance <= tolerance:
-            made.failed[name] = f"another result than {first[0]}'s: it is {distance:.2g} of its norm away"
+        apart = distance(result, first[1])
+        if not apart <= tolerance:
+            made.failed[name] = f"another result than {first[0]}'s: it is {apart:.2g} of its norm away"
             del made.ways[name]
 
 
@@ -223,12 +223,6 @@ def warm_up(
 def _read(values: Mapping[str, Value], reference: str) -> list[Measurement]:
     base = [values[reference].number] if reference else None
     return [Measurement.of(name, [value.number], base if name != reference else None) for name, value in values.items()]
-
-
-def _distance(result: Tensor, truth: Tensor) -> float:
-    if result.shape != truth.shape:
-        return float("inf")
-    return float((result - truth).norm() / truth.norm().clamp_min(1e-12))
 
 
 def _empty(settings: Settings, workshop: Workshop) -> Result:

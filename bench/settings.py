@@ -45,6 +45,7 @@ class Settings:
         device: where to compute.
         dtype: the weights' type.
         quick: whether to run the few cases that end in two minutes on two cores.
+        graph: whether forwards are timed in CUDA graphs too.
         effort: how long to measure.
         adapterhub_python: the Python of AdapterHub's own environment, where there is one.
     """
@@ -57,5 +58,6 @@ class Settings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     quick: bool = False
+    graph: bool = False
     effort: Effort = FULL
     adapterhub_python: Path | None = None

@@ -59,5 +59,6 @@ def test_case(case: Case, contender: str, workshop: Workshop, benchmark: Any) ->
             way.before(1)
 
     benchmark.group = case.name
-    benchmark.pedantic(way.run, args=(0,), setup=prepare, rounds=QUICK.least, warmup_rounds=1)
+    with case.beside():
+        benchmark.pedantic(way.run, args=(0,), setup=prepare, rounds=QUICK.least, warmup_rounds=1)
     clean_up()

@@ -51,11 +51,14 @@ def sources(tmp_path_factory):
 
 
 def installed_files(sources):
-    """What has to be installed, as it lies inside of ia3rt: the code, what its types are read by, and data."""
+    """What has to be installed, as it lies inside of ia3rt: the code, what its types are read by, and data.
+
+    What was measured on some day is for the documents, and stays in the repository.
+    """
     for folder in ("ia3rt", "kernels", "bench", "examples"):
         for path in (sources / folder).rglob("*"):
-            if path.is_file():
-                inside = path.relative_to(sources / folder)
+            inside = path.relative_to(sources / folder)
+            if path.is_file() and (folder, inside.parts[0]) != ("bench", "results"):
                 yield inside if folder == "ia3rt" else Path(folder) / inside
 
 

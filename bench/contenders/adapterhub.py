@@ -58,8 +58,10 @@ class AdapterHub(Subject):  # type: ignore[misc]
         """A step."""
         return self._way("decode", worn, ids=ids)
 
-    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
-        """generate()."""
+    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int, static: bool = False) -> Way:
+        """generate(), as its own transformers does it by default."""
+        if static:
+            raise LeftOut("it is not timed with a static cache: its transformers is another")
         return self._way("generate", worn, ids=ids, tokens=tokens)
 
     def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:

@@ -11,30 +11,26 @@ import torch
 from torch import Tensor
 
 from ia3rt.bench.contenders import base, ia3rt, peft
-from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
+from ia3rt.bench.contenders.subject import LeftOut, Subject, Way, compile_each_model
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
 
 
 class Compiled(Subject):  # type: ignore[misc]
-    """A mixin: the forward is compiled when it is first called.
-
-    Each shape of a batch is compiled for itself, and all are kept: a shape that falls back to eager would be timed as
-    something that it is not.
-    """
+    """A mixin: the forward is compiled when it is first called, for each shape of a batch by itself."""
 
     def __init__(self, *made: Any) -> None:
         super().__init__(*made)
         compiler = os.environ.get("CXX", "g++")
         if next(self.model.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
             raise LeftOut(f"torch.compile needs a C++ compiler, and there is no {compiler}")
-        config: Any = torch._dynamo.config
-        config.recompile_limit = config.accumulated_recompile_limit = 1024
-        config.fail_on_recompile_limit_hit = True
+        compile_each_model()
         self.forward = torch.compile(self.model, dynamic=False)
 
-    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
+    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int, static: bool = False) -> Way:
         """Left out."""
+        if static:
+            raise LeftOut("with a static cache transformers compiles each contender's steps itself")
         raise LeftOut("generate() grows its cache, so that each step has a shape of its own to compile")
 
 

@@ -30,13 +30,7 @@ class Ia3rt(Subject):  # type: ignore[misc]
 
     def mixed(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """One forward; saying what the rows wear is measured too."""
-
-        def run(_: int) -> Tensor:
-            self._runtime.route(worn)
-            logits: Tensor = self._logits(ids)
-            return logits
-
-        return Way(run, lambda: run(0))
+        return Way.computing(lambda: self._logits(ids), first=lambda: self._runtime.route(worn))
 
     def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
         """add_adapter."""

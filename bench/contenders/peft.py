@@ -35,7 +35,7 @@ class Peft(Subject):  # type: ignore[misc]
         parts = {name: ids[positions] for name, positions in rows.items()}
         order = torch.tensor([row for positions in rows.values() for row in positions], device=ids.device).argsort()
 
-        def run(_: int) -> Tensor:
+        def each_in_turn() -> Tensor:
             pieces = []
             for name, part in parts.items():
                 self.wear((name,))
@@ -43,7 +43,7 @@ class Peft(Subject):  # type: ignore[misc]
             return torch.cat(pieces)[order]
 
         note = f"cannot mix rows: its {len(parts)} adapters run one after another"
-        return Way(run, lambda: run(0), note=note)
+        return Way.computing(each_in_turn, note=note)
 
     def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
         """add_adapter with the configuration of the first, and set_peft_model_state_dict."""

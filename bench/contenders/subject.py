@@ -30,6 +30,9 @@ class Way:
         before: called with the number of turns before each measurement, and not measured.
         after: called after each measurement, and not measured.
         note: what a reader has to know about how it is done.
+        first: what `run` does before it computes: it says what the rows wear.
+        compute: what `run` then does, and a CUDA graph can hold: it gives the device the same work each time. None
+            where no part of it is such.
     """
 
     run: Callable[[int], object]
@@ -37,6 +40,24 @@ class Way:
     before: Callable[[int], None] = lambda _: None
     after: Callable[[], None] = lambda: None
     note: str = ""
+    first: Callable[[], object] = lambda: None
+    compute: Callable[[], Tensor] | None = None
+
+    @classmethod
+    def computing(
+        cls,
+        compute: Callable[[], Tensor],
+        first: Callable[[], object] = lambda: None,
+        compared: bool = True,
+        note: str = "",
+    ) -> Way:
+        """The way that does `first`, and then computes; it is compared with the others' unless told otherwise."""
+
+        def run(_: int) -> Tensor:
+            first()
+            return compute()
+
+        return cls(run, (lambda: run(0)) if compared else None, note=note, first=first, compute=compute)
 
 
 class Subject:
@@ -92,11 +113,7 @@ class Subject:
     def prefill(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """One forward over prompts [rows, length] without a cache, for the logits of the last position."""
         self.wear(worn)
-
-        def run(_: int) -> Tensor:
-            return self._logits(ids)
-
-        return Way(run, (lambda: run(0)) if self.adapted else None)
+        return Way.computing(lambda: self._logits(ids), compared=self.adapted)
 
     def decode(self, ids: Tensor, worn: Sequence[str]) -> Way:
         """One step after prompts [rows, length]; the cache is put back to their end in each."""
@@ -110,25 +127,43 @@ class Subject:
             self.model(input_ids=ids, logits_to_keep=1, **with_cache)
         prompts = [(layer.keys, layer.values) for layer in cache.layers]
 
-        def run(_: int) -> Tensor:
+        def step() -> Tensor:
             for layer, (keys, values) in zip(cache.layers, prompts, strict=True):
                 layer.keys, layer.values = keys, values
             with torch.inference_mode():
                 logits: Tensor = self.forward(input_ids=token, **with_cache).logits
             return logits
 
-        return Way(run, (lambda: run(0)) if self.adapted else None)
+        return Way.computing(step, compared=self.adapted)
 
-    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int) -> Way:
-        """So many tokens a row by the model's own generate(), greedy."""
-        checked = self.decode(ids, worn)  # whose result depends on the cache
-        options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    def generate(self, ids: Tensor, worn: Sequence[str], tokens: int, static: bool = False) -> Way:
+        """So many tokens a row by the model's own generate(), greedy.
+
+        Args:
+            ids: prompts [rows, length].
+            worn: the adapters whose product all rows wear.
+            tokens: how many, at least two.
+            static: whether the cache is of one size throughout, so that transformers compiles the steps on a GPU.
+        """
+        options: dict[str, Any] = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
         mask = torch.ones_like(ids)
+        if static:
+            compile_each_model()
+            self.wear(worn)
+            options["cache_implementation"] = "static"
 
-        def run(_: int) -> None:
-            self.model.generate(input_ids=ids, attention_mask=mask, **options)
+        def generate(**more: Any) -> Any:
+            return self.model.generate(input_ids=ids, attention_mask=mask, **options, **more)
 
-        return Way(run, checked.result)
+        def second_step() -> Tensor:
+            """The logits after the prompts and their last tokens once more, as `decode` has them."""
+            wanted = {"output_logits": True, "return_dict_in_generate": True}
+            logits: Tensor = generate(**wanted, logits_processor=[_Always(ids[:, -1:])]).logits[1]
+            return logits
+
+        # What is compared depends on the cache, and is no token: the two largest logits may lie as close as rounding.
+        compared = second_step if static else self.decode(ids, worn).result
+        return Way(lambda _: generate(), compared if self.adapted else None)
 
     def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:
         """Wearing the product of another of `mixes` at each turn, and a forward over `then` where it is given.
@@ -211,6 +246,23 @@ class Subject:
         with torch.inference_mode():
             logits: Tensor = self.forward(input_ids=ids, use_cache=False, logits_to_keep=1).logits
         return logits
+
+
+class _Always:
+    """A logits processor that leaves each row one token to choose: int64 [rows, 1]."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, self._tokens, 0.0)
+
+
+def compile_each_model() -> None:
+    """Has torch compile each model and each shape: one that fell back to eager would be timed as what it is not."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 1024
+    config.fail_on_recompile_limit_hit = True
 
 
 def _cache_argument() -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from ia3rt.bench import markdown, readable
+from ia3rt.bench.interleaved import Timing
+from ia3rt.bench.launches.measured import UNIT, HostTime, host_times
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.profile import above, memory, scaling
 from ia3rt.bench.profile.counted import WEARINGS, Counts, Wearing, count_layers
@@ -77,6 +79,45 @@ def write_measured(file: Path, results: Sequence[Result]) -> None:
                 plots.setdefault(f"{name}-{result.model.partition(',')[0]}-{result.dtype}.svg", drawn)
     for file_name, drawn in plots.items():
         (folder / file_name).write_bytes(drawn)
+
+
+def write_switching(file: Path, result: Result) -> None:
+    """Writes the table of a run of the suite switch."""
+    markdown.replace(file, "switching", times_table(result))
+
+
+def write_launching(file: Path) -> None:
+    """Times launches, and writes the table."""
+    markdown.replace(file, "launching", launching_table(*host_times()))
+
+
+def launching_table(unit: float, times: Sequence[HostTime]) -> str:
+    """This machine, and a row for each operation."""
+    head = readable.ran(f"{UNIT}(x, y) on 16 numbers: {unit:.2f} µs", machine(), versions())
+    rows = []
+    for time in times:
+        numbers = time.microseconds, time.units, time.op_microseconds, time.op_units
+        rows.append((time.operation, str(time.launches), *(f"{number:.2f}" for number in numbers)))
+    header = ("one row, bfloat16", "launches", "µs", f"× {UNIT}", "public op, µs", f"× {UNIT}")
+    return "\n\n".join((head, str(markdown.table(header, rows))))
+
+
+def times_table(result: Result) -> str:
+    """A run's machine, and a row for each case: the contenders' times, and their ratios to the first."""
+    head = readable.ran(f"{result.model}, {result.dtype}: `{result.command}`", result.machine, result.versions)
+    reference, *others = result.contenders
+    rows = []
+    for case in result.cases:
+        measured = {each.contender: each for each in case.measurements}
+        times = (_spread(measured[name].taken) if name in measured else "" for name in result.contenders)
+        ratios = (readable.cell(measured[name], case.control) if name in measured else "" for name in others)
+        rows.append((case.name, *times, *ratios, readable.control(case.control)))
+    header = ("case", *result.contenders, *(f"{name} × {reference}" for name in others), "control")
+    return "\n\n".join((head, str(markdown.table(header, rows))))
+
+
+def _spread(taken: Timing) -> str:
+    return f"{readable.seconds(taken.p50)} ({readable.seconds(taken.p20)} … {readable.seconds(taken.p80)})"
 
 
 def measured_table(result: Result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +49,7 @@ class Case:
         references: which contender ratios are to: the first of these that is there; none without any.
         work: how many of `unit` one run does; None where a rate says nothing.
         unit: what they are; "bytes" where the ways are values.
+        beside: the context in which the ways are timed, with what else the machine does meanwhile.
     """
 
     what: str
@@ -56,6 +58,7 @@ class Case:
     references: Sequence[str] = UNADAPTED_FIRST
     work: int | None = None
     unit: str = "s"
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ class Suite:
         cases: makes the cases; is told whether only the quick ones are wanted.
         x: the parameter along the axis of its plots.
         wants: says why a device is of no use for it; None where it is.
+        in_graph: makes of a case the one that `--graph` adds after it; None where it adds none.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Suite:
     cases: Callable[[bool], Iterator[Case]]
     x: str
     wants: Callable[[torch.device], str | None] = lambda _: None
+    in_graph: Callable[[Case], Case] | None = None
 
 
 def by_subject(

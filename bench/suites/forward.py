@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ia3rt.bench.suites.case import Case, Suite, by_subject
+from ia3rt.bench.suites.graphs import in_graph
 
 
 def _cases(quick: bool) -> Iterator[Case]:
@@ -19,4 +20,10 @@ def _case(what: str, rows: int, length: int, tokens: int) -> Case:
     return Case(what, {"rows": rows, "length": length}, ways, work=tokens, unit="tokens")
 
 
-SUITE = Suite("forward", "A forward over prompts (prefill), and the step after them (decode).", _cases, x="rows")
+SUITE = Suite(
+    "forward",
+    "A forward over prompts (prefill), and the step after them (decode).",
+    _cases,
+    x="rows",
+    in_graph=in_graph,
+)

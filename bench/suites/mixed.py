@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ia3rt.bench.suites.case import Case, Suite, by_subject
+from ia3rt.bench.suites.graphs import in_graph
 
 POPULARITY = ("identical", "distinct", "uniform", "zipf")
 
@@ -47,4 +48,5 @@ SUITE = Suite(
     "knows one adapter for all rows, so it runs the rows of each adapter one after another.",
     _cases,
     x="rows",
+    in_graph=in_graph,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site, SiteKey
 
 
@@ -134,13 +135,14 @@ class Bank:
                     f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected {site.width} "
                     "numbers. It was made for a model of another size"
                 )
-        pieces = []
-        for site in self.all_sites(vectors):
-            pieces.append(
-                vectors[site].detach().reshape(-1).float().cpu() if site in vectors else torch.ones(site.width)
-            )
-        row = torch.cat(pieces)
-        if not row.to(self.table.dtype).isfinite().all():
+        sites = self.all_sites(vectors)
+        row = torch.empty(sum(site.width for site in sites))
+        for site, columns in zip(sites, torch.split(row, [site.width for site in sites]), strict=True):
+            if site in vectors:
+                columns.copy_(vectors[site].detach().reshape(-1))
+            else:
+                columns.fill_(1.0)
+        if not all(piece.to(self.table.dtype).isfinite().all() for piece in pieces(row)):
             for site, vector in vectors.items():
                 if not vector.isfinite().all():
                     raise ValueError(
@@ -168,7 +170,11 @@ class Bank:
         if len(sites) > len(self.sites) or not self._free:
             self._grow(sites)
         index = self._free.pop()
-        self.table[index].copy_(row)
+        if self.table.is_cpu:
+            for piece, numbers in zip(pieces(self.table[index]), pieces(row), strict=True):
+                piece.copy_(numbers)
+        else:
+            self.table[index].copy_(row)
         self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}))
         return self.adapters[name]
 

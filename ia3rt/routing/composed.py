@@ -10,12 +10,9 @@ from torch import Tensor
 
 from ia3rt import reference
 from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site
 from ia3rt.routing.staging import Staging
-
-# torch shares elementwise work between threads from 32,768 numbers on, and then each waits for all: where other
-# processes keep the cores busy that takes a time slice of theirs, a thousand times as long as copying a row does.
-_PIECE = 32_704
 
 
 class ComposedMixes:
@@ -73,9 +70,9 @@ class ComposedMixes:
         count = len(mixes) if rows is None else len(rows)
         if bank.table is not self._table or count != len(self._buffer):
             self._table = bank.table
-            self._columns = _pieces(bank.table)
+            self._columns = pieces(bank.table)
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
-            self._rows = [_pieces(row) for row in self._buffer]
+            self._rows = [pieces(row) for row in self._buffer]
             self._index = torch.empty(count, dtype=torch.int32, device=bank.table.device)
             self._staging = None if bank.table.is_cpu else Staging(count, bank.table.device)
             shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
@@ -85,7 +82,7 @@ class ComposedMixes:
                 _compose_into(out, self._columns, mix)
             return
         composed = self._buffer.new_empty(len(mixes), bank.total_width)
-        distinct = [_pieces(row) for row in composed]
+        distinct = [pieces(row) for row in composed]
         for out, mix in zip(distinct, mixes, strict=True):
             _compose_into(out, self._columns, mix)
         if self._staging is not None:
@@ -103,11 +100,6 @@ class ComposedMixes:
         self._starts = tuple(accumulate(widths[:-1], initial=0))
         self._ends = tuple(accumulate(widths))
         self._scales = torch.split(whole, widths, dim=-1)
-
-
-def _pieces(whole: Tensor) -> tuple[Tensor, ...]:
-    """Pieces of rows, [..., numbers], that no threads share on a CPU; the whole elsewhere, where each is a launch."""
-    return torch.split(whole, _PIECE, dim=-1) if whole.is_cpu else (whole,)
 
 
 def _compose_into(out: Sequence[Tensor], columns: Sequence[Tensor], mix: ResolvedMix) -> None:
@@ -134,7 +126,7 @@ def _compose_into(out: Sequence[Tensor], columns: Sequence[Tensor], mix: Resolve
 def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
     """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
     row = torch.empty(bank.total_width, device=bank.table.device)
-    _compose_into(_pieces(row), _pieces(bank.table), mix)
+    _compose_into(pieces(row), pieces(bank.table), mix)
     acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
     vectors = zip(bank.sites.values(), torch.split(row, bank.widths), strict=True)
     return {site: vector for site, vector in vectors if site in acts}

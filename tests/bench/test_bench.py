@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,23 @@ def test_a_ratio_that_varies_too_much_is_noise() -> None:
     assert measured["ia3rt"].is_noise and not measured["steady"].is_noise
 
 
+def test_what_goes_on_beside_a_case_does_so_while_it_is_timed(workshop: Workshop) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def beside():
+        seen.append("begins")
+        yield
+        seen.append("ends")
+
+    def ways(*_: object) -> Ways:
+        seen.append("made")
+        return Ways({"base": Way(lambda _: seen.append("timed"), lambda: seen.append("compared") or torch.ones(1))})
+
+    run_case("any", Case("any", {"n": 1}, ways, beside=beside), workshop)
+    assert list(dict.fromkeys(seen)) == ["made", "compared", "begins", "timed", "ends"] and seen[-1] == "ends"
+
+
 def test_short_runs_are_repeated_within_a_sample() -> None:
     measured = FakeMachine().measure({"base": 1e-4, "ia3rt": 1.0}, Effort(least=3, most=3, seconds=0, sample=0.01))
     assert (measured["base"].turns, measured["ia3rt"].turns) == (100, 1)
@@ -414,6 +432,7 @@ def test_cases_by_name() -> None:
         (["--dtype", "float8"], ["--dtype", "'float8'", "bfloat16"]),
         (["--adapterhub-python", "/nowhere/python"], ["--adapterhub-python", "/nowhere/python"]),
         (["kernels", "--device", "cpu"], ["SUITE", "GPU"]),
+        (["forward", "--graph", "--device", "cpu"], ["--graph", "need a CUDA GPU", "this run is on cpu", "leave"]),
         (["forward", "--cases", "decode 1*"], ["--cases", "'decode 1*'", "'decode rows=1 length=128'"]),
     ],
 )
@@ -429,6 +448,6 @@ def test_a_useless_budget(tmp_path: Path) -> None:
 
 def test_help_is_quick_and_names_everything() -> None:
     output = bench("--help").output
-    for name in [*SUITES, *CONTENDERS, "compare", "--budget"]:
+    for name in [*SUITES, *CONTENDERS, "compare", "--budget", "--graph"]:
         assert name in output
     assert OURS[0] in output

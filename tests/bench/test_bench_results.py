@@ -21,7 +21,7 @@ from ia3rt.bench import budget as budgets
 from ia3rt.bench import readable, terminal
 from ia3rt.bench.budget import Rule, check, read_budget
 from ia3rt.bench.compare import compare
-from ia3rt.bench.profile.document import measured_table
+from ia3rt.bench.profile.document import measured_table, times_table
 from ia3rt.bench.report import svg, write_html
 from ia3rt.bench.result import CaseResult, Measurement, Result, read_json, write_csv, write_json
 from ia3rt.bench.suites.registry import SUITES
@@ -284,6 +284,14 @@ def test_a_documents_table_has_the_control() -> None:
     assert "`ia3rt bench forward --against base,ia3rt`" in table
     row = "| forward: decode rows=1 length=8 | 2.00 |"
     assert f"{row} 1.20 | 1.040 (± 0.040) |" in table and f"{row} 0.970 ° | 1.040 (± 0.040) |" in table
+
+
+def test_a_table_of_times_has_the_ratios_beside_them() -> None:
+    table = times_table(result(controlled(1.2, 1.04), command="ia3rt bench switch --out a/folder"))
+    assert "`ia3rt bench switch`" in table
+    assert "| case | base | peft | ia3rt | peft × base | ia3rt × base | control |" in table
+    row = table.splitlines()[-1]
+    assert row.startswith("| decode rows=1 length=8 | 1.00 s (") and row.endswith("| 2.00 | 1.20 | 1.040 (± 0.040) |")
 
 
 def test_a_result_without_controls_is_read(tmp_path) -> None:

@@ -41,6 +41,8 @@ whole = torch.ones(bank.total_width)
 print(parallel_regions(lambda: whole.mul_(1.5)))
 print(sum(parallel_regions(lambda: routing.wear(Route((mix,)))) for mix in mixes))
 print(parallel_regions(lambda: routing.wear(Route.by_row([*mixes, *mixes]))))
+vectors = {site: torch.rand(site.width) for site in sites[1:]}
+print(parallel_regions(lambda: (bank.add("d", vectors), bank.remove("d"))))
 """
 
 
@@ -50,6 +52,6 @@ def test_switching_waits_for_no_other_thread() -> None:
     environment |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # threads sleep at once, so that it is seen
     run = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
-    shared, switched, routed = map(int, run.stdout.split())
+    shared, switched, routed, added = map(int, run.stdout.split())
     assert shared >= 10, "an operation that torch shares between threads was not seen"
-    assert switched == routed == 0
+    assert switched == routed == added == 0
