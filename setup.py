@@ -54,6 +54,7 @@ setup(
         "ia3rt.bench.profile",
         "ia3rt.bench.serving",
         "ia3rt.bench.suites",
+        "ia3rt.bench.tuning",
         "ia3rt.examples",
     ],
     package_dir={"ia3rt.kernels": "kernels", "ia3rt.bench": "bench", "ia3rt.examples": "examples"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,11 +20,13 @@ from ia3rt.bench.serving import tables as serving_tables
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.shapes import SHAPES
 from ia3rt.bench.terminal import print_result, shown_progress
-from ia3rt.bench.tune import linear_shapes, measure_on
-from ia3rt.bench.tune import tune as find_best
+from ia3rt.bench.tuning import ahead
+from ia3rt.bench.tuning.registry import OPERATIONS
+from ia3rt.bench.tuning.search import measure_on
+from ia3rt.bench.tuning.search import tune as find_best
 from ia3rt.cli.errors import errors_in_a_line
 from ia3rt.kernels.configs import arch_of, processors_of
-from ia3rt.kernels.tuned import LinearConfig, LinearShape, write_linear_configs
+from ia3rt.kernels.tuned import ROWS, write_configs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -118,25 +120,32 @@ def layers(
 def tune(
     shape: Annotated[list[str], typer.Option(help="A model's widths; may be repeated.")] = ["llama-3-8b"],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    operation: Annotated[list[str], typer.Option(help="Only this one; may be repeated.")] = list(OPERATIONS),  # noqa: B006
 ) -> None:
     """Measure block sizes on this GPU, and write what beats the defaults where the kernels read it."""
     device = _gpu()
-    card = torch.cuda.get_device_name(device)
-    table = Table(title=f"{card}, {dtype}", box=None, header_style="bold")
-    for title in ("rows", "N", "K", "layers", "mixes", "× default", "config"):
-        table.add_column(title, justify="left" if title in ("mixes", "config") else "right")
-    shapes = [problem for name in shape for problem in linear_shapes(SHAPES[name], getattr(torch, dtype))]
-    better: dict[LinearShape, LinearConfig | None] = {}
-    for problem, config, share in track(
-        find_best(shapes, measure_on(device), arch_of(device), processors_of(device)), "measuring", len(shapes)
-    ):
-        mixes = "a row" if problem.per_row else "one"
-        sizes = (problem.rows, problem.N, problem.K, problem.layers)
-        table.add_row(*map(str, sizes), mixes, f"{share:.3f}", "torch" if config is None else str(config))
-        if share < 1:
-            better[problem] = config
-    Console().print(table)
-    print(f"{len(better)} of {len(shapes)} are better than the defaults: {write_linear_configs(card, better)}")
+    card, arch, processors = torch.cuda.get_device_name(device), arch_of(device), processors_of(device)
+    problems = {
+        name: [each for width in shape for each in OPERATIONS[name].shapes(SHAPES[width], getattr(torch, dtype), ROWS)]
+        for name in operation
+    }
+    work = ahead.tasks([(name, each) for name, shapes in problems.items() for each in shapes], arch, processors)
+    failed = [error for error in track(ahead.build(work, arch, processors), "building", len(work)) if error]
+    for error in failed:
+        print(f"not built: {error}")
+    better: dict[str, dict[Any, Any]] = {}
+    for name, shapes in problems.items():
+        table = Table("shape", "× default", "config", title=f"{name}: {card}, {dtype}", box=None, header_style="bold")
+        found = find_best(OPERATIONS[name], shapes, measure_on(device), arch, processors)
+        for problem, config, share in track(found, f"measuring {name}", len(shapes)):
+            words = ", ".join(f"{key} {value}" for key, value in problem._asdict().items() if key != "dtype")
+            table.add_row(words, f"{share:.3f}", "torch" if config is None else str(config))
+            if share < 1:
+                better.setdefault(name, {})[problem] = config
+        Console().print(table)
+        print(
+            f"{len(better.get(name, {}))} of {len(shapes)} are better than the defaults: {write_configs(card, better)}"
+        )
 
 
 def _gpu() -> torch.device:

@@ -22,9 +22,10 @@ from ia3rt.kernels.attention_configs import attention_config
 from ia3rt.kernels.attention_decode import decode, splits_of
 from ia3rt.kernels.attention_inputs import Inputs
 from ia3rt.kernels.attention_tile import attend, finish
-from ia3rt.kernels.configs import arch_of, processors_of
+from ia3rt.kernels.configs import arch_of, card_of, processors_of
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
+from ia3rt.kernels.tuned import AttentionConfig
 
 
 @triton.jit(do_not_specialize=[*ROUTING, "stride_table", "Sq", "Skv", "window"])
@@ -102,6 +103,7 @@ def attention(
     window: int | None,
     softcap: float | None,
     out: tuple[Tensor, Tensor] | None = None,
+    config: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return o [B, Sq, Hq, D] in q.dtype and each row's logsumexp in base 2, fp32 [B, Hq, Sq].
 
@@ -121,6 +123,7 @@ def attention(
         window: how many keys back a query sees, itself included; not causal, as many ahead too. None for all.
         softcap: scores become softcap · tanh(score / softcap); None for no cap.
         out: both results, contiguous; made where None.
+        config: block sizes; chosen by shape and device where None.
 
     """
     B, Hq, Sq, D = q.shape
@@ -133,7 +136,7 @@ def attention(
     packs = Sq * heads <= 64
     rows = Sq * heads if packs else Sq
     group = heads if packs else 1
-    config = attention_config(
+    config = config or attention_config(
         rows,
         D,
         q.dtype,
@@ -142,6 +145,7 @@ def attention(
         heads=B * Hq // group,
         masked=mask is not None,
         plain=mask is None and ranges is None and table is None and window is None and softcap is None,
+        card=card_of(q.device),
     )
     grid = (triton.cdiv(Sq * group, config.block_m), B * Hq // group)
     inputs = Inputs.of(q, k, v, mask, ranges, table, scale, softcap)

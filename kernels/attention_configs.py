@@ -1,33 +1,32 @@
 """Block sizes of the attention kernels, by shape, dtype and architecture, as in configs.py."""
 
-from dataclasses import dataclass
-
 import torch
 
 from ia3rt.kernels.configs import DESCRIPTOR_ARCHS
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How an attention kernel is built: rows and keys of a tile."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def build_options(self) -> dict[str, int]:
-        """Return the kernel's constants and Triton's options."""
-        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+from ia3rt.kernels.tuned import AttentionConfig, AttentionShape, dtype_name, rounded_rows, tuned_configs
 
 
 def attention_config(
-    rows: int, D: int, dtype: torch.dtype, arch: str, processors: int, *, heads: int, masked: bool, plain: bool
+    rows: int,
+    D: int,
+    dtype: torch.dtype,
+    arch: str,
+    processors: int,
+    *,
+    heads: int,
+    masked: bool,
+    plain: bool,
+    card: str | None = None,
 ) -> AttentionConfig:
     """Return the config of attention_kernel for `heads` blocks of `rows` query rows of D numbers.
 
-    `masked` says that there is a mask tensor; `plain` that nothing but a causal mask says who sees whom.
+    `masked` says that there is a mask tensor; `plain` that nothing but a causal mask says who sees whom. Of
+    these, what was measured on `card` comes before the defaults.
     """
+    if card is not None and plain and rows > 64:
+        tuned = tuned_configs(card, "attention").get(AttentionShape(rounded_rows(rows), heads, D, dtype_name(dtype)))
+        if tuned is not None:
+            return tuned
     block_d = max(16, 1 << (D - 1).bit_length())
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
     large = arch in DESCRIPTOR_ARCHS

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ia3rt.kernels.tuned import LinearConfig, LinearShape, dtype_name, linear_configs, rounded_rows
+from ia3rt.kernels.tuned import (
+    GateUpShape,
+    LinearConfig,
+    LinearShape,
+    dtype_name,
+    linear_configs,
+    rounded_rows,
+    tuned_configs,
+)
 
 
 @dataclass(frozen=True)
@@ -215,13 +223,19 @@ def gate_up_config(
     per_row: bool,
     two_mixes: bool,
     descriptors: bool,
+    card: str | None = None,
 ) -> LinearConfig | None:
     """Return the config of gate_up.py's kernel for x [rows, K] and y [rows, N]; None where torch multiplies better.
 
     That is so for many rows of fp32, as in linear_config. `gated` says that there are two sums, whose accumulators
     share the registers, and whose weights share the memory; `two_mixes` that a tile wears two mixes at most, and not
-    one because all rows do; `per_row` and `descriptors` are linear_config's.
+    one because all rows do; `per_row`, `descriptors` and `card` are linear_config's.
     """
+    shape = GateUpShape(rounded_rows(rows), N, K, dtype_name(dtype), gated, per_row, descriptors)
+    if card is not None and shape in tuned_configs(card, "gate_up"):
+        tuned: LinearConfig | None = tuned_configs(card, "gate_up")[shape]
+        # It was measured with one mix, whose scale takes fewer registers than two.
+        return replace(tuned, piece=min(32, tuned.piece)) if tuned is not None and two_mixes and gated else tuned
     if dtype == torch.float32 and rows > 64:
         return None
     if rows <= 64 or N % 16 or K % 16:
@@ -239,7 +253,7 @@ def gate_up_config(
         return LinearConfig(128, 64 if gated else 128, block_k, 8, 8, 2 if arch.startswith("gfx") else stages, piece)
     if per_row:
         num_warps = 8 if gated or arch == "sm_90" else 4  # as in linear_config; one sum leaves four the registers
-        config = LinearConfig(128, 128, 64, 8, num_warps, 3, piece=16, resident=1)
+        config = LinearConfig(128, 128, 64, 8, num_warps, 3, piece=8 if gated else 16, resident=1)
         # As in _persistent_config: on an H100 the kernel took 1.15 times as long as what it replaces.
         return None if arch == "sm_90" and config.tiles(rows, N) > processors else config
     # Two programs fit a processor where one sum leaves them the registers.

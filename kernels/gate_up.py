@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.activation import activation
-from ia3rt.kernels.configs import arch_of, gate_up_config, processors_of
+from ia3rt.kernels.configs import arch_of, card_of, gate_up_config, processors_of
 from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors, gate_up_tma
 from ia3rt.kernels.launch import run
@@ -162,6 +162,7 @@ def plan(x: Tensor, gate: Tensor, up: Tensor | None, y: Tensor, routing: Routing
         per_row=routing.per_row,
         two_mixes=routing.two_mixes(TALLEST),
         descriptors=fits_descriptors(x, gate, up, y),
+        card=card_of(x.device),
     )
     return config
 

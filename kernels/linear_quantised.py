@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.configs import arch_of, processors_of
+from ia3rt.kernels.configs import arch_of, card_of, processors_of
 from ia3rt.kernels.dequantise import dequantise
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.linear import multiply
@@ -152,13 +152,9 @@ def linear_quantised(
         x = scale(x, l_in, mixes, route)
     routing = Routing.of(mixes, route, M)
     config = config or plan(x, N, kind, group_size, routing.per_row, groups is not None)
-    layout = kind.removesuffix("_v2")
-    if kind == "fp8":
-        weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(x.device)) else "fp8_bits"
     if config is None:
-        dense = dequantise(weight, scales, zeros, groups, layout, kind == "gptq", group_size, K, x.dtype)
-        multiply(x, [Layer(dense, None if bias is None else bias.to(x.dtype), l_out)], [y], mixes, route)
-        return y
+        return dequantised(x, weight, scales, zeros, groups, bias, None, l_out, mixes, route, kind, group_size, y)
+    weight, layout = _laid_out(weight, kind)
     splits = config.splits
     partials = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
     run(
@@ -191,6 +187,38 @@ def linear_quantised(
     return y
 
 
+def dequantised(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    groups: Tensor | None,
+    bias: Tensor | None,
+    l_in: Tensor | None,
+    l_out: Tensor | None,
+    mixes: Tensor,
+    route: Tensor,
+    kind: str,
+    group_size: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the same, of W dequantised into memory of its own, for torch to multiply; scales are passes too."""
+    y = x.new_empty((x.shape[0], scales.shape[-1])) if out is None else out
+    if l_in is not None:
+        x = scale(x, l_in, mixes, route)
+    stored, layout = _laid_out(weight, kind)
+    dense = dequantise(stored, scales, zeros, groups, layout, kind == "gptq", group_size, x.shape[1], x.dtype)
+    multiply(x, [Layer(dense, None if bias is None else bias.to(x.dtype), l_out)], [y], mixes, route)
+    return y
+
+
+def _laid_out(weight: Tensor, kind: str) -> tuple[Tensor, str]:
+    """Return a stored weight as the kernels read it, and how it is packed."""
+    if kind == "fp8":
+        return weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(weight.device)) else "fp8_bits"
+    return weight, kind.removesuffix("_v2")
+
+
 def plan(x: Tensor, N: int, kind: str, group_size: int, per_row: bool, act_order: bool) -> LinearConfig | None:
     """Return the config of a launch for x [M, K] and y [M, N]; None to dequantise before. The rest is the config's."""
     config: LinearConfig | None = linear_quantised_config(
@@ -204,6 +232,7 @@ def plan(x: Tensor, N: int, kind: str, group_size: int, per_row: bool, act_order
         group_size,
         per_row=per_row,
         act_order=act_order,
+        card=card_of(x.device),
     )
     return config
 

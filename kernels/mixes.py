@@ -85,15 +85,12 @@ class Routing(NamedTuple):
 class Mix(NamedTuple):
     """What is read of the mix table once a tile, inside a kernel: loads that wait for each other."""
 
-    entries: Tensor
-    """Where each mix's ids begin: pointers [rows], or [1] where the rows wear one mix; so the others, too."""
-    is_product: Tensor
+    begin: Tensor
+    """Where each mix's ids begin in the table: int32 [rows], or [1] where the rows wear one mix; so the others, too."""
+    mode: Tensor
     length: Tensor
     most: Tensor
     """The largest length."""
-    first_id: Tensor
-    """The first adapter, int64: a large bank has more than 2**31 numbers."""
-    first_weight: Tensor
 
 
 class Worn(NamedTuple):
@@ -107,6 +104,7 @@ class Worn(NamedTuple):
     has_other: bool | Tensor
     """Whether any row does."""
     mix_size: int
+    mixes: Tensor
 
 
 def mix_size(mixes: Tensor) -> int:
@@ -117,13 +115,10 @@ def mix_size(mixes: Tensor) -> int:
 @triton.jit
 def _mix(index, routing):
     """Read what is at these places of the route."""
-    entries = routing.mixes + tl.load(routing.route + index) * (2 + 2 * routing.mix_size)
-    is_product = tl.load(entries) == 0
-    length = tl.load(entries + 1)
-    entries += 2
-    first_id = tl.load(entries, mask=length > 0, other=0).to(tl.int64)
-    first_weight = tl.load(entries + routing.mix_size, mask=length > 0, other=0).to(tl.float32, bitcast=True)
-    return Mix(entries, is_product, length, tl.max(length, axis=0), first_id, first_weight)
+    begin = tl.load(routing.route + index) * (2 + 2 * routing.mix_size) + 2
+    mode = tl.load(routing.mixes + begin - 2)
+    length = tl.load(routing.mixes + begin - 1)
+    return Mix(begin, mode, length, tl.max(length, axis=0))
 
 
 @triton.jit
@@ -135,7 +130,7 @@ def worn_by(rows, routing):
         # Rows past the end wear the last row's mix: a valid slot, which adds no step to the loop over adapters.
         index = tl.minimum(rows, routing.rows - 1) // routing.rows_per_mix
     mix = _mix(index, routing)
-    return Worn(mix, mix, tl.full([1], False, tl.int1), False, routing.mix_size)
+    return Worn(mix, mix, tl.full([1], False, tl.int1), False, routing.mix_size, routing.mixes)
 
 
 @triton.jit
@@ -147,9 +142,24 @@ def worn_by_tile(row, routing, BLOCK_M: tl.constexpr, TWO_MIXES: tl.constexpr):
         last = (min(row + BLOCK_M, routing.rows) - 1) // routing.rows_per_mix
         wears_other = rows >= (index + 1) * routing.rows_per_mix
         one = tl.arange(0, 1)
-        return Worn(_mix(index + one, routing), _mix(last + one, routing), wears_other, last > index, routing.mix_size)
+        return Worn(
+            _mix(index + one, routing),
+            _mix(last + one, routing),
+            wears_other,
+            last > index,
+            routing.mix_size,
+            routing.mixes,
+        )
     else:
         return worn_by(rows, routing)
+
+
+@triton.jit
+def _adapter(mix, worn, j):
+    """Return the bank's row and the weight of adapter j of each mix; zeros where a mix is shorter."""
+    place = worn.mixes + mix.begin + j
+    ids = tl.load(place, mask=j < mix.length, other=0).to(tl.int64)  # a large bank has more than 2**31 numbers
+    return ids, tl.load(place + worn.mix_size, mask=j < mix.length, other=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -157,19 +167,18 @@ def _fold(s, live, mix, ids, weights, site, cols, in_width):
     """Fold one adapter of each mix into s. A mix that has none is left as it is, and loads nothing."""
     l_rows = (site.l + ids * site.stride)[:, None] + cols[None, :]
     l_j = tl.load(l_rows, mask=live[:, None] & in_width[None, :], other=1.0).to(tl.float32)
-    return tl.where(mix.is_product[:, None], s * l_j, s + weights[:, None] * l_j)
+    return tl.where((mix.mode == 0)[:, None], s * l_j, s + weights[:, None] * l_j)
 
 
 @triton.jit
-def _scale_of(mix, mix_size, site, cols, in_width):
+def _scale_of(mix, worn, site, cols, in_width):
     """Return s of these mixes, fp32 [mixes, cols]."""
-    s = tl.where(mix.is_product, 1.0, 0.0)[:, None] + tl.zeros([1, cols.shape[0]], tl.float32)
-    ids, weights = mix.first_id, mix.first_weight
+    s = tl.where(mix.mode == 0, 1.0, 0.0)[:, None] + tl.zeros([1, cols.shape[0]], tl.float32)
+    # Loaded a step before they are needed. And such a loop the compiler leaves as short as it is.
+    ids, weights = _adapter(mix, worn, 0)
     for j in range(mix.most):
         s = _fold(s, j < mix.length, mix, ids, weights, site, cols, in_width)
-        more = j + 1 < mix.length
-        ids = tl.load(mix.entries + j + 1, mask=more, other=0).to(tl.int64)
-        weights = tl.load(mix.entries + mix_size + j + 1, mask=more, other=0).to(tl.float32, bitcast=True)
+        ids, weights = _adapter(mix, worn, j + 1)
     return s
 
 
@@ -179,19 +188,19 @@ def mixed_scale(site, worn, cols, width):
 
     Columns past `width` are undefined.
     """
-    return _scale_of(worn.mix, worn.mix_size, site, cols, cols < width)
+    return _scale_of(worn.mix, worn, site, cols, cols < width)
 
 
 @triton.jit
 def scaled(acc, site, worn, cols, width):
     """Return s ∘ acc, for acc fp32 [rows, len(cols)] of a tile, which may be one of two mixes."""
-    s = _scale_of(worn.mix, worn.mix_size, site, cols, cols < width)
+    s = _scale_of(worn.mix, worn, site, cols, cols < width)
     if worn.wears_other.shape[0] > 1:
         # One after the other, and the second where there is one: sequences are longer than tiles, most of which wear
         # one mix, and beside the accumulator the registers hold one vector more.
         acc *= tl.where(worn.wears_other[:, None], 1.0, s)
         if worn.has_other:
-            other = _scale_of(worn.other, worn.mix_size, site, cols, cols < width)
+            other = _scale_of(worn.other, worn, site, cols, cols < width)
             acc *= tl.where(worn.wears_other[:, None], other, 1.0)
     else:
         acc *= s

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from ia3rt.kernels.configs import splits_for
-from ia3rt.kernels.tuned import LinearConfig
+from ia3rt.kernels.tuned import LinearConfig, QuantisedShape, dtype_name, rounded_rows, tuned_configs
 
 INT4_STEP = 32
 """The shortest step along K for int4, whose nibbles are joined to neighbours along K.
@@ -29,16 +29,21 @@ def linear_quantised_config(
     *,
     per_row: bool,
     act_order: bool = False,
+    card: str | None = None,
 ) -> LinearConfig | None:
     """Return the config of linear_quantised.py's kernel for x [rows, K] and y [rows, N]; None to dequantise before.
 
     Many rows are that on sm_90: the kernel took 1.6 to 7 times as long as a matmul in bf16, and a pass over W and
     torch's matmul are to take 1.1 to 1.9. In fp32 torch multiplies many rows faster, as in linear_config. `act_order`
-    says that each number along K has a group of its own.
+    says that each number along K has a group of its own. What was measured on `card` comes before that.
 
     A step along K is no longer than a group, so that each needs one row of scales, where a group has at least 16; but
     of int4 it has at least INT4_STEP.
     """
+    shape = QuantisedShape(rounded_rows(rows), N, K, dtype_name(dtype), kind, group_size, per_row)
+    if card is not None and not act_order and shape in tuned_configs(card, "linear_quantised"):
+        tuned: LinearConfig | None = tuned_configs(card, "linear_quantised")[shape]
+        return tuned
     if rows > 64 and (arch == "sm_90" or dtype == torch.float32):
         return None
     stages = 2 if arch.startswith("gfx") else 3

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,6 +75,57 @@ class LinearShape(NamedTuple):
     """1, or 2 where one launch computes two layers."""
 
 
+class GateUpShape(NamedTuple):
+    """What gate_up.py's config is chosen by."""
+
+    rows: int
+    """One of ROWS."""
+    N: int
+    K: int
+    dtype: str
+    gated: bool
+    per_row: bool
+    descriptors: bool
+
+
+class QuantisedShape(NamedTuple):
+    """What linear_quantised.py's config is chosen by."""
+
+    rows: int
+    """One of ROWS."""
+    N: int
+    K: int
+    dtype: str
+    kind: str
+    group_size: int
+    per_row: bool
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How an attention kernel is built: rows and keys of a tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def build_options(self) -> dict[str, int]:
+        """Return the kernel's constants and Triton's options."""
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+class AttentionShape(NamedTuple):
+    """What the config of a prefill's attention is chosen by, where nothing but a causal mask says who sees whom."""
+
+    rows: int
+    """One of ROWS."""
+    heads: int
+    """Query heads of all sequences."""
+    D: int
+    dtype: str
+
+
 def rounded_rows(rows: int) -> int:
     """Return the number of rows whose config `rows` rows have."""
     return next((bound for bound in ROWS if rows <= bound), ROWS[-1])
@@ -90,29 +141,46 @@ def file_of(card: str) -> Path:
     return FOLDER / f"{''.join(c if c.isalnum() else '_' for c in card)}.json"
 
 
+SHAPES: dict[str, tuple[type[Any], type[Any]]] = {
+    "linear": (LinearShape, LinearConfig),
+    "gate_up": (GateUpShape, LinearConfig),
+    "linear_quantised": (QuantisedShape, LinearConfig),
+    "attention": (AttentionShape, AttentionConfig),
+}
+"""By operation, what its configs are chosen by, and what they are."""
+
+
 @functools.cache
-def linear_configs(card: str) -> Mapping[LinearShape, LinearConfig | None]:
-    """Return what was measured on a card; None stands for torch's own matmul."""
+def tuned_configs(card: str, operation: str) -> Mapping[Any, Any]:
+    """Return what was measured on a card, by shape; None stands for torch's own matmul. A file may lack operations."""
     file = file_of(card)
-    if not file.exists():
-        return {}
-    entries = json.loads(file.read_text("utf-8"))["linear"]
+    entries = json.loads(file.read_text("utf-8")).get(operation, []) if file.exists() else []
+    shape_of, config_of = SHAPES[operation]
     return {
-        LinearShape(**entry["shape"]): None if entry["config"] is None else LinearConfig(**entry["config"])
+        shape_of(**entry["shape"]): None if entry["config"] is None else config_of(**entry["config"])
         for entry in entries
     }
 
 
-def write_linear_configs(card: str, configs: Mapping[LinearShape, LinearConfig | None]) -> Path:
-    """Add configs to a card's file, or replace those for the same shapes."""
-    merged = {**linear_configs(card), **configs}
-    entries = [
-        {"shape": shape._asdict(), "config": None if config is None else asdict(config)}
-        for shape, config in sorted(merged.items())
-    ]
+def linear_configs(card: str) -> Mapping[LinearShape, LinearConfig | None]:
+    """Return what was measured of linear layers on a card."""
+    return tuned_configs(card, "linear")
+
+
+def write_configs(card: str, configs: Mapping[str, Mapping[Any, Any]]) -> Path:
+    """Add configs, by operation and shape, to a card's file, or replace those for the same shapes."""
+    parts = [f'{{"card": {json.dumps(card)}']
+    for operation in SHAPES:
+        merged = {**tuned_configs(card, operation), **configs.get(operation, {})}
+        entries = [
+            {"shape": shape._asdict(), "config": None if config is None else asdict(config)}
+            for shape, config in sorted(merged.items(), key=lambda item: item[0])
+        ]
+        if entries:
+            lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+            parts.append(f'"{operation}": [\n{lines}\n]')
     file = file_of(card)
     file.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
-    file.write_text(f'{{"card": {json.dumps(card)}, "linear": [\n{lines}\n]}}\n', "utf-8")
-    linear_configs.cache_clear()
+    file.write_text(", ".join(parts) + "}\n", "utf-8")
+    tuned_configs.cache_clear()
     return file

@@ -6,6 +6,7 @@ their specialisation and options are the shipped ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,12 +74,12 @@ class _Utils:
 
 
 class Builder:
-    """Builds for one architecture. There can be one in a process, made before any kernel is imported."""
+    """Builds for one architecture. There can be one in a process."""
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, processors: int = PROCESSORS) -> None:
         target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
         triton.runtime.driver.set_active(_Driver(target))
-        _pretend(arch)
+        _pretend(arch, processors)
         self._built: list[CompiledKernel] = []
         run = triton.JITFunction.run
 
@@ -98,7 +99,7 @@ class Builder:
 def stop_at_launches(launched: Callable[..., None]) -> None:
     """Take the CPU for an H100, and call `launched` with what the C launcher would be called with.
 
-    As a Builder, it can be done once in a process, before any kernel is imported.
+    As a Builder, it can be done once in a process.
     """
     triton.runtime.driver.set_active(_Device(GPUTarget("cuda", 90, 32), launched))
     _pretend("sm_90")
@@ -112,6 +113,13 @@ def stop_at_launches(launched: Callable[..., None]) -> None:
     torch.set_grad_enabled(False)
 
 
-def _pretend(arch: str) -> None:
-    configs.arch_of = lambda device: arch
-    configs.processors_of = lambda device: PROCESSORS
+def _pretend(arch: str, processors: int = PROCESSORS) -> None:
+    answers: dict[str, Callable[[torch.device], Any]] = {
+        "arch_of": lambda device: arch,
+        "processors_of": lambda device: processors,
+    }
+    # In the module that has them, and in those that took them from it before.
+    took = [module for name, module in sys.modules.items() if name.startswith("ia3rt.kernels.")]
+    for module in (configs, *took):
+        for name in answers.keys() & vars(module).keys():
+            setattr(module, name, answers[name])
