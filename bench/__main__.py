@@ -78,6 +78,12 @@ def switching(
 
 
 @app.command()
+def launching(file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md")) -> None:
+    """Time launches as `ia3rt bench launch` does, and write the table of launching in docs/performance.md."""
+    profiles.write_launching(file)
+
+
+@app.command()
 def served(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="Runs of `ia3rt bench serve`.")],
     file: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/serving.md"),

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ia3rt.kernels.attention_configs import attention_config
 from ia3rt.kernels.attention_decode import decode, splits_of
 from ia3rt.kernels.attention_inputs import Inputs
 from ia3rt.kernels.attention_tile import attend, finish
-from ia3rt.kernels.configs import arch_of, attention_config
+from ia3rt.kernels.configs import arch_of, processors_of
 from ia3rt.kernels.launch import run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 
@@ -131,8 +132,17 @@ def attention(
     heads = Hq // Hkv
     packs = Sq * heads <= 64
     rows = Sq * heads if packs else Sq
-    config = attention_config(rows, D, q.dtype, arch_of(q.device), masked=mask is not None)
     group = heads if packs else 1
+    config = attention_config(
+        rows,
+        D,
+        q.dtype,
+        arch_of(q.device),
+        processors_of(q.device),
+        heads=B * Hq // group,
+        masked=mask is not None,
+        plain=mask is None and ranges is None and table is None and window is None and softcap is None,
+    )
     grid = (triton.cdiv(Sq * group, config.block_m), B * Hq // group)
     inputs = Inputs.of(q, k, v, mask, ranges, table, scale, softcap)
     # As if the mixes were several where there is one: a load, but not another kernel for it to be built.

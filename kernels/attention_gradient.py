@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ia3rt.kernels.attention_configs import attention_gradient_configs
 from ia3rt.kernels.attention_inputs import Inputs, masked
 from ia3rt.kernels.attention_tile import scores, sees, span
-from ia3rt.kernels.configs import arch_of, attention_gradient_configs
+from ia3rt.kernels.configs import arch_of
 from ia3rt.kernels.launch import run
 
 

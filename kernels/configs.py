@@ -92,7 +92,7 @@ def linear_config(
     if rows <= 64 or N % 16 or K % 16:
         config = _pointer_config(rows, N, K, dtype, arch)
         in_flight = IN_FLIGHT if arch == "sm_90" and dtype != torch.float32 and not (N % 16 or K % 16) else None
-        return replace(config, splits=_splits(config, rows, N, K, processors // layers, dtype.itemsize, in_flight))
+        return replace(config, splits=splits_for(config, rows, N, K, processors // layers, dtype.itemsize, in_flight))
     if not (descriptors and arch in DESCRIPTOR_ARCHS):
         stages = 2 if arch.startswith("gfx") else 3  # CDNA3 has 64 KiB of shared memory
         return LinearConfig(128, 128, 64, 8, 8, stages, piece=64)
@@ -130,7 +130,7 @@ def _persistent_config(rows: int, N: int, per_row: bool, processors: int, layers
         # The scale of many mixes is read between two tiles, when nothing multiplies: longer than a pass of its own.
         return None
     # Two programs fit a processor where one mix leaves them the registers: one multiplies while the other stores.
-    return replace(best, num_stages=3 if best.block_n == 128 else 4, resident=2)
+    return replace(best, num_stages=3 if best.block_n == 128 else 4, piece=32, resident=2)
 
 
 def _pointer_config(rows: int, N: int, K: int, dtype: torch.dtype, arch: str) -> LinearConfig:
@@ -150,8 +150,8 @@ def _pointer_config(rows: int, N: int, K: int, dtype: torch.dtype, arch: str) ->
     return LinearConfig(16 if rows <= 16 else 32, block_n, 128, 1, num_warps=4, num_stages=stages, piece=64)
 
 
-def _splits(
-    config: LinearConfig, rows: int, N: int, K: int, processors: int, itemsize: float = 2, in_flight: int | None = None
+def splits_for(
+    config: LinearConfig, rows: int, N: int, K: int, processors: int, itemsize: int = 2, in_flight: int | None = None
 ) -> int:
     """Return how many programs share each sum over K, so that a few tiles of y keep every processor reading W.
 
@@ -244,97 +244,3 @@ def gate_up_config(
         return None if arch == "sm_90" and config.tiles(rows, N) > processors else config
     # Two programs fit a processor where one sum leaves them the registers.
     return LinearConfig(128, 128, 64, 8, 8, 3, piece=64 if gated and not two_mixes else 32, resident=1 if gated else 2)
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How an attention kernel is built: rows and keys of a tile."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def build_options(self) -> dict[str, int]:
-        """Return the kernel's constants and Triton's options."""
-        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-def attention_config(rows: int, D: int, dtype: torch.dtype, arch: str, *, masked: bool) -> AttentionConfig:
-    """Return the config of attention_kernel for blocks of `rows` query rows of D numbers; `masked` by a mask tensor."""
-    block_d = max(16, 1 << (D - 1).bit_length())
-    few = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    large = arch in DESCRIPTOR_ARCHS
-    if dtype == torch.float32:  # exact products run on the FMA units, whose operands live in registers
-        return AttentionConfig(16 if block_d > 64 else min(few, 32), 32 if block_d <= 128 else 16, 4, 1)
-    if rows <= 64:
-        return AttentionConfig(few, 64 if block_d <= 128 else 32, 4, 3 if large else 2 if block_d <= 128 else 1)
-    if not large:
-        return AttentionConfig(128 if block_d <= 128 and not masked else 64, 32, 8, 1)
-    # Addresses of a mask, one a score, and a head padded to a power of two take registers too.
-    if block_d > 128:
-        return AttentionConfig(64, 32, 8, 2)
-    return AttentionConfig(128, 16 if masked else 32 if block_d != D or arch != "sm_90" else 64, 8, 2)
-
-
-def attention_gradient_configs(
-    D: int, dtype: torch.dtype, arch: str, *, masked: bool
-) -> tuple[AttentionConfig, AttentionConfig]:
-    """Return the configs of the gradients of keys and of queries: block_m queries and block_n keys."""
-    block_d = max(16, 1 << (D - 1).bit_length())
-    large = arch in DESCRIPTOR_ARCHS
-    if dtype == torch.float32:
-        size, warps = 32 if block_d <= 64 else 16, 8 if block_d > 64 else 4
-        return AttentionConfig(16, 32 if block_d <= 128 else 16, warps, 1), AttentionConfig(16, size, warps, 1)
-    if block_d > 128:
-        rows = 16 if arch.startswith("gfx") else 32
-        return AttentionConfig(rows, 32, 8, 1), AttentionConfig(rows, 64 if large else 32, 8, 1)
-    warps, stages = 4 if block_d <= 64 else 8, 2 if large else 1
-    # Addresses of a mask take the registers of half a tile.
-    return (
-        AttentionConfig(32, 32 if masked else 64, warps, stages),
-        AttentionConfig(64, 64 if large else 32, warps, stages),
-    )
-
-
-INT4_STEP = 32
-"""The shortest step along K for int4, whose nibbles are joined to neighbours along K.
-
-Behind such a join Triton 3.6 and 3.7 give a thread 8 neighbours along K of an operand of mma.sync, and four threads 32.
-Where a step has 16, they take 8 of them twice and drop the others, and half of the columns take other columns' weights.
-`bench.compiled` sees it in the code.
-"""
-
-
-@functools.lru_cache(4096)
-def linear_quantised_config(
-    rows: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    arch: str,
-    processors: int,
-    kind: str,
-    group_size: int,
-    *,
-    per_row: bool,
-) -> LinearConfig:
-    """Return the config of linear_quantised.py's kernel for x [rows, K] and y [rows, N].
-
-    A step along K is no longer than a group, so that each needs one row of scales, where a group has at least 16; but
-    of int4 it has at least INT4_STEP.
-    """
-    stages = 2 if arch.startswith("gfx") else 3
-    if dtype == torch.float32:
-        block_m, num_warps = (16, 4) if rows <= 16 else (64, 8)
-        config = LinearConfig(block_m, 64, 16 if rows > 16 else 32, 8, num_warps, num_stages=2, piece=64)
-    elif rows <= 64:
-        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        block_k = 128 if rows <= 32 and not kind.startswith("gptq") else 64  # its words take registers to unpack
-        config = LinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=stages, piece=64)
-    else:
-        config = LinearConfig(128, 128, 64, 8, 8, stages, piece=16 if per_row else 64)
-    # The largest power of two that divides the group.
-    block_k = min(config.block_k, group_size & -group_size) if group_size >= 16 else config.block_k
-    config = replace(config, block_k=max(INT4_STEP if kind == "int4" else 16, block_k))
-    return replace(config, splits=_splits(config, rows, N, K, processors)) if rows <= 64 else config

@@ -1,7 +1,8 @@
 """y = s_out ∘ (W_q (s_in ∘ x) + b): a linear layer whose weight is kept quantised, and stays so.
 
-The weight is dequantised in registers; it is never written anywhere in another dtype. With q the stored values, g the
-size of a group of neighbours along K:
+The weight is dequantised in registers, and is written nowhere in another dtype; but for many rows on sm_90 and in fp32,
+where it is dequantised once for torch to multiply (dequantise.py), into memory that is freed behind it. With q the
+stored values, g the size of a group of neighbours along K:
 
     int8     W[n, k] = q[n, k] scale[n]                              q int8 [N, K]
     fp8      W[n, k] = q[n, k] scale[n]                              q e4m3fn [N, K]
@@ -24,12 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.configs import arch_of, linear_quantised_config, processors_of
+from ia3rt.kernels.configs import arch_of, processors_of
+from ia3rt.kernels.dequantise import dequantise
 from ia3rt.kernels.launch import run
+from ia3rt.kernels.linear import multiply
 from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, tile_of
 from ia3rt.kernels.mixes import ROUTING, Routing, Site, worn_by_tile
+from ia3rt.kernels.quantised_configs import linear_quantised_config
 from ia3rt.kernels.scale import scale
 from ia3rt.kernels.tuned import LinearConfig
 
@@ -147,10 +151,14 @@ def linear_quantised(
     if l_in is not None:
         x = scale(x, l_in, mixes, route)
     routing = Routing.of(mixes, route, M)
-    config = config or plan(x, N, kind, group_size, routing.per_row)
+    config = config or plan(x, N, kind, group_size, routing.per_row, groups is not None)
     layout = kind.removesuffix("_v2")
     if kind == "fp8":
         weight, layout = weight.view(torch.uint8), "fp8" if _converts_fp8(arch_of(x.device)) else "fp8_bits"
+    if config is None:
+        dense = dequantise(weight, scales, zeros, groups, layout, kind == "gptq", group_size, K, x.dtype)
+        multiply(x, [Layer(dense, None if bias is None else bias.to(x.dtype), l_out)], [y], mixes, route)
+        return y
     splits = config.splits
     partials = x.new_empty((1, splits, M, N), dtype=torch.float32) if splits > 1 else None
     run(
@@ -183,9 +191,9 @@ def linear_quantised(
     return y
 
 
-def plan(x: Tensor, N: int, kind: str, group_size: int, per_row: bool) -> LinearConfig:
-    """Return the config of a launch for x [M, K] and y [M, N]; `per_row` is Routing.per_row."""
-    config: LinearConfig = linear_quantised_config(
+def plan(x: Tensor, N: int, kind: str, group_size: int, per_row: bool, act_order: bool) -> LinearConfig | None:
+    """Return the config of a launch for x [M, K] and y [M, N]; None to dequantise before. The rest is the config's."""
+    config: LinearConfig | None = linear_quantised_config(
         x.shape[0],
         N,
         x.shape[1],
@@ -195,6 +203,7 @@ def plan(x: Tensor, N: int, kind: str, group_size: int, per_row: bool) -> Linear
         kind,
         group_size,
         per_row=per_row,
+        act_order=act_order,
     )
     return config
 

@@ -164,12 +164,12 @@ def _fold(s, live, mix, ids, weights, site, cols, in_width):
 def _scale_of(mix, mix_size, site, cols, in_width):
     """Return s of these mixes, fp32 [mixes, cols]."""
     s = tl.where(mix.is_product, 1.0, 0.0)[:, None] + tl.zeros([1, cols.shape[0]], tl.float32)
-    s = _fold(s, mix.length > 0, mix, mix.first_id, mix.first_weight, site, cols, in_width)
-    for j in range(1, mix.most):
-        live = j < mix.length
-        ids = tl.load(mix.entries + j, mask=live, other=0).to(tl.int64)
-        weights = tl.load(mix.entries + mix_size + j, mask=live, other=0).to(tl.float32, bitcast=True)
-        s = _fold(s, live, mix, ids, weights, site, cols, in_width)
+    ids, weights = mix.first_id, mix.first_weight
+    for j in range(mix.most):
+        s = _fold(s, j < mix.length, mix, ids, weights, site, cols, in_width)
+        more = j + 1 < mix.length
+        ids = tl.load(mix.entries + j + 1, mask=more, other=0).to(tl.int64)
+        weights = tl.load(mix.entries + mix_size + j + 1, mask=more, other=0).to(tl.float32, bitcast=True)
     return s
 
 

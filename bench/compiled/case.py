@@ -19,13 +19,15 @@ class Case:
     """Calls a launcher on `empty` tensors; is told whether with vectors of IA³ or without any."""
     matrix: bool = True
     """Whether the tensor cores have to multiply."""
+    library: tuple[str, ...] = ()
+    """Architectures where torch multiplies, and a kernel does the rest."""
     wgmma: bool = False
     """Whether they have to by wgmma on sm_90, both operands in shared memory, in a loop that the scale leaves alone."""
     hgmma: bool = False
     """Whether they have to by wgmma on sm_90, of which some may read an operand from registers."""
     dots: int = 1
     """How many products a step of that loop adds up; each may wait once."""
-    longer_loop: int = 2
+    longer_loop: int = 1
     """By how many instructions that loop may be longer than without a scale: uniform registers get short."""
     max_registers: int = 240
     """The most registers a thread may have on sm_90."""

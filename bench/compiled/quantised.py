@@ -58,9 +58,13 @@ def _quantised(
 CASES: dict[str, Case] = {}
 for _kind in ("int8", "fp8", "int4", "gptq"):
     CASES |= {
-        f"quantised {_kind}, prefill, uniform": Case(partial(_quantised, _kind, 4096, 1)),
-        f"quantised {_kind}, prefill, one mix a row": Case(partial(_quantised, _kind, 4096, 4096, N=1024)),
+        f"quantised {_kind}, prefill, uniform": Case(partial(_quantised, _kind, 4096, 1), library=("sm_90",)),
+        f"quantised {_kind}, prefill, one mix a row": Case(
+            partial(_quantised, _kind, 4096, 4096, N=1024), library=("sm_90",)
+        ),
         f"quantised {_kind}, decode": Case(partial(_quantised, _kind, 16, 16)),
+        f"quantised {_kind}, decode, wide": Case(partial(_quantised, _kind, 1, 1, N=14336)),
+        f"quantised {_kind}, 32 rows": Case(partial(_quantised, _kind, 32, 32)),
         f"quantised {_kind}, 64 rows": Case(partial(_quantised, _kind, 64, 64, N=1024)),
     }
 CASES |= {

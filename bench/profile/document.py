@@ -9,6 +9,7 @@ import torch
 
 from ia3rt.bench import markdown, readable
 from ia3rt.bench.interleaved import Timing
+from ia3rt.bench.launches.measured import UNIT, HostTime, host_times
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.profile import above, memory, scaling
 from ia3rt.bench.profile.counted import WEARINGS, Counts, Wearing, count_layers
@@ -83,6 +84,22 @@ def write_measured(file: Path, results: Sequence[Result]) -> None:
 def write_switching(file: Path, result: Result) -> None:
     """Writes the table of a run of the suite switch."""
     markdown.replace(file, "switching", times_table(result))
+
+
+def write_launching(file: Path) -> None:
+    """Times launches, and writes the table."""
+    markdown.replace(file, "launching", launching_table(*host_times()))
+
+
+def launching_table(unit: float, times: Sequence[HostTime]) -> str:
+    """This machine, and a row for each operation."""
+    head = readable.ran(f"{UNIT}(x, y) on 16 numbers: {unit:.2f} µs", machine(), versions())
+    rows = []
+    for time in times:
+        numbers = time.microseconds, time.units, time.op_microseconds, time.op_units
+        rows.append((time.operation, str(time.launches), *(f"{number:.2f}" for number in numbers)))
+    header = ("one row, bfloat16", "launches", "µs", f"× {UNIT}", "public op, µs", f"× {UNIT}")
+    return "\n\n".join((head, str(markdown.table(header, rows))))
 
 
 def times_table(result: Result) -> str:

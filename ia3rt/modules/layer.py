@@ -113,8 +113,13 @@ class IA3Layer(Wearer):
             widths = module_widths(self)
             assert widths is not None
             x = computing_tensor(self).new_empty(rows, widths[0])
-            config = plan(x, widths[1], quantised.kind, quantised.group_size, self._per_row(rows))
+            config = plan(
+                x, widths[1], quantised.kind, quantised.group_size, self._per_row(rows), quantised.groups is not None
+            )
             where = "the vector is in the epilogue" if side == "out" else "x is scaled in a pass before"
+            if config is None:
+                why = f"{quantised.kind} is dequantised in a pass before; the vector has a pass of its own"
+                return How("linear_quantised", "torch", why)
             why = f"{quantised.kind} is dequantised in registers; {where}"
             return How("linear_quantised", config.in_words(), why)
         if weight is None:

@@ -41,7 +41,7 @@ def test_each_launch_is_what_its_case_says(built) -> None:
     for name, case in all_cases().items():
         facts = kernels[name]
         message = f"{name} on {arch}: {facts}"
-        assert facts["matrix"] > 0 or not case.matrix, message
+        assert facts["matrix"] > 0 or not case.matrix or arch in case.library, message
         if arch != "gfx942":
             assert facts["wrong_dots"] == 0, message
             assert facts["registers"] <= MAX_REGISTERS, message
