@@ -17,7 +17,7 @@ def load_values(weight_ptr, k, cols, N, K, stride_w, KIND: tl.constexpr, BLOCK_K
     cols = (cols % N).to(tl.int64)
     if KIND == "int4":
         # The two nibbles of a byte are neighbours along K, the lower one first.
-        tl.static_assert(BLOCK_K >= 32, "see INT4_STEP in configs.py")
+        tl.static_assert(BLOCK_K >= 32, "see INT4_STEP in quantised_configs.py")
         halves = k // 2 + tl.arange(0, BLOCK_K // 2)
         pairs = weight_ptr + cols[:, None] * stride_w + halves[None, :]
         pair = tl.load(pairs, mask=(halves < K // 2)[None, :], other=0).to(tl.int8, bitcast=True).to(tl.int32)

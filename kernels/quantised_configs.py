@@ -12,7 +12,8 @@ INT4_STEP = 32
 """The shortest step along K for int4, whose nibbles are joined to neighbours along K.
 
 Behind such a join Triton 3.6 and 3.7 give a thread 8 neighbours along K of an operand of mma.sync, and four threads 32.
-Where a step has 16, they take 8 of them twice, and drop the others. `bench.compiled` sees it in the code.
+Where a step has 16, they take 8 of them twice and drop the others, and half of the columns take other columns' weights.
+`bench.compiled` sees it in the code.
 """
 
 
