@@ -36,14 +36,18 @@ def launch(
         with console.status("Compiling kernels for an H100, and timing their launches"):
             unit, times = host_times()
         table = Table(title="What a launch costs the host", title_justify="left", box=None, header_style="bold")
-        for title in ("one row, bfloat16", "launches", "µs", f"× {UNIT}", "public op, µs", f"× {UNIT}"):
-            table.add_column(title, justify="left" if title.startswith("one") else "right")
+        table.add_column("one row, bfloat16", no_wrap=True)
+        for title in ("launches", "µs", f"× {UNIT}", "op, µs", f"× {UNIT}"):
+            table.add_column(title, justify="right")
         for time in times:
             own, op = (time.microseconds, time.units), (time.op_microseconds, time.op_units)
             cells = (f"{number:.2f}" for pair in (own, op) for number in pair)
             table.add_row(time.operation, str(time.launches), *cells)
         console.print(table)
-        note = f"Medians of {ROUNDS} rounds of {CALLS} calls each, in turn; {UNIT}(x, y) on 16 numbers: {unit:.2f} µs."
+        note = (
+            f"From a drop-in's forward, and the public op, to the last launch. Medians of {ROUNDS} rounds of {CALLS} calls "
+            f"each, in turn; {UNIT}(x, y) on 16 numbers takes {unit:.2f} µs."
+        )
         console.print(Text(note, style="dim"))
         if out is not None:
             found = {"machine": machine(), "versions": versions(), "unit_microseconds": unit}
