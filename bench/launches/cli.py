@@ -45,8 +45,8 @@ def launch(
             table.add_row(time.operation, str(time.launches), *cells)
         console.print(table)
         note = (
-            f"From a drop-in's forward, and the public op, to the last launch. Medians of {ROUNDS} rounds of {CALLS} calls "
-            f"each, in turn; {UNIT}(x, y) on 16 numbers takes {unit:.2f} µs."
+            f"From a drop-in's forward, and the public op, to the last launch. Medians of {ROUNDS} rounds of {CALLS} "
+            f"calls each, in turn; {UNIT}(x, y) on 16 numbers takes {unit:.2f} µs."
         )
         console.print(Text(note, style="dim"))
         if out is not None:
