@@ -48,6 +48,16 @@ def delta_kernel(
 
 
 @triton.jit
+def _plus(acc, a, b, PRECISION: tl.constexpr):
+    """Return acc + a b. In fp32 the products of a block are summed apart: see linear_tile.add_part."""
+    if a.dtype == tl.float32:
+        acc += tl.dot(a, b, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _probabilities(
     dots,
     dps,
@@ -147,8 +157,8 @@ def key_gradient_kernel(
                 window,
                 CAUSAL,
             )
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dv = _plus(dv, p.to(do.dtype), do, PRECISION)
+            dk = _plus(dk, ds.to(q.dtype), q, PRECISION)
     rows = (tl.program_id(1).to(tl.int64) * Skv + keys) * D
     tl.store(dk_ptr + rows[:, None] + dims[None, :], (dk * inputs.scale).to(dk_ptr.dtype.element_ty), mask=own)
     tl.store(dv_ptr + rows[:, None] + dims[None, :], dv.to(dv_ptr.dtype.element_ty), mask=own)
@@ -217,7 +227,7 @@ def query_gradient_kernel(
             window,
             CAUSAL,
         )
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = _plus(dq, ds.to(k.dtype), k, PRECISION)
     rows = (tl.program_id(1).to(tl.int64) * Sq + queries) * D
     tl.store(dq_ptr + rows[:, None] + dims[None, :], (dq * inputs.scale).to(dq_ptr.dtype.element_ty), mask=own)
 
