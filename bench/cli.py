@@ -1,4 +1,4 @@
-"""The commands `ia3rt bench` and `ia3rt bench compare`: their options. The work is done elsewhere."""
+"""The commands under `ia3rt bench`, and the options of `run` and `compare`. The work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def run(
 ) -> None:
     """Measure ia3rt beside PEFT and others, and write a report.
 
-    `ia3rt bench compare BEFORE.json AFTER.json` compares two runs.
+    `ia3rt bench compare BEFORE.json AFTER.json` compares two runs, `ia3rt bench launch` times launches without a GPU, and
+    `ia3rt bench serve` times vLLM's server.
 
     All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails in a
     case or a budget is broken.
