@@ -101,8 +101,8 @@ def run(
 ) -> None:
     """Measure ia3rt beside PEFT and others, and write a report.
 
-    `ia3rt bench compare BEFORE.json AFTER.json` compares two runs, `ia3rt bench launch` times launches without a GPU, and
-    `ia3rt bench serve` times vLLM's server.
+    `ia3rt bench compare BEFORE.json AFTER.json` compares two runs; `ia3rt bench launch` times launches without a GPU,
+    `ia3rt bench serve` vLLM's server.
 
     All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails in a
     case or a budget is broken.
