@@ -97,12 +97,15 @@ class Bound:
         observed = any(map(is_observed, inputs)) or any(
             x.data_ptr() % 16 for x in (*inputs, tables.mixes, tables.route)
         )
-        if observed or not _dispatch.may_repeat(inputs[0]) or not self._calls.is_second(_key(tables, inputs)):
+        if observed or not _dispatch.may_repeat(inputs[0]):
+            return self._through_op(tables, *inputs)
+        key = _key(tables, inputs)
+        if not self._calls.is_second(key):
             return self._through_op(tables, *inputs)
         names = *(f"x{i}" for i in range(len(inputs))), *(f"t{i}" for i in range(len(self._tensors))), "mixes", "route"
         tensors = dict(zip(names, (*inputs, *self._tensors.values(), tables.mixes, tables.route), strict=True))
         arguments, parameters = self._arguments(tables, inputs), _parameters(len(inputs), len(self._tensors))
-        return self._calls.note(_key(tables, inputs), self._op.body, arguments, tensors, parameters)
+        return self._calls.note(key, self._op.body, arguments, tensors, parameters)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -111,9 +114,9 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 def _key(tables: Tables, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """What `_caller` looks up."""
-    key: list[Any] = [tables.layout, _current_device(), torch._C._get_cublas_allow_tf32(), inputs[0].get_device()]
+    key: list[Any] = [tables.layout, _current_device(), torch._C._get_cublas_allow_tf32()]
     for x in inputs:
-        key += [x.dtype, x.shape, x.stride()]
+        key += [x.dtype, x.shape, x.stride(), x.get_device()]
     return tuple(key)
 
 
@@ -129,7 +132,7 @@ def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
     xs, ts = [f"x{i}" for i in range(inputs)], [f"t{i}" for i in range(tensors)]
     given, fixed = ", ".join(xs), [*ts, *(f"p_{t}" for t in ts)]
     arguments = ", ".join([*_parameters(inputs, tensors)[:-2], "tables.mixes.data_ptr()", "tables.route.data_ptr()"])
-    layouts = ", ".join(f"{x}.dtype, {x}.shape, {x}.stride()" for x in xs)
+    layouts = ", ".join(f"{x}.dtype, {x}.shape, {x}.stride(), {x}.get_device()" for x in xs)
     source = f"""
 def make({", ".join(["known", "miss", "hooks", *fixed])}):
     def call(tables, {given}):
@@ -138,7 +141,7 @@ def make({", ".join(["known", "miss", "hooks", *fixed])}):
                 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls or hooks.debug):
             return miss(tables, {given})
         {"; ".join(f"p_{x} = {x}.data_ptr()" for x in xs)}
-        repeat = known.get((tables.layout, device(), tf32(), x0.get_device(), {layouts}))
+        repeat = known.get((tables.layout, device(), tf32(), {layouts}))
         if repeat is None or ({" | ".join(f"p_{x}" for x in xs)}) & 15:
             return miss(tables, {given})
         return repeat({arguments})

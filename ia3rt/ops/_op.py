@@ -46,18 +46,19 @@ class Op:
             return self.body(*args)
         tensors = [each for each in args if isinstance(each, Tensor)]
         pointers = [tensor.data_ptr() for tensor in tensors]
-        key: list[Any] = [_current_device(), torch._C._get_cublas_allow_tf32()]
+        seen: list[Any] = [_current_device(), torch._C._get_cublas_allow_tf32()]
         for each in args:
-            key += (each.dtype, each.shape, each.stride(), each.get_device()) if isinstance(each, Tensor) else (each,)
-        repeat = self._calls.repeats.get(tuple(key))
+            seen += (each.dtype, each.shape, each.stride(), each.get_device()) if isinstance(each, Tensor) else (each,)
+        key = tuple(seen)
+        repeat = self._calls.repeats.get(key)
         is_aligned = not any(at & 15 for at in pointers)
         if repeat is not None and is_aligned:
             return repeat(*tensors, *pointers)
-        if not is_aligned or not self._calls.is_second(tuple(key)):
+        if not is_aligned or not self._calls.is_second(key):
             return self.body(*args)
         names = [f"x{i}" for i in range(len(tensors))]
         parameters = [*names, *(f"p_{name}" for name in names)]
-        return self._calls.note(tuple(key), self.body, args, dict(zip(names, tensors, strict=True)), parameters)
+        return self._calls.note(key, self.body, args, dict(zip(names, tensors, strict=True)), parameters)
 
 
 class Calls:
