@@ -22,8 +22,10 @@ from ia3rt.modules.wearer import Wearer, place, unwrap, wrap
 from ia3rt.modules.wearers import wearer_of
 from ia3rt.routing import generation
 from ia3rt.routing.composed import composed_vectors
-from ia3rt.routing.route import Backend, Route, Routing
+from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.routing import Routing
 from ia3rt.routing.training import TrainedAdapters
+from ia3rt.routing.wearing import Wearing
 
 Vectors: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 
@@ -31,7 +33,9 @@ Vectors: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 class Runtime:
     """Loads, switches, combines and routes the IA³ adapters of one model. Made by `ia3rt.patch`.
 
-    One forward at a time: what the rows wear is state of the model, as in PEFT.
+    What is worn is bound to a forward when it begins. `set_adapter` says it for all that have no route of their own;
+    `route` and `disable_adapter` concern the thread, or the task of an event loop, that calls them, so that several
+    threads may run forwards of one model at once.
 
     Attributes:
         model: the patched model. It is used as before; its weights are never touched, except by `merge_adapter`.
@@ -56,10 +60,12 @@ class Runtime:
         self._place_sites()
         self._routing.refresh()
         generation.install(model, self._routing)
-        self._hooks: list[RemovableHandle] | None = [
-            model.register_forward_pre_hook(self._routing.before_forward, with_kwargs=True),
-            model.register_forward_hook(self._routing.after_forward),
-        ]
+        self._hooks: list[RemovableHandle] | None = []
+        for module in model.modules():
+            if module is model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
+                before = module.register_forward_pre_hook(self._routing.before_forward, with_kwargs=True)
+                after = module.register_forward_hook(self._routing.after_forward, always_call=True)
+                self._hooks += [before, after]
 
     @property
     def adapters(self) -> list[str]:
@@ -184,7 +190,7 @@ class Runtime:
             The parameters, float32 [width] each.
 
         Raises:
-            ValueError: an adapter is unknown, the bank's dtype is not float32, or a name is in the way.
+            ValueError: an adapter is unknown, or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -195,7 +201,10 @@ class Runtime:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         mix = self._bank.resolve(Mix(names))
         trained = self._routing.trained = TrainedAdapters(self.model, self._bank, mix.adapters)
-        self._routing.wear(self._routing.route if trained.are_worn(self._routing.route.mixes) else Route((mix,)))
+        if trained.are_worn(self._routing.route.mixes):
+            self._routing.refresh()
+        else:
+            self._routing.wear_everywhere(Route((mix,)))
         return trained.parameters
 
     def end_training(self) -> None:
@@ -251,7 +260,7 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("switch adapters")
-        self._routing.wear(Route((self._bank.resolve(Mix.of(adapter_name)),)))
+        self._routing.wear_everywhere(Route((self._bank.resolve(Mix.of(adapter_name)),)))
 
     def route(self, mixes: Sequence[MixLike], index: Tensor | None = None) -> AbstractContextManager[None]:
         """Makes each row, or each token, wear a mix of its own.
@@ -285,8 +294,7 @@ class Runtime:
                         f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
                         "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
                     )
-        before = self._routing.route
-        self._routing.wear(_indexed(Route.by_row(resolved), len(resolved), index))
+        before = self._routing.wear_here(_indexed(Route.by_row(resolved), len(resolved), index))
         return self._restoring(before)
 
     @contextmanager
@@ -297,8 +305,7 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("disable adapters")
-        before = self._routing.route
-        self._routing.wear(Route((self._bank.resolve(BASE),)))
+        before = self._routing.wear_here(Route((self._bank.resolve(BASE),)))
         with self._restoring(before):
             yield
 
@@ -320,7 +327,7 @@ class Runtime:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
         mix = route.mixes[0] if adapter_names is None else self._bank.resolve(Mix.of(adapter_names))
         self._merged = merge(self.model, self._bank, mix), route
-        self._routing.wear(Route((self._bank.resolve(BASE),)))
+        self._routing.wear_everywhere(Route((self._bank.resolve(BASE),)))
 
     def unmerge_adapter(self) -> None:
         """Puts the weights back bit for bit, and what the rows wore before the merge.
@@ -332,7 +339,7 @@ class Runtime:
             raise RuntimeError("the model is not merged: there is nothing to unmerge")
         (weights, route), self._merged = self._merged, None
         weights.unmerge()
-        self._routing.restore(route)
+        self._routing.wear_everywhere(route)
 
     def unpatch(self) -> nn.Module:
         """Makes the model what it was before `patch`, bit for bit, and returns it. The runtime is of no use then.
@@ -396,7 +403,7 @@ class Runtime:
 
     def _tie(self) -> None:
         if self._routing.trained is not None:
-            self._routing.trained.tie()
+            self._routing.trained.keep_float32()
 
     def _key(self, name: str, key: str | SiteKey) -> SiteKey:
         if not isinstance(key, str):
@@ -426,14 +433,13 @@ class Runtime:
         return site
 
     @contextmanager
-    def _restoring(self, before: Route) -> Iterator[None]:
+    def _restoring(self, before: Wearing) -> Iterator[None]:
+        self._routing.hold()
         try:
             yield
         finally:
-            if self._merged is not None:  # within the `with`: what comes back, comes back at the unmerge
-                self._merged = self._merged[0], before
-            elif self._hooks is not None:
-                self._routing.restore(before)
+            if self._hooks is not None:
+                self._routing.wear_again(before)
 
 
 def _indexed(route: Route, mixes: int, index: Tensor | None) -> Route:

@@ -80,12 +80,10 @@ def test_the_default_name_is_the_folders(runtime, tmp_path):
     assert runtime.load_adapter(tmp_path / "c") == "c"
 
 
-def test_weights_change_in_place_between_two_forwards(runtime, model):
+def test_weights_change_between_two_forwards(runtime, model):
     runtime.set_adapter({"b": 0.5, "c": 0.5})
-    addresses = [scale.data_ptr() for scale in runtime._routing.composed._scales]
     first = logits(model, IDS)
     runtime.set_adapter({"b": 0.9, "c": -0.1})
-    assert [scale.data_ptr() for scale in runtime._routing.composed._scales] == addresses
     assert not torch.equal(logits(model, IDS), first)
     runtime.set_adapter({"b": 0.5, "c": 0.5})
     assert torch.equal(logits(model, IDS), first)
@@ -166,11 +164,13 @@ def test_deleting_an_adapter_leaves_the_rows_that_wear_others(runtime, model):
 
 
 def test_what_a_context_brings_back_was_deleted_meanwhile(runtime, model, tmp_path):
-    context = runtime.route(["c", "c", "c"])
-    runtime.delete_adapter("b")
-    runtime.load_adapter(tmp_path / "d", "b")
-    with pytest.warns(UserWarning, match="'b' was deleted meanwhile"), context:
-        pass
+    outer = runtime.route(["b", "c", "c"])
+    with pytest.warns(UserWarning, match="'b' was deleted meanwhile"), outer:
+        with runtime.route(["c", "c", "c"]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runtime.delete_adapter("b")
+            runtime.load_adapter(tmp_path / "d", "b")
+        assert torch.equal(logits(model, IDS)[0], logits(tiny_model(), IDS)[0]), "never silently to another adapter"
     assert torch.equal(logits(model, IDS), logits(tiny_model(), IDS)), "never silently to another adapter"
 
 

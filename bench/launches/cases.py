@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ def _patched(model: nn.Module, **names: object) -> ia3rt.Runtime:
     return runtime
 
 
-def _worn(runtime: ia3rt.Runtime) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    tables = runtime._routing.tables
+def _worn(runtime: ia3rt.Runtime) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    tables = runtime._routing.now().tables
     return tables.bank, tables.mixes, tables.route
 
 
@@ -51,11 +51,12 @@ def _activation() -> Case:
     config = LlamaConfig(hidden_size=64, intermediate_size=INNER)  # the matrices are not what is timed
     model = nn.ModuleDict({"mlp": LlamaMLP(config).to(DTYPE)})  # type: ignore[no-untyped-call]
     runtime = _patched(model)
+    tables = runtime._routing.now().tables
     (l,), mixes, route = _worn(runtime)  # noqa: E741
     mlp, gate, up = model["mlp"], _row(INNER), _row(INNER)
     return (
         "activation",
-        lambda: mlp.ia3_activate(gate, up, "silu"),  # type: ignore[operator]
+        lambda: mlp.ia3_activate(gate, up, "silu", tables),  # type: ignore[operator]
         lambda: ops.activation(gate, up, l, mixes, route, "silu"),
     )
 
@@ -85,7 +86,7 @@ def _linear() -> Case:
 
 def _scale() -> Case:
     runtime = _patched(nn.ModuleDict(_projections("v_proj")), target_modules=["v_proj"])
-    tables = runtime._routing.tables
+    tables = runtime._routing.now().tables
     x, bound = _row(KEY_VALUE), ops.Bound(ops.scale, l=tables.bank[0])
     return "scale", lambda: bound.call(tables, x), lambda: ops.scale(x, tables.bank[0], tables.mixes, tables.route)
 

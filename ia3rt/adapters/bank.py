@@ -25,12 +25,18 @@ class Adapter:
         row: its row of the bank.
         sites: where it acts; everywhere else its row is ones.
         config: the adapter_config.json it came with, empty where it came from none.
+        free: the bank's free rows, to which its row goes when nothing holds it any more.
     """
 
     name: str
     row: int
     sites: frozenset[Site]
     config: dict[str, Any] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list, repr=False)
+
+    def __del__(self) -> None:
+        """Frees its row: not when it is deleted, as a forward that wears it may run."""
+        self.free.append(self.row)
 
     @cached_property
     def alone(self) -> ResolvedMix:
@@ -65,6 +71,10 @@ class Bank:
         device: where the table lives.
         dtype: float32, or bfloat16 / float16 to halve the memory.
         capacity: rows to begin with; the table doubles when they are used up.
+
+    Attributes:
+        table: the vectors, [capacity, total_width].
+        columns: the same by site, [capacity, width] each.
     """
 
     @outside_inference_mode
@@ -75,7 +85,7 @@ class Bank:
             raise ValueError(f"the bank's capacity must be at least 1 adapter, got {capacity}")
         self.sites: dict[SiteKey, Site] = {site.key: site for site in sites}
         self.adapters: dict[str, Adapter] = {}
-        self.table = torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype)
+        self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
         self._free = list(range(capacity, 0, -1))
         self._complements: dict[frozenset[Site], int] = {}
 
@@ -175,13 +185,13 @@ class Bank:
                 piece.copy_(numbers)
         else:
             self.table[index].copy_(row)
-        self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}))
+        self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}), self._free)
         return self.adapters[name]
 
     def remove(self, name: str) -> Adapter:
-        """Frees an adapter's row; the numbers stay there until the next adapter overwrites them."""
+        """Forgets an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""
         adapter = self.adapters.pop(name)
-        self._free.append(adapter.row)
+        vars(adapter).pop("alone", None)  # it holds the adapter
         return adapter
 
     def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
@@ -193,7 +203,7 @@ class Bank:
 
     def to(self, device: torch.device) -> None:
         """Moves the table."""
-        self.table = self.table.to(device)
+        self._place(self.table.to(device))
 
     @outside_inference_mode
     def _complement(self, adapters: Iterable[Adapter]) -> int:
@@ -214,5 +224,10 @@ class Bank:
         rows = capacity if self._free else 2 * capacity
         table = self.table.new_ones(rows, sum(site.width for site in sites.values()))
         table[:capacity, :width] = self.table
-        self.table, self.sites = table, sites
-        self._free = [*range(rows - 1, capacity - 1, -1), *self._free]
+        self.sites = sites
+        self._place(table)
+        self._free[:0] = range(rows - 1, capacity - 1, -1)
+
+    def _place(self, table: Tensor) -> None:
+        self.table = table
+        self.columns = torch.split(table, self.widths, dim=1)

@@ -10,47 +10,26 @@ from torch import Tensor
 _PIECE = 1 << 18
 
 
-def scale_output_(y: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
+def scale_output_(y: Tensor, scale: Tensor) -> Tensor:
     """Scales `y` in place and returns it.
 
     Args:
         y: [..., width], any floating dtype, fresh from the module: nothing else may hold it.
-        scale: the composed mixes at this site, float32: [width] for all rows, or [rows, 1, width].
-        tokens: int64 [tokens], which row of `scale` each token wears; None where `scale` is by row or for all.
-
-    Raises:
-        ValueError: `y` does not divide into the rows that `scale` or `tokens` has.
+        scale: float32, broadcasts over y: [width] where all rows wear one mix.
     """
-    if tokens is None and scale.dim() == 1 and (y.dtype is scale.dtype or y.numel() <= _PIECE):
+    if scale.dim() == 1 and (y.dtype is scale.dtype or y.numel() <= _PIECE):
         return y.mul_(scale)  # what decoding does: the rest would take longer than the multiplication
-    _multiply_(*_aligned(y, scale, tokens))
+    _multiply_(y, scale)
     return y
 
 
-def scale_input(x: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
-    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments and errors as `scale_output_`."""
-    source, scale = _aligned(x, scale, tokens)
-    if source.dtype == scale.dtype:
-        return (source * scale).view(x.shape)
-    out = source.clone(memory_format=torch.contiguous_format)
+def scale_input(x: Tensor, scale: Tensor) -> Tensor:
+    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments as `scale_output_`."""
+    if x.dtype == scale.dtype:
+        return x * scale
+    out = x.clone(memory_format=torch.contiguous_format)
     _multiply_(out, scale)
-    return out.view(x.shape)
-
-
-def _aligned(x: Tensor, scale: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Views `x` so that `scale` broadcasts over it."""
-    if tokens is not None:
-        flat = x.reshape(-1, x.shape[-1])
-        if len(flat) != len(tokens):
-            raise ValueError(f"the route is for {len(tokens)} tokens, but a layer got {len(flat)}")
-        return flat, scale.reshape(-1, scale.shape[-1]).index_select(0, tokens)
-    if scale.dim() == 1 or (x.dim() == 3 and x.shape[0] == scale.shape[0]):
-        return x, scale
-    rows = scale.shape[0]
-    if x.shape[0] % rows:
-        raise ValueError(f"the route is for {rows} rows, but a layer got {x.shape[0]}, which is no multiple of that")
-    # Beams, returned sequences and flattened tokens of one prompt stand next to each other.
-    return x.reshape(rows, -1, x.shape[-1]), scale
+    return out
 
 
 def _multiply_(y: Tensor, scale: Tensor) -> None:

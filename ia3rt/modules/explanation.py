@@ -13,7 +13,8 @@ from torch import nn
 
 from ia3rt.adapters.site import Side, Site
 from ia3rt.modules.wearer import How, Wearer
-from ia3rt.routing.route import Backend, Routing
+from ia3rt.routing.route import Backend
+from ia3rt.routing.routing import Routing
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ia3rt.modules.sites import module_widths
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.modules.weights import dense_weight, quantised_weight
 from ia3rt.routing.tables import MixTables
+from ia3rt.routing.worn import Worn
 
 
 class JointLaunch(Protocol):
@@ -28,7 +29,7 @@ class JointLaunch(Protocol):
 
     in_order: bool
 
-    def forward(self, layer: IA3Layer, x: Tensor) -> Tensor | None:
+    def forward(self, layer: IA3Layer, x: Tensor, tables: MixTables) -> Tensor | None:
         """The result of `layer`, one of the two, for x; None where it has to compute that itself."""
         ...
 
@@ -53,29 +54,35 @@ class IA3Layer(Wearer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """s_out ∘ layer(s_in ∘ x); the layer's bias is scaled too (Liu et al. 2022)."""
         routing = self.ia3_routing
+        worn = routing.now()
         if routing.backend == "triton":
-            fused = self._by_kernel(x)
+            fused = self._by_kernel(x, worn)
             if fused is not None:
                 return fused
         if self.ia3_in is not None:
-            x = eager.scale_input(x, routing.composed.scale(self.ia3_in), routing.tokens)
+            scale = self.ia3_scale(self.ia3_in, x, worn)
+            x = x if scale is None else eager.scale_input(x, scale)
         parameters = self._parameters
         weight = parameters.get("weight") if self._is_linear else None
         # What nn.Linear does, but for the ways that nn.Module goes to find its weight: they cost more than the scale.
         y = super().forward(x, *args, **kwargs) if weight is None else F.linear(x, weight, parameters["bias"])
         if self.ia3_out is not None:
-            eager.scale_output_(y, routing.composed.scale(self.ia3_out), routing.tokens)
+            scale = self.ia3_scale(self.ia3_out, y, worn)
+            if scale is not None:
+                eager.scale_output_(y, scale)
         return y
 
-    def _by_kernel(self, x: Tensor) -> Tensor | None:
+    def _by_kernel(self, x: Tensor, worn: Worn) -> Tensor | None:
         """The result by the Triton backend; None where no kernel fits, or nothing is scaled."""
         if self.ia3_in is None and self.ia3_out is None:
             return None
+        if worn.rows is not None and not self.ia3_is_row_major(x, worn):
+            return None
+        tables = worn.tables
         if self.ia3_pair is not None:
-            y = self.ia3_pair.forward(self, x)
+            y = self.ia3_pair.forward(self, x, tables)
             if y is not None:
                 return y
-        tables = self.ia3_routing.tables
         if can_prepare(tables):
             prepared = self.ia3_prepared
             if prepared is None or not prepared.fits(tables):
@@ -84,15 +91,15 @@ class IA3Layer(Wearer):
                 return prepared.call(tables, x)  # type: ignore[no-any-return]
         weight, bias = dense_weight(self)
         if weight is not None:
-            return ops.linear(*autocast(x, weight, bias), *self._worn())  # type: ignore[no-any-return]
+            return ops.linear(*autocast(x, weight, bias), *self._vectors(tables))  # type: ignore[no-any-return]
         quantised = quantised_weight(self)
-        return None if quantised is None else self._fused_quantised(x, quantised)
+        return None if quantised is None else self._fused_quantised(x, quantised, tables)
 
     def _prepare(self, tables: MixTables) -> Prepared | None:
         weight, bias = dense_weight(self)
         if weight is None or not has_parameters(self):
             return None
-        l_in, l_out, _, _ = self._worn()
+        l_in, l_out, _, _ = self._vectors(tables)
         return Prepared(tables, (self,), ops.linear, weight=weight, bias=bias, l_in=l_in, l_out=l_out)
 
     @classmethod
@@ -136,18 +143,17 @@ class IA3Layer(Wearer):
     def _per_row(self, rows: int) -> bool:
         from ia3rt.kernels.mixes import Routing  # not before: Triton may not be installed
 
-        tables = self.ia3_routing.tables
+        tables = self.ia3_routing.now().tables
         return bool(Routing.of(tables.mixes, tables.route, rows).per_row)
 
-    def _fused_quantised(self, x: Tensor, weight: Quantised) -> Tensor:
+    def _fused_quantised(self, x: Tensor, weight: Quantised, tables: MixTables) -> Tensor:
         stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]
         return ops.linear_quantised(  # type: ignore[no-any-return]
-            x, *stored, bias, *self._worn(), weight.kind, weight.group_size
+            x, *stored, bias, *self._vectors(tables), weight.kind, weight.group_size
         )
 
-    def _worn(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    def _vectors(self, tables: MixTables) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """What the kernels read of the bank for input and output, the mixes, and the route."""
-        tables = self.ia3_routing.tables
         l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]
         l_out = None if self.ia3_out is None else tables.bank[self.ia3_out]
         return l_in, l_out, tables.mixes, tables.route

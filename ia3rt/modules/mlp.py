@@ -16,6 +16,7 @@ from ia3rt.modules.bare import is_bare
 from ia3rt.modules.mlp_forms import KINDS, Form, form_of, form_of_class
 from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
+from ia3rt.routing.tables import MixTables
 
 
 class IA3MLP(Wearer):
@@ -41,20 +42,20 @@ class IA3MLP(Wearer):
         activation = self._modules[form.activation]
         assert activation is not None
         kind = KINDS.get(type(activation).__name__)
-        if routing.backend == "torch" or kind is None:
-            scale = routing.composed.scale(self.ia3_in)
-            return form.finish(self, _scaled_product(form, self, activation, x, scale, routing.tokens))
-        tables = routing.tables
+        worn = routing.now()
+        if routing.backend == "torch" or kind is None or (worn.rows is not None and not self.ia3_is_row_major(x, worn)):
+            scale = self.ia3_scale(self.ia3_in, x, worn)
+            return form.finish(self, _scaled_product(form, self, activation, x, scale))
+        tables = worn.tables
         matrices = form.first_matrices(self, x.dtype) if routing.fuses_gate_up else None
         if matrices is not None:
-            worn = tables.bank[self.ia3_in], tables.mixes, tables.route, kind
-            return form.finish(self, ops.gate_up(*autocast(x, *matrices), *worn))
+            vector = tables.bank[self.ia3_in], tables.mixes, tables.route, kind
+            return form.finish(self, ops.gate_up(*autocast(x, *matrices), *vector))
         gate, up, _ = form.gate_and_up(self, x)
-        return form.finish(self, self.ia3_activate(gate, up, kind))
+        return form.finish(self, self.ia3_activate(gate, up, kind, tables))
 
-    def ia3_activate(self, gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    def ia3_activate(self, gate: Tensor, up: Tensor | None, kind: str, tables: MixTables) -> Tensor:
         """s ∘ act(gate) ∘ up by the kernel."""
-        tables = self.ia3_routing.tables
         if not can_prepare(tables):
             return ops.activation(gate, up, tables.bank[self.ia3_in or 0], tables.mixes, tables.route, kind)  # type: ignore[no-any-return]
         prepared = self.ia3_prepared
@@ -89,7 +90,7 @@ class IA3MLP(Wearer):
 
             gate, _, up, _ = matrices
             assert gate is not None
-            tables = routing.tables
+            tables = routing.now().tables
             x, y = weight.new_empty(rows, gate.shape[1]), weight.new_empty(rows, gate.shape[0])
             config = plan(x, gate, up, y, Routing.of(tables.mixes, tables.route, rows))
             words = "torch, then the activation" if config is None else config.in_words()
@@ -101,9 +102,7 @@ class IA3MLP(Wearer):
         )
 
 
-def _scaled_product(
-    form: Form, mlp: nn.Module, activation: nn.Module, x: Tensor, scale: Tensor, tokens: Tensor | None
-) -> Tensor:
+def _scaled_product(form: Form, mlp: nn.Module, activation: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
     """s ∘ act(gate) ∘ up by torch; in as few tensors as can be, unless a gradient needs them or a compiler does that.
 
     What is allocated costs more than what is computed: past a megabyte or so the allocator maps and unmaps each of
@@ -113,8 +112,8 @@ def _scaled_product(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         h = activation(gate)
         if up is None:  # the activation may need its result for its gradient
-            return eager.scale_input(h, scale, tokens)
-        return eager.scale_output_(h * up, scale, tokens)
+            return _scaled(h, scale)
+        return _scaled_(h * up, scale)
     bare = is_bare(activation)
     if ours and bare and KINDS.get(type(activation).__name__) == "silu":
         h = F.silu(gate, inplace=True)
@@ -125,5 +124,13 @@ def _scaled_product(
     if up is not None:
         h = h.mul_(up) if ours else h * up
     elif not ours:
-        return eager.scale_input(h, scale, tokens)
-    return eager.scale_output_(h, scale, tokens)
+        return _scaled(h, scale)
+    return _scaled_(h, scale)
+
+
+def _scaled(h: Tensor, scale: Tensor | None) -> Tensor:
+    return h if scale is None else eager.scale_input(h, scale)
+
+
+def _scaled_(h: Tensor, scale: Tensor | None) -> Tensor:
+    return h if scale is None else eager.scale_output_(h, scale)

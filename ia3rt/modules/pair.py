@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,17 @@ from ia3rt.modules.autocast import autocast
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.prepared import Prepared, can_prepare, has_parameters
 from ia3rt.modules.weights import dense_weight
-from ia3rt.routing.route import Route
 from ia3rt.routing.tables import MixTables
 
 _NAMES = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"))
 
 
 class _Ahead(NamedTuple):
-    """The second layer's result, computed with the first's, and what it is for: an input, worn by a route."""
+    """The second layer's result, computed with the first's, and the input that it is for."""
 
     y: Tensor
     x: Tensor
     version: int | None
-    route: Route | None
 
 
 class Pair:
@@ -40,32 +38,33 @@ class Pair:
     def __init__(self, first: IA3Layer, second: IA3Layer) -> None:
         self._first = first
         self._second = second
-        self._ahead: _Ahead | None = None
         self._prepared: Prepared | None = None
         self.in_order = True
+        self._traced: dict[object, object] = {}  # a compiler's forward: what it computes is of no thread
 
-    def forward(self, layer: IA3Layer, x: Tensor) -> Tensor | None:
+    def forward(self, layer: IA3Layer, x: Tensor, tables: MixTables) -> Tensor | None:
         """The result of `layer`, one of the two, for x; None where it has to compute that itself."""
-        ahead, self._ahead = self._ahead, None
+        if torch.compiler.is_compiling():
+            ahead = self._traced
+        else:
+            forward = layer.ia3_routing.forward()
+            if forward is None:
+                return None  # nobody may come for the other part
+            ahead = forward.ahead
+        waiting = cast("_Ahead | None", ahead.pop(self, None))
         if layer is self._second:
-            fits = ahead is not None and ahead.x is x and (ahead.version, ahead.route) == self._state(x)
-            return ahead.y if ahead is not None and fits else None
-        if ahead is not None:
+            fits = waiting is not None and waiting.x is x and waiting.version == _version(x)
+            return waiting.y if waiting is not None and fits else None
+        if waiting is not None:
             self.in_order = False  # nobody came for it: computing ahead is in vain in this model
         if not self.in_order:
             return None
-        y, y_second = self._compute(x)
-        self._ahead = _Ahead(y_second, x, *self._state(x))
+        y, y_second = self._compute(x, tables)
+        ahead[self] = _Ahead(y_second, x, _version(x))
         return y
 
-    def _state(self, x: Tensor) -> tuple[int | None, Route | None]:
-        """What tells whether x was changed in place meanwhile, where that is kept track of, or the route."""
-        if torch.compiler.is_compiling():
-            return None, None  # one graph holds both calls, and would be compiled anew for each state
-        return None if x.is_inference() else x._version, self._first.ia3_routing.route
-
-    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        layers, tables = (self._first, self._second), self._first.ia3_routing.tables
+    def _compute(self, x: Tensor, tables: MixTables) -> tuple[Tensor, Tensor]:
+        layers = (self._first, self._second)
         if can_prepare(tables) and all(map(has_parameters, layers)):
             prepared = self._prepared
             if prepared is None or not prepared.fits(tables):
@@ -85,6 +84,13 @@ class Pair:
         first, second = self._first.ia3_out, self._second.ia3_out
         assert first is not None and second is not None
         return tables.bank[first], tables.bank[second]
+
+
+def _version(x: Tensor) -> int | None:
+    """What tells whether x was changed in place meanwhile, where that is kept track of."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return None  # one graph holds both calls, and would be compiled anew for each version
+    return x._version
 
 
 def pair_layers(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:

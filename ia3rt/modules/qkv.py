@@ -48,11 +48,12 @@ class IA3QKV(Wearer):
     def ia3_rotated(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """q, k and v of a projection's output [batch, length, width]: scaled and rotated, [batch, heads, length, D]."""
         assert self.ia3_form is not None and self.ia3_out is not None
-        form, tables = self.ia3_form, self.ia3_routing.tables
+        form, worn = self.ia3_form, self.ia3_routing.now()
+        tables = worn.tables
         l, sizes = tables.bank[self.ia3_out], form.sizes(self)  # noqa: E741
         if not can_prepare(tables):
-            worn = tables.mixes, tables.route
-            return tuple(_rotated(qkv, l, *position_embeddings, *worn, form.parts, sizes))
+            mixed = tables.mixes, tables.route
+            return tuple(_rotated(qkv, l, *position_embeddings, *mixed, form.parts, sizes))
         prepared = self.ia3_prepared
         if prepared is None or prepared.fixed["sizes"] != sizes or not prepared.fits(tables):
             prepared = self.ia3_prepared = Prepared(tables, (), _rotated, l=l, parts=form.parts, sizes=sizes)
@@ -76,7 +77,7 @@ class IA3QKV(Wearer):
 
         assert self.ia3_form is not None
         projection = getattr(self, self.ia3_form.projection)
-        q, *_ = self.ia3_form.parts(self.ia3_routing.tables.bank[self.ia3_out or 0], *self.ia3_form.sizes(self))
+        q, *_ = self.ia3_form.parts(self.ia3_routing.now().tables.bank[self.ia3_out or 0], *self.ia3_form.sizes(self))
         config = rope_config(rows, q.shape[-1], computing_tensor(projection).dtype)
         words = f"{config.block_m} rows × {config.group(q.shape[-2])} heads, {config.num_warps} warps"
         return How("rope", words, "q, k and v are read and rotated here anyway: the vector costs no pass")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side
-from ia3rt.routing.route import Routing
+from ia3rt.routing.layout import Layout, Unknown
+from ia3rt.routing.routing import Routing
+from ia3rt.routing.worn import Worn
 
 
 class How(NamedTuple):
@@ -33,12 +35,14 @@ class Wearer(nn.Module):
     Attributes:
         ia3_routing: what the model's rows wear, shared by all its patched modules.
         ia3_in, ia3_out: the positions in the bank of the sites that act here; None where there is none.
+        ia3_layouts: where the rows of a batch are in what is scaled here, by its number of dimensions.
         ia3_follow: moves the bank after this module moved to another device.
     """
 
     ia3_routing: Routing
     ia3_in: int | None
     ia3_out: int | None
+    ia3_layouts: dict[int, Layout | Unknown]
     ia3_follow: Callable[[torch.device], None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -46,6 +50,24 @@ class Wearer(nn.Module):
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.ia3_follow(computing_tensor(self).device)
         return result
+
+    def ia3_scale(self, position: int, x: Tensor, worn: Worn) -> Tensor | None:
+        """What x, [..., width], is multiplied by; None where that is nothing.
+
+        Raises:
+            ValueError: rows wear different mixes, and it is not known whose each element of x is.
+        """
+        return worn.composed.scale(position) if worn.rows is None else self.ia3_routing.by_row(self, position, x, worn)
+
+    def ia3_is_row_major(self, x: Tensor, worn: Worn) -> bool:
+        """Whether x lies as the kernels read it where rows wear different mixes.
+
+        Raises:
+            ValueError: it is not known whose each element of x is.
+        """
+        position = self.ia3_out if self.ia3_in is None else self.ia3_in
+        assert position is not None
+        return self.ia3_routing.is_row_major(self, position, x, worn)
 
     @classmethod
     def is_fused(cls, module: nn.Module) -> bool:
@@ -82,7 +104,7 @@ def patched_class(mixin: type[Wearer], cls: type) -> type:
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
     module.__class__ = patched_class(mixin, type(module))
-    vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None)
+    vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None, ia3_layouts={})
     _redirect(module)
 
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ia3rt import reference
 from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site
 from ia3rt.routing.staging import Staging
+
+
+class Scales(Protocol):
+    """What each site wears."""
+
+    def scale(self, position: int) -> Tensor:
+        """[width] where all rows wear one mix, else [rows, width], or [mixes, width] where tokens are routed.
+
+        Args:
+            position: the site's in the bank.
+        """
+        ...
 
 
 class ComposedMixes:
@@ -30,42 +42,23 @@ class ComposedMixes:
         self._index = torch.empty(0, dtype=torch.int32)
         self._staging: Staging | None = None
 
-    @classmethod
-    def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, index: Tensor | None) -> ComposedMixes:
-        """Mixes of other rows than the bank's, with gradients.
-
-        Args:
-            rows: [rows, total_width], what the mixes' rows are.
-            widths: the sites'.
-            mixes: int32 [slots, 2 + 2 K], the distinct mixes in use, packed.
-            index: int64 [rows], the mix of each row; None keeps one row a mix.
-        """
-        made = cls()
-        composed = reference.compose(rows, mixes)
-        if index is not None:
-            composed = composed[index.to(rows.device)]
-        shaped = composed[0] if len(composed) == 1 else composed.unsqueeze(1)
-        made._split(shaped, widths)
-        return made
-
     def scale(self, position: int) -> Tensor:
-        """What a site wears: [width] where all rows wear one mix, else [rows, 1, width].
-
-        Args:
-            position: the site's in the bank.
-        """
+        """As `Scales.scale`; ones at a site that the model got since, as none of these mixes acts there."""
         if torch.compiler.is_compiling():
             # One input to the graph and not one a site: each costs its checks at every call.
             return self._whole[..., self._starts[position] : self._ends[position]]
-        return self._scales[position]
+        try:
+            return self._scales[position]
+        except IndexError:
+            return self._whole.new_ones(())
 
-    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: Tensor | None) -> None:
+    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: list[int] | None) -> None:
         """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.
 
         Args:
             bank: the adapters.
             mixes: the distinct mixes in use.
-            rows: int64 [rows], the mix of each row; None keeps one row a mix.
+            rows: the mix of each row; None keeps one row a mix.
         """
         count = len(mixes) if rows is None else len(rows)
         if bank.table is not self._table or count != len(self._buffer):
@@ -75,8 +68,10 @@ class ComposedMixes:
             self._rows = [pieces(row) for row in self._buffer]
             self._index = torch.empty(count, dtype=torch.int32, device=bank.table.device)
             self._staging = None if bank.table.is_cpu else Staging(count, bank.table.device)
-            shaped = self._buffer[0] if count == 1 else self._buffer.unsqueeze(1)
-            self._split(shaped, bank.widths)
+            self._whole = self._buffer[0] if count == 1 else self._buffer
+            self._starts = tuple(accumulate(bank.widths[:-1], initial=0))
+            self._ends = tuple(accumulate(bank.widths))
+            self._scales = torch.split(self._whole, bank.widths, dim=-1)
         if rows is None:
             for out, mix in zip(self._rows, mixes, strict=True):
                 _compose_into(out, self._columns, mix)
@@ -87,19 +82,13 @@ class ComposedMixes:
             _compose_into(out, self._columns, mix)
         if self._staging is not None:
             turn = self._staging.turn()
-            turn.ints[:count] = rows.tolist()
+            turn.ints[:count] = [*rows]
             turn.copy_to(self._index, count)
             torch.index_select(composed, 0, self._index, out=self._buffer)
             return
-        for out, slot in zip(self._rows, rows.tolist(), strict=True):
+        for out, slot in zip(self._rows, rows, strict=True):
             for piece, source in zip(out, distinct[slot], strict=True):
                 piece.copy_(source)
-
-    def _split(self, whole: Tensor, widths: list[int]) -> None:
-        self._whole = whole
-        self._starts = tuple(accumulate(widths[:-1], initial=0))
-        self._ends = tuple(accumulate(widths))
-        self._scales = torch.split(whole, widths, dim=-1)
 
 
 def _compose_into(out: Sequence[Tensor], columns: Sequence[Tensor], mix: ResolvedMix) -> None:

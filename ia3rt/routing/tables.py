@@ -28,7 +28,7 @@ class MixTables:
     """
 
     def __init__(self) -> None:
-        self.bank: tuple[Tensor, ...] = ()
+        self.bank: Sequence[Tensor] = ()
         self.mixes = torch.zeros(0, 2, dtype=torch.int32)
         self.route = torch.zeros(0, dtype=torch.int32)
         self.layout, self.stays = (0, 0, 0), True
@@ -38,11 +38,19 @@ class MixTables:
         self._route_staging: Staging | None = None
 
     @classmethod
-    def over(cls, rows: Tensor, widths: list[int], mixes: Tensor, route: Tensor) -> MixTables:
-        """Tables over other rows than the bank's: [rows, total_width], split at the sites' widths."""
+    def over(cls, bank: Sequence[Tensor], mixes: Tensor, route: Tensor) -> MixTables:
+        """Tables over other rows than the bank's: by site, [rows, width]."""
         tables = cls()
-        tables.bank, tables.mixes, tables.route = torch.split(rows, widths, dim=1), mixes, route
+        tables.bank, tables.mixes, tables.route = bank, mixes, route
         tables.stays = False
+        tables._lay_out()
+        return tables
+
+    def routed(self, slots: Tensor) -> MixTables:
+        """The same bank and mixes with another route, [R]."""
+        tables = MixTables()
+        tables.bank, tables.mixes, tables.route, tables.stays = self.bank, self.mixes, slots.int(), self.stays
+        tables._lay_out()
         return tables
 
     def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: int) -> None:
@@ -52,8 +60,7 @@ class MixTables:
         """
         device = bank.table.device
         if bank.table is not self._table:
-            self._table = bank.table
-            self.bank = torch.split(bank.table, bank.widths, dim=1)
+            self._table, self.bank = bank.table, bank.columns
         size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
         slots = max(_SLOTS, rows, len(mixes), len(self.mixes))
         fits = self.mixes.device == device and len(self.mixes) >= slots and self.mixes.shape[1] >= 2 + 2 * size
@@ -78,15 +85,6 @@ class MixTables:
         turn = self._route_staging.turn()
         turn.ints[:count] = [*slots]
         turn.copy_to(self.route, count)
-
-    def lay_route(self, slots: Tensor) -> None:
-        """As `write_route`, of slots that are on the device already."""
-        if self.route.device != slots.device or self.route.shape != slots.shape:
-            self.route = torch.empty(slots.shape, dtype=torch.int32, device=slots.device)
-            self._route_staging = None  # of another size; tokens need none
-            self._lay_out()
-        self._slots = None
-        self.route.copy_(slots)
 
     def _lay_out(self) -> None:
         self.layout = len(self.route), *self.mixes.shape

@@ -1,21 +1,25 @@
-"""Adapters in training: their vectors are parameters of the model, which live in the bank's rows."""
+"""Adapters in training: their vectors are parameters of the model, in float32 whatever the bank's dtype is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.site import Site
+from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
+from ia3rt.routing.worn import Worn
 
 
 class TrainedAdapters:
     """The adapters of one model that are trained, while all else in it is frozen.
 
-    A parameter is a view of its adapter's row of the bank, so what an optimizer writes is what the next forward wears.
-    It is registered at the module where it acts, so that optimizers, `Trainer` and checkpoints find it.
+    A parameter is registered at the module where it acts, so that optimizers, `Trainer` and checkpoints find it. A
+    forward reads what is registered then, so what a checkpoint put there is worn too. The bank's rows are written when
+    somebody reads them (`sync`).
 
     Attributes:
         adapters: which are trained.
@@ -25,7 +29,8 @@ class TrainedAdapters:
         self.adapters = frozenset(adapters)
         self._bank = bank
         self._modules = dict(model.named_modules())
-        self._parameters: dict[int, dict[Site, nn.Parameter]] = {}
+        self._parameters: dict[Adapter, dict[Site, nn.Parameter]] = {}
+        self._float32: dict[nn.Parameter, Tensor] = {}
         self._frozen: list[nn.Parameter] = []
         self._check()
         for parameter in model.parameters():
@@ -33,10 +38,11 @@ class TrainedAdapters:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
         for adapter in sorted(self.adapters, key=lambda adapter: adapter.row):
-            views = bank.vectors(adapter).items()
-            self._parameters[adapter.row] = {site: nn.Parameter(view) for site, view in views}
-            for site, parameter in self._parameters[adapter.row].items():
+            vectors = bank.vectors(adapter).items()
+            self._parameters[adapter] = {site: nn.Parameter(vector.float().clone()) for site, vector in vectors}
+            for site, parameter in self._parameters[adapter].items():
                 self._modules[site.path].register_parameter(_attribute(site, adapter), parameter)
+        self.keep_float32()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -47,39 +53,73 @@ class TrainedAdapters:
         """Whether a gradient of these mixes reaches a trained vector."""
         return any(not self.adapters.isdisjoint(mix.adapters) for mix in mixes)
 
-    def rows(self, used: Sequence[int]) -> Tensor:
-        """These rows of the bank, [rows, total_width]; gradients of it reach the parameters."""
-        return torch.stack([self._row(row) for row in used])
+    def worn(self, route: Route, backend: Backend) -> Worn:
+        """What `route` is, as the parameters are now; gradients of it reach them."""
+        used, mixes = used_rows(route.mixes)
+        by_row = None if route.index is None or route.by_token else route.index
+        scales = TrainedScales(self._vectors(used), mixes, by_row, keeps=route.by_token)
+        tables, device = MixTables(), self._bank.table.device
+        if backend == "triton":
+            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(device)
+            index = torch.zeros(1, dtype=torch.int64) if by_row is None else by_row
+            tables = MixTables.over(Stacked(scales.vectors), packed, index.to(device, torch.int32))
+        return Worn(route, None if route.index is None else len(route.index), scales, tables)
 
-    def tie(self) -> None:
-        """Makes the parameters views of the bank again, after it was moved or the model was cast."""
+    def adopt(self) -> bool:
+        """Takes parameters that other code registered in the place of these; whether there were any."""
+        found = False
+        for adapter, site, module in self._places():
+            registered = module._parameters.get(_attribute(site, adapter))
+            if registered is not None and registered is not self._parameters[adapter][site]:
+                self._parameters[adapter][site] = registered
+                found = True
+        if found:
+            self.keep_float32()
+        return found
+
+    def keep_float32(self) -> None:
+        """Gives the parameters their float32 numbers back after the model was cast, and follows it to its device."""
+        device, kept = self._bank.table.device, {}
+        for parameter in self.parameters:
+            own = self._float32.get(parameter)
+            if own is None or parameter.dtype == torch.float32:
+                own = parameter.data
+            kept[parameter] = own = own.to(device, torch.float32)
+            if parameter.data_ptr() != own.data_ptr() or parameter.dtype != own.dtype:
+                parameter.data = own
+        self._float32 = kept
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Writes the parameters into the bank's rows, rounded to its dtype."""
+        self.adopt()
         for adapter in self.adapters:
-            for site, view in self._bank.vectors(adapter).items():
-                parameter = self._parameters[adapter.row][site]
-                if parameter.data_ptr() != view.data_ptr():
-                    parameter.data = view
+            for site, row in self._bank.vectors(adapter).items():
+                row.copy_(self._parameters[adapter][site])
 
     def end(self) -> None:
-        """Unregisters the parameters, and gives the model's own their `requires_grad` back."""
-        for adapter in self.adapters:
-            for site in self._parameters[adapter.row]:
-                delattr(self._modules[site.path], _attribute(site, adapter))
+        """Writes the bank, unregisters the parameters, and gives the model's own their `requires_grad` back."""
+        self.sync()
+        for adapter, site, module in self._places():
+            delattr(module, _attribute(site, adapter))
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
-    def _row(self, row: int) -> Tensor:
-        if row not in self._parameters:
-            return self._bank.table[row]
-        by_site = self._parameters[row]
-        columns = torch.split(self._bank.table[row], self._bank.widths)
-        sited = zip(self._bank.sites.values(), columns, strict=True)
-        return torch.cat([by_site.get(site, ones) for site, ones in sited])
+    def _places(self) -> Iterator[tuple[Adapter, Site, nn.Module]]:
+        for adapter, by_site in self._parameters.items():
+            for site in by_site:
+                yield adapter, site, self._modules[site.path]
+
+    def _vectors(self, used: Sequence[int]) -> list[list[Tensor]]:
+        """By site, the vectors of these rows of the bank: parameters, or copies, which no later load changes."""
+        trained = {adapter.row: by_site for adapter, by_site in self._parameters.items()}
+        frozen = {row: torch.split(self._bank.table[row].float().clone(), self._bank.widths) for row in used}
+        return [
+            [trained.get(row, {}).get(site, frozen[row][position]) for row in used]
+            for position, site in enumerate(self._bank.sites.values())
+        ]
 
     def _check(self) -> None:
-        if self._bank.table.dtype != torch.float32:
-            raise ValueError(
-                f"training needs float32 vectors: patch(dtype=torch.float32), not {self._bank.table.dtype}"
-            )
         seen: dict[tuple[str, str], str] = {}
         for adapter in self.adapters:
             for site in adapter.sites:
@@ -90,6 +130,61 @@ class TrainedAdapters:
                         "give the adapter another name"
                     )
                 seen[key] = adapter.name
+
+
+class TrainedScales:
+    """Mixes of parameters, combined where they are worn: each part of a model that a checkpoint runs again has its own.
+
+    Args:
+        vectors: by site, one [width] for each row that `mixes` name.
+        mixes: the distinct mixes.
+        index: int64 [rows], the mix of each row; None where all wear the first.
+        keeps: whether a scale has a row a mix instead, as routes by token look up.
+    """
+
+    def __init__(
+        self, vectors: list[list[Tensor]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool
+    ) -> None:
+        self.vectors = vectors
+        self._mixes = [(mix.rows, mix.weights) for mix in mixes]
+        self._index = index if index is None else index.to(vectors[0][0].device)
+        self._keeps = keeps
+
+    def scale(self, position: int) -> Tensor:
+        """As `Scales.scale`."""
+        vectors = self.vectors[position] if position < len(self.vectors) else None
+        if vectors is None:
+            return self.vectors[0][0].new_ones(())  # the model got it since: none of these mixes acts there
+        mixed = [_mixed(vectors, rows, weights) for rows, weights in self._mixes]
+        if (self._index is None and not self._keeps) or len(self._index if self._index is not None else mixed) == 1:
+            return mixed[0]
+        stacked = torch.stack(mixed)
+        return stacked if self._index is None else stacked[self._index]
+
+
+class Stacked(Sequence[Tensor]):
+    """By site, the vectors as a bank that the kernels read, [rows, width]; stacked where they are worn."""
+
+    def __init__(self, vectors: list[list[Tensor]]) -> None:
+        self._vectors = vectors
+
+    def __len__(self) -> int:
+        """How many sites there are."""
+        return len(self._vectors)
+
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]
+        """A site's rows; gradients of them reach the vectors."""
+        return torch.stack(self._vectors[position])
+
+
+def _mixed(vectors: Sequence[Tensor], rows: Sequence[int], weights: Sequence[float] | None) -> Tensor:
+    """Π l_j, or Σ w_j l_j, from left to right as everywhere."""
+    if not rows:
+        return torch.ones_like(vectors[0])
+    mixed = vectors[rows[0]] if weights is None else vectors[rows[0]] * weights[0]
+    for place, row in enumerate(rows[1:], 1):
+        mixed = mixed * vectors[row] if weights is None else mixed + vectors[row] * weights[place]
+    return mixed
 
 
 def _attribute(site: Site, adapter: Adapter) -> str:

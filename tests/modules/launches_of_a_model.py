@@ -46,7 +46,7 @@ else:
 
 
 def names(runtime: ia3rt.Runtime) -> dict[int, str]:
-    tables = runtime._routing.tables
+    tables = runtime._routing.now().tables
     named = {parameter.data_ptr(): name for name, parameter in runtime.model.named_parameters()}
     named |= {part.data_ptr(): f"site {place}" for place, part in enumerate(tables.bank)}
     return named | {tables.mixes.data_ptr(): "mixes", tables.route.data_ptr(): "route"}

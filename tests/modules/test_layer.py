@@ -102,7 +102,7 @@ def test_the_bank_follows_the_model_to_another_device(folders):
     runtime.route(["b", None, "c"])
     runtime.model.to("meta")
     assert runtime._bank.table.is_meta
-    assert all(scale.is_meta for scale in runtime._routing.composed._scales)
+    assert all(scale.is_meta for scale in runtime._routing.now().composed._scales)
     assert runtime.model(IDS.to("meta")).logits.is_meta
 
 

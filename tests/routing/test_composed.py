@@ -11,7 +11,8 @@ import torch
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site
-from ia3rt.routing.route import Route, Routing
+from ia3rt.routing.route import Route
+from ia3rt.routing.routing import Routing
 
 def woken():
     "How often the other threads of this process went to sleep again."
@@ -39,8 +40,8 @@ mixes = [bank.resolve(mix) for mix in (
     Mix(()), Mix(("a",)), Mix(("a", "b", "c")), Mix(("a", "b"), (0.3, 0.4), "linear"), Mix(("c",), (0.5,), "delta"))]
 whole = torch.ones(bank.total_width)
 print(parallel_regions(lambda: whole.mul_(1.5)))
-print(sum(parallel_regions(lambda: routing.wear(Route((mix,)))) for mix in mixes))
-print(parallel_regions(lambda: routing.wear(Route.by_row([*mixes, *mixes]))))
+print(sum(parallel_regions(lambda: routing.wear_everywhere(Route((mix,)))) for mix in mixes))
+print(parallel_regions(lambda: routing.wear_here(Route.by_row([*mixes, *mixes]))))
 vectors = {site: torch.rand(site.width) for site in sites[1:]}
 print(parallel_regions(lambda: (bank.add("d", vectors), bank.remove("d"))))
 """

@@ -67,12 +67,13 @@ def test_each_token_wears_its_mix(runtime, model):
         torch.testing.assert_close(mixed[:, 4:], rest(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_route_fits_the_next_forward_of_its_shape_only(runtime, model):
-    with runtime.route(["b", "c"], torch.randint(2, IDS.shape)):
-        logits(model, IDS)
-        inner = getattr(model, model.base_model_prefix)
-        with pytest.raises(ValueError, match="for 0 tokens"):
-            inner(IDS)
+def test_a_token_route_fits_a_forward_of_its_shape_only(runtime, model):
+    inner = getattr(model, model.base_model_prefix)
+    with torch.no_grad(), runtime.route(["b", "c"], torch.randint(2, IDS.shape)):
+        torch.testing.assert_close(model.lm_head(inner(IDS)[0]), model(IDS).logits)
+        module = model.get_submodule(runtime.sites[0].path)
+        with pytest.raises(ValueError, match="each token wears a mix of its own, and .* outside of a forward"):
+            module(torch.rand(3, 7, 64))
 
 
 @pytest.mark.parametrize(

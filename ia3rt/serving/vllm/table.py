@@ -96,7 +96,7 @@ class SlotTable:
         tokens = y.shape[-2]
         if tokens > self.rows.shape[0]:
             for start, stop, row in self._slots.runs:
-                scale_output_(y[..., start:stop, self._columns], self.rows[row, self._columns], None)
+                scale_output_(y[..., start:stop, self._columns], self.rows[row, self._columns])
             return
         # Decoding: tokens wear the same step after step, so their rows, no more numbers than the table has, are kept.
         # To take only some columns would take longer than to multiply all.

@@ -1,0 +1,75 @@
+"""The rows of a batch, among the arguments of a forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_MAIN = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+_CACHES = ("cache", "past_key_values", "cache_params", "past_bucket_states", "mems")
+# What belongs to the tokens and not to the rows, or says where the rows are and not what is in them.
+_NOT_MARKED = ("mask", "position", "cache")
+# Beside text, these are counted in images or clips, of which a row has as many as it has.
+_MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input_values", "speech", "patch")
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name; those without a name by their number."""
+    names = _parameters(type(model))  # type: ignore[arg-type]
+    return {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
+
+
+def main_input(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The input that is counted in rows, [rows, ...]: text where there is any, else the first tensor."""
+    candidates = [*(arguments.get(name) for name in _MAIN), *arguments.values()]
+    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
+
+
+def row_inputs(arguments: Mapping[str, Any], rows: int) -> Iterator[Tensor]:
+    """The inputs of which each row of the batch has one."""
+    text = has_text(arguments)
+    for name, value in arguments.items():
+        if name in _CACHES or any(part in name for part in _NOT_MARKED):
+            continue
+        if text and is_media(name) and not (isinstance(value, Tensor) and value.dim() == 5):
+            continue  # [rows, images, channels, height, width] is by row
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows:
+                yield leaf
+
+
+def media_inputs(arguments: Mapping[str, Any], count: int) -> Iterator[Tensor]:
+    """The inputs beside text of which each image has one."""
+    if has_text(arguments):
+        for name, value in arguments.items():
+            counted = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+            if is_media(name) and counted and value.is_floating_point():
+                yield value
+
+
+def has_text(arguments: Mapping[str, Any]) -> bool:
+    """Whether text is among the inputs; not what a decoder says of what it hears or sees."""
+    return any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+
+
+def is_media(name: str) -> bool:
+    """Whether an argument holds images, sounds or the like."""
+    return any(part in name for part in _MEDIA) and not name.startswith(("decoder_", "encoder_"))
+
+
+def cached(arguments: Mapping[str, Any]) -> int:
+    """How many tokens of each row the forward's key-value cache holds."""
+    cache = next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+@lru_cache(256)
+def _parameters(cls: type[nn.Module]) -> list[str]:
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind in positional]

@@ -1,0 +1,64 @@
+"""Where the rows of the batch are in the input of a layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Whose the elements of an input [..., width] are.
+
+    Attributes:
+        dim: the dimension that goes over the rows.
+        repeated: whether each row has several neighbours there.
+        images: whether it goes over the images of the batch, and not over its rows.
+    """
+
+    dim: int
+    repeated: bool = False
+    images: bool = False
+
+    def fits(self, shape: torch.Size, rows: int) -> bool:
+        """Whether an input of this shape can have so many rows there."""
+        return shape[self.dim] % rows == 0 if self.repeated else shape[self.dim] == rows
+
+
+class Unknown(NamedTuple):
+    """Why it is not known whose the elements of an input are; the end of a sentence about it."""
+
+    reason: str
+
+
+def layout_of(marked: Tensor, row: int, rows: int) -> Layout | Unknown:
+    """The layout of an input, of which the elements are marked that depend on one row.
+
+    Args:
+        marked: bool [..., width].
+        row: which row that is.
+        rows: how many there are.
+    """
+    places = marked.any(-1)
+    count = int(places.sum())
+    if count == 0:
+        return Unknown("nothing in it depends on the rows of the batch one by one")
+    found = [
+        Layout(dim)
+        for dim, size in enumerate(places.shape)
+        if size == rows and int(places.select(dim, row).sum()) == count
+    ]
+    if places.dim() and places.shape[0] % rows == 0 and places.shape[0] > rows:
+        each = places.shape[0] // rows
+        if int(places[row * each : (row + 1) * each].sum()) == count:
+            found.append(Layout(0, repeated=True))
+        if int(places[row::rows].sum()) == count:
+            found.append(Layout(-1))  # one after another, again and again: no layout that is known
+    if len(found) == 1 and found[0].dim >= 0:
+        return found[0]
+    if count == places.numel():
+        return Unknown("each of its elements depends on several rows of the batch")
+    if len(found) > 1:
+        return Unknown("its shape fits several orders of the rows")
+    return Unknown("the rows of the batch are not one after another in it")

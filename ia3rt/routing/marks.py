@@ -1,0 +1,140 @@
+"""Finds out which elements of an intermediate result depend on one row of the batch, while a forward runs.
+
+Each operation of the forward is done twice: as it is, and on a twin in which that row's numbers are NaN. What is NaN in
+the twin only depends on the row. The forward itself computes, returns and changes what it would; it takes about three
+times as long, and is done once for each kind of input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+_SWEEP = 256  # operations after which the twins of memory that was freed go
+
+
+class Marks(TorchDispatchMode):
+    """While it is entered, follows what depends on what was marked."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._twins: dict[int, tuple[StorageWeakRef, torch.UntypedStorage]] = {}
+        self._calls = 0
+
+    def mark(self, x: Tensor, row: int) -> bool:
+        """Marks a row of an input of the forward [rows, ...]; whether that is possible."""
+        with _disable_current_modes():
+            if not x.numel() or x.stride(0) == 0 or x.is_complex() or x.dtype == torch.bool or _address(x) is None:
+                return False
+            twin = self._give_twin(x)
+            if x.is_floating_point():
+                twin[row] = torch.nan
+            else:  # another number that is valid there, so that it can be looked up
+                low, high = x.min(), x.max()
+                other = torch.where(x[row] == high, low, high)
+                twin[row] = other if low != high else (x[row] + 1 if int(high) == 0 else torch.zeros_like(x[row]))
+            return True
+
+    def marked(self, x: Tensor) -> Tensor:
+        """Bool, as x: what depends on the row."""
+        with _disable_current_modes():
+            twin = self._twin(x)
+            if twin is None:
+                return torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+            x = x.detach()
+            return twin.isnan() & ~x.isnan() if x.is_floating_point() else twin != x
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Does an operation, and before it the same on the twins of its inputs, if any of them has one."""
+        kwargs = kwargs or {}
+        self._calls += 1
+        if self._calls % _SWEEP == 0:
+            self._twins = {at: twin for at, twin in self._twins.items() if not twin[0].expired()}  # type: ignore[no-untyped-call]
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        marked = [each for each in inputs if self._has_twin(each)]
+        if not marked:
+            return func(*args, **kwargs)
+        # Where numbers depend on the row, the choices that are made by them (the k largest, which are not 0) stay those
+        # of the forward: a twin that goes another way says nothing of it.
+        by_numbers = any(each.is_floating_point() for each in marked)
+        if func._schema.is_mutable:
+            for each in inputs:
+                if not self._has_twin(each) and _address(each) is not None and each.is_floating_point():
+                    self._give_twin(each)
+
+        def twin_of(each: Any) -> Any:
+            if not isinstance(each, Tensor) or (by_numbers and not each.is_floating_point()):
+                return each
+            twin = self._twin(each)
+            return each if twin is None else twin
+
+        twins = None
+        with suppress(Exception), _same_draws(func, inputs):
+            twins = tree_leaves(func(*tree_map(twin_of, args), **tree_map(twin_of, kwargs)))
+        result = func(*args, **kwargs)
+        results = tree_leaves(result)
+        if twins is not None and len(twins) == len(results):
+            for out, twin in zip(results, twins, strict=True):
+                if isinstance(out, Tensor) and isinstance(twin, Tensor):
+                    self._note(out, twin, by_numbers)
+        return result
+
+    def _note(self, out: Tensor, twin: Tensor, by_numbers: bool) -> None:
+        """Keeps the twin of a result."""
+        if self._has_twin(out) or out.shape != twin.shape or _address(out) is None:
+            return  # a view of what has one, or written in place
+        if out.is_floating_point():
+            self._give_twin(out).copy_(twin if by_numbers else torch.where(twin == out, out, torch.nan))
+        elif not by_numbers and not out.is_complex():
+            self._give_twin(out).copy_(twin)
+
+    def _has_twin(self, x: Tensor) -> bool:
+        at = _address(x)
+        if at is None or at not in self._twins:
+            return False
+        if self._twins[at][0].expired():  # type: ignore[no-untyped-call]  # the address is another's now
+            del self._twins[at]
+            return False
+        return True
+
+    def _twin(self, x: Tensor) -> Tensor | None:
+        if not self._has_twin(x):
+            return None
+        storage = self._twins[x.untyped_storage().data_ptr()][1]
+        with torch.no_grad():
+            empty = torch.empty(0, dtype=x.dtype, device=x.device)
+            return empty.set_(storage, x.storage_offset(), x.size(), x.stride())
+
+    def _give_twin(self, x: Tensor) -> Tensor:
+        """A twin of all of x's memory, so that views of it are views of the twin."""
+        storage = x.untyped_storage()
+        self._twins[storage.data_ptr()] = StorageWeakRef(storage), storage.clone()  # type: ignore[no-untyped-call]
+        twin = self._twin(x)
+        assert twin is not None
+        return twin
+
+
+def _address(x: Tensor) -> int | None:
+    """Where x's memory is; None where it has none that is its own."""
+    try:
+        return x.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+@contextmanager
+def _same_draws(func: Any, inputs: list[Tensor]) -> Iterator[None]:
+    """Lets what is drawn at random inside be drawn again after it."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        yield
+        return
+    devices = {each.get_device() for each in inputs if each.is_cuda}
+    with torch.random.fork_rng(devices):
+        yield

@@ -1,0 +1,114 @@
+"""How a model lays out the rows of its batch, layer by layer: seen once for each kind of input, then known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Bank
+from ia3rt.routing.batch import has_text, is_media, main_input, media_inputs, row_inputs
+from ia3rt.routing.forward import Forward
+from ia3rt.routing.layout import Layout, Unknown, layout_of
+from ia3rt.routing.marks import Marks
+from ia3rt.routing.worn import Worn
+
+_ROW = 1  # the one that is followed: its place differs in every order of the rows
+
+Layouts: TypeAlias = "dict[int, Layout | Unknown]"
+"""By the number of dimensions of an input."""
+
+
+class Probing:
+    """Of one model. A forward of rows that wear different mixes is the first of its kind once; it takes longer."""
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+        self._kinds: set[object] = set()
+
+    def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Follows a row of the batch through a forward, where none of this kind was followed yet."""
+        rows = forward.worn.rows
+        batch = main_input(arguments)
+        if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None:
+            return
+        kind = _kind(model, arguments, batch)
+        if kind in self._kinds:
+            return
+        forward.kind = kind
+        forward.marks = Marks()
+        for x in row_inputs(arguments, rows):
+            forward.marks.mark(x, _ROW)
+        forward.marks.__enter__()  # type: ignore[no-untyped-call]
+        images = forward.worn.images
+        if images is not None and len(images) > 1 and has_text(arguments):
+            forward.image_marks = Marks()
+            for x in media_inputs(arguments, len(images)):
+                forward.image_marks.mark(x, _ROW)
+            forward.image_marks.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, forward: Forward) -> None:
+        """Ends what `begin` began."""
+        for marks in (forward.image_marks, forward.marks):
+            if marks is not None:
+                marks.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if forward.marks is not None:
+            self._kinds.add(forward.kind)
+        forward.marks = forward.image_marks = None
+
+    def layout(self, layer: nn.Module, position: int, x: Tensor, worn: Worn, forward: Forward | None) -> Layout:
+        """Where the rows are in an input of a layer, or in its output.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        layouts: Layouts = vars(layer).setdefault("ia3_layouts", {})
+        if forward is not None and forward.marks is not None and not torch.compiler.is_compiling():
+            _see(layouts, x, worn, forward)
+        layout = layouts.get(x.dim())
+        if isinstance(layout, Layout):
+            assert worn.rows is not None
+            count = worn.rows if not layout.images else len(worn.images or ())
+            if count and layout.fits(x.shape, count):
+                return layout
+            what = "images" if layout.images else "rows"
+            layout = Unknown(f"its dimension {layout.dim} goes over the {what}, and there are {count}")
+        raise ValueError(self._refusal(position, x, layout))
+
+    def is_known(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether the layout of such an input was seen."""
+        return x.dim() in vars(layer).get("ia3_layouts", ())
+
+    def _refusal(self, position: int, x: Tensor, layout: Unknown | None) -> str:
+        site = list(self._bank.sites.values())[position]
+        reason = layout.reason if layout else "no forward of rows with different adapters has reached it yet"
+        return (
+            f"the rows wear different adapters, and it is not known whose each element of the tensor "
+            f"{tuple(x.shape)} at {site} is: {reason}. Let all rows wear one mix (set_adapter), say which row each "
+            "image belongs to (route(…, images=[…])), or leave the module out with patch(exclude_modules=…)"
+        )
+
+
+def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
+    """Notes what the marks say of an input; what differs from what was seen before is not known."""
+    assert worn.rows is not None and forward.marks is not None
+    seen: Layout | Unknown = layout_of(forward.marks.marked(x), _ROW, worn.rows)
+    if isinstance(seen, Unknown) and forward.image_marks is not None and worn.images is not None:
+        of_images = layout_of(forward.image_marks.marked(x), _ROW, len(worn.images))
+        if isinstance(of_images, Layout) and not of_images.repeated:
+            seen = of_images._replace(images=True)
+    before = layouts.get(x.dim(), seen)
+    if before != seen and isinstance(before, Layout) and isinstance(seen, Layout):
+        seen = Unknown("the rows are in another place of it than in an earlier call")
+    elif before != seen:
+        seen = before if isinstance(before, Unknown) else seen
+    layouts[x.dim()] = seen
+
+
+def _kind(model: nn.Module, arguments: Mapping[str, Any], batch: Tensor) -> object:
+    """What forwards have in common that lay out their rows in one way."""
+    names = tuple((name, x.dim()) for name, x in arguments.items() if isinstance(x, Tensor))
+    media = tuple(name for name in arguments if is_media(name) and arguments[name] is not None)
+    return type(model), names, media, batch.dim() > 1 and batch.shape[1] == 1, model.training

@@ -1,0 +1,368 @@
+"""What the rows of a model's forwards wear: set for all or for a context, and bound to each forward as it begins."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ia3rt.adapters.bank import Adapter, Bank
+from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.mix import BASE
+from ia3rt.routing.batch import cached, main_input, named_arguments
+from ia3rt.routing.context import Context
+from ia3rt.routing.forward import Forward
+from ia3rt.routing.layout import Layout
+from ia3rt.routing.past import PastForwards
+from ia3rt.routing.probing import Probing
+from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.training import TrainedAdapters
+from ia3rt.routing.wearing import Wearing
+from ia3rt.routing.worn import Shelf, Worn
+
+_current_task = torch._C._current_graph_task_id
+
+
+class Routing:
+    """Shared by all patched modules of a model, which ask it at each call what they wear: `now`.
+
+    Attributes:
+        bank: the adapters.
+        backend: `triton` where the kernels evaluate the mixes, `torch` where they are composed once, when set.
+        fuses_gate_up: whether MLPs have their first matrices and their activation in one launch.
+        trained: the adapters in training, if any.
+        merged: whether adapters are in the weights, so that nothing else can be worn.
+        probing: how the model lays out its rows.
+    """
+
+    def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
+        self.bank = bank
+        self.backend: Backend = backend
+        self.fuses_gate_up = fuses_gate_up
+        self.trained: TrainedAdapters | None = None
+        self.merged = False
+        self.probing = Probing(bank)
+        self.lock = threading.RLock()  # of all that changes the bank or what is worn
+        self._shelf = Shelf(bank, backend)
+        self._past = PastForwards()
+        self._begin()
+
+    def _begin(self) -> None:
+        base = Wearing(self._shelf.lay(Route((self.bank.resolve(BASE),))))
+        self._context = Context(base)
+        self._wearings: weakref.WeakSet[Wearing] = weakref.WeakSet([base])
+
+    @property
+    def composes(self) -> bool:
+        """Whether any module needs composed mixes: on the torch backend all do, else those that no kernel fits."""
+        return self._shelf.composes
+
+    @composes.setter
+    def composes(self, composes: bool) -> None:
+        self._shelf.composes = composes
+
+    @property
+    def route(self) -> Route:
+        """What the next forward of this context wears."""
+        return self._context.wearing.worn.route
+
+    def now(self) -> Worn:
+        """What a layer wears that is called now."""
+        if torch.compiler.is_compiling():
+            return self._context.local.wearing.worn
+        forward = self._context.forward()
+        if forward is not None and forward.task == _current_task():
+            return forward.worn
+        return self._outside()
+
+    def forward(self) -> Forward | None:
+        """The forward that this context is in."""
+        return None if torch.compiler.is_compiling() else self._context.forward()
+
+    def by_row(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> Tensor | None:
+        """The scale of a layer's input or output where rows wear different mixes, as it is multiplied to it.
+
+        Args:
+            layer: the module that the vector acts at.
+            position: of the site in the bank.
+            x: [..., width], what is scaled.
+            worn: what `now` gave.
+
+        Returns:
+            What broadcasts over x; None where no adapter of the route acts.
+
+        Raises:
+            ValueError: it is not known whose each element of x is.
+        """
+        self._check_tokens(position, worn)
+        forward = self.forward()
+        if forward is not None and forward.marks is not None:
+            with suppress(ValueError):
+                self.probing.layout(layer, position, x, worn, forward)
+        if not worn.acts_at(position, self.bank):
+            return None
+        scale = worn.composed.scale(position)
+        if scale.dim() < 2:
+            return scale
+        if len(worn.route.mixes) == 1 and not self.probing.is_known(layer, x):
+            return scale[0]
+        layout = self.probing.layout(layer, position, x, worn, forward)
+        return spread(scale, layout, x, worn)
+
+    def is_row_major(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> bool:
+        """Whether the elements of x lie row by row, or token by token, as the kernels read them.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        self._check_tokens(position, worn)
+        if len(worn.route.mixes) == 1 and not self.probing.is_known(layer, x):
+            return True
+        layout = self.probing.layout(layer, position, x, worn, self.forward())
+        if layout.dim != 0 or layout.images:
+            return False
+        return worn.length is None or x.shape[:-1].numel() == (worn.rows or 0) * worn.length
+
+    @outside_inference_mode
+    def lay(self, route: Route) -> Worn:
+        """What rows wear by `route`; gradients of it reach the vectors that are trained."""
+        if self.trained is not None and self.trained.are_worn(route.mixes):
+            return self.trained.worn(route, self.backend)
+        return self._shelf.lay(route)
+
+    def wear_everywhere(self, route: Route) -> None:
+        """Makes `route` what all contexts wear that have nothing of their own, and this one too."""
+        own = self._context.wearing
+        self._replace(self._context.everywhere, self.lay(route))
+        if own is not self._context.everywhere:
+            if own.holds:
+                self._replace(own, self.lay(route))
+            else:
+                self._context.wear(self._context.everywhere)
+
+    def wear_here(self, route: Route, images: Sequence[int] | None = None) -> Wearing:
+        """Makes `route` what this context wears; gives what it wore before."""
+        before = self._context.wearing
+        worn = self.lay(route)
+        worn.images = images
+        own = Wearing(worn)
+        self._wearings.add(own)
+        self._context.wear(own)
+        return before
+
+    def pin(self) -> Wearing:
+        """Lets this context wear on what it wears, whatever is set elsewhere; gives what it wore."""
+        before = self._context.wearing
+        own = Wearing(before.worn)
+        own.holds = own.generates = True
+        self._wearings.add(own)
+        self._context.wear(own)
+        return before
+
+    def wear_pinned(self, route: Route) -> None:
+        """Makes `route` what this context wears that was pinned."""
+        wearing = self._context.wearing
+        images = wearing.worn.images
+        self._replace(wearing, self.lay(route))
+        wearing.worn.images = images
+
+    def hold(self) -> None:
+        """Says that what this context wears is the content of a `with`."""
+        self._context.wearing.holds = True
+
+    def wear_again(self, before: Wearing) -> None:
+        """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning."""
+        route = before.worn.route
+        gone = {a for mix in route.mixes for a in mix.adapters if self.bank.adapters.get(a.name) is not a}
+        for adapter in gone:
+            warnings.warn(
+                f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
+                stacklevel=4,
+            )
+        if gone:
+            self._replace(before, self.lay(self._without(route, gone)))
+        self._context.wear(before)
+
+    def drop(self, adapter: Adapter) -> None:
+        """Puts the rows that wear `adapter` back to the base model, with a warning; others stay as they are."""
+        worn_now = False
+        for wearing in {self._context.everywhere, self._context.wearing}:
+            route = wearing.worn.route
+            if any(adapter in mix.adapters for mix in route.mixes):
+                worn_now = True
+                self._replace(wearing, self.lay(self._without(route, {adapter})))
+        if worn_now:
+            warnings.warn(
+                f"adapter {adapter.name!r} was active and is deleted: the rows that wore it wear the base model now",
+                stacklevel=3,
+            )
+
+    def refresh(self) -> None:
+        """Lays everything anew, after the bank's table was replaced or training began or ended."""
+        for wearing in list(self._wearings):
+            images = wearing.worn.images
+            self._replace(wearing, self.lay(wearing.worn.route))
+            wearing.worn.images = images
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
+
+        Raises:
+            ValueError: the route's rows are not the batch's.
+        """
+        if torch.compiler.is_compiling():
+            worn = self._context.local.wearing.worn
+            if worn.rows is not None:
+                self._check_rows(worn, named_arguments(model, args, kwargs))
+            return
+        task, outer = _current_task(), self._context.forward()
+        if outer is not None and outer.task == task:
+            if outer.owner is model:
+                outer.calls += 1
+            return
+        worn, arguments = self._context.wearing.worn, None
+        if task != -1:
+            worn = self._past.find()
+        elif worn.rows is not None:
+            arguments = named_arguments(model, args, kwargs)
+            worn = self._over_batch(worn, arguments)
+        forward = Forward(self._bound(worn), model, task, outer)
+        if arguments is not None:
+            self.probing.begin(forward, model, arguments)
+        self._context.enter(forward)
+
+    def after_forward(self, model: nn.Module, args: object, output: object) -> None:
+        """A forward hook, which is called after an error too."""
+        if torch.compiler.is_compiling():
+            return
+        forward = self._context.forward()
+        if forward is None or forward.owner is not model:
+            return
+        forward.calls -= 1
+        if forward.calls == 0:
+            self.probing.end(forward)
+            self._context.enter(forward.outer)
+            if torch.is_grad_enabled():
+                self._past.keep(tree_leaves(output), forward.worn)
+
+    def capture(self) -> None:
+        """Notes that a CUDA graph is captured, which reads what this context wears at its address from now on."""
+        worn = self._context.wearing.worn
+        if worn.memory is not None:
+            worn.lent = True
+            self._context.capture(worn.rows, worn.memory)
+
+    def _outside(self) -> Worn:
+        """What a layer wears that is called outside of any forward, or again for a gradient."""
+        worn = self._context.wearing.worn if _current_task() == -1 else self._past.find()
+        return self._bound(worn)
+
+    def _bound(self, worn: Worn) -> Worn:
+        """`worn` as a forward that begins now may hold it."""
+        if self.trained is not None and self.trained.adopt():
+            self.refresh()
+            worn = self.lay(worn.route)
+        if self.bank.table.is_cuda:
+            worn.order(self.bank.table.device)
+            if torch.cuda.is_current_stream_capturing():
+                self.capture()
+        if torch.is_grad_enabled():
+            worn = worn.kept(self.bank)
+            self._past.note(worn)
+        return worn
+
+    def _over_batch(self, worn: Worn, arguments: Mapping[str, Any]) -> Worn:
+        """`worn` over the rows, tokens and images at hand."""
+        self._check_rows(worn, arguments)
+        batch = main_input(arguments)
+        if batch is None:
+            return worn
+        if worn.route.by_token:
+            worn = self._over_tokens(worn, batch, cached(arguments))
+        return worn
+
+    def _check_tokens(self, position: int, worn: Worn) -> None:
+        if worn.route.by_token and worn.tokens is None:
+            site = list(self.bank.sites.values())[position]
+            raise ValueError(
+                f"each token wears a mix of its own, and {site} is called outside of a forward of the model, so that "
+                "it is not known which tokens these are: call the model, or route rows"
+            )
+
+    def _check_rows(self, worn: Worn, arguments: Mapping[str, Any]) -> None:
+        batch = main_input(arguments)
+        if batch is not None and batch.shape[0] != worn.rows:
+            raise ValueError(
+                f"the route has {worn.rows} rows, but the batch has {batch.shape[0]}: "
+                "route() takes one mix for each row of the batch, set_adapter() one for all"
+            )
+
+    @outside_inference_mode
+    def _over_tokens(self, worn: Worn, batch: Tensor, past: int) -> Worn:
+        index = worn.route.index
+        assert index is not None
+        length = batch.shape[1]
+        if past == 0 and length != index.shape[1] and not self._context.wearing.generates:
+            raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {length}")
+        # What a row generates wears the mix of its last token.
+        columns = torch.arange(past, past + length).clamp_(max=index.shape[1] - 1)
+        tokens = index[:, columns].reshape(-1).to(self.bank.table.device)
+        return worn.by_token(tokens, len(index), length)
+
+    def _replace(self, wearing: Wearing, worn: Worn) -> None:
+        wearing.worn = worn
+        self._context.rewrite(wearing)
+
+    def _without(self, route: Route, gone: set[Adapter]) -> Route:
+        base = self.bank.resolve(BASE)
+        return Route(tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes), route.index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
+        """One for a copied model: over a copy of the bank, worn as it is here."""
+        made = memo[id(self)] = Routing.__new__(Routing)
+        made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
+        made.composes, made.merged = self.composes, self.merged
+        made.trained = copy.deepcopy(self.trained, memo)
+        made.wear_everywhere(copy.deepcopy(self.route, memo))
+        return made
+
+
+def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
+    """Lays scales out as x is.
+
+    Args:
+        scale: [rows, width]; [mixes, width] where each token has a mix.
+        layout: where the rows are in x.
+        x: [..., width].
+        worn: what the rows wear.
+
+    Returns:
+        What broadcasts over x.
+
+    Raises:
+        ValueError: tokens have mixes, and x does not have these tokens.
+    """
+    shape = [1] * x.dim()
+    shape[-1] = scale.shape[-1]
+    if worn.tokens is not None:
+        rows, length = worn.rows or 0, worn.length or 0
+        if layout.images or x.shape[:-1].numel() != rows * length:
+            raise ValueError(f"the route is for {rows} × {length} tokens, but a layer got {tuple(x.shape[:-1])}")
+        by_token = scale.index_select(0, worn.tokens).view(rows, length, -1)
+        if layout.dim == 0:
+            return by_token.view(x.shape) if layout.repeated else by_token
+        return by_token.transpose(0, 1)
+    if layout.images:
+        scale = scale[list(worn.images or ())]
+    elif layout.repeated:
+        scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
+    shape[layout.dim] = scale.shape[0]
+    return scale.view(shape)

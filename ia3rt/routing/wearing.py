@@ -1,0 +1,19 @@
+"""A place that says what is worn: of a context, or of all that have none of their own."""
+
+from __future__ import annotations
+
+from ia3rt.routing.worn import Worn
+
+
+class Wearing:
+    """What is worn by the forwards that begin from now on.
+
+    Attributes:
+        worn: what that is; a switch puts another one there.
+        holds: whether it is the content of a `with`, which says itself when it ends.
+        generates: whether that is a call of `generate`.
+    """
+
+    def __init__(self, worn: Worn) -> None:
+        self.worn = worn
+        self.holds = self.generates = False

@@ -1,0 +1,168 @@
+"""What the rows of a forward wear: written once, and then only read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.routing.composed import ComposedMixes, Scales
+from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
+
+_KEPT = 4  # of each size: a switch needs one besides the one that is worn
+
+
+class Memory:
+    """The tables of one Worn. They go to another once it is gone, as making them takes longer than writing them.
+
+    Attributes:
+        composed: the mixes as torch applies them; nothing is in it where no module needs them.
+        tables: the mixes as the kernels read them; nothing is in it on the torch backend.
+    """
+
+    def __init__(self) -> None:
+        self.composed = ComposedMixes()
+        self.tables = MixTables()
+
+    @outside_inference_mode
+    def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
+        """Writes a route; in place where one of as many rows was here before."""
+        by_row = None if route.index is None or route.by_token else route.index.tolist()
+        if composes:
+            self.composed.write(bank, route.mixes, by_row)
+        if backend == "triton":
+            self.tables.write(bank, route.mixes, 1 if route.index is None else route.index.numel())
+            self.tables.write_route([0] if by_row is None else by_row)
+
+
+class Worn:
+    """What the rows of a forward wear: a snapshot, whatever is set after it.
+
+    A backward pass, another thread or a forward that is repeated reads the same numbers: they stay as long as this.
+
+    Attributes:
+        route: what it is.
+        rows: of the batch that it is for; None where all rows of any batch wear one mix.
+        length: of these rows, in tokens; None unless each token has a mix of its own.
+        tokens: int64 [rows * length], the mix of each token; None unless each has one.
+        images: the row of each image of the batch, where the route or the batch says so.
+        composed: the mixes as torch applies them.
+        tables: the mixes as the kernels read them.
+        lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
+    """
+
+    def __init__(self, route: Route, rows: int | None, composed: Scales, tables: MixTables) -> None:
+        self.route = route
+        self.rows = rows
+        self.composed = composed
+        self.tables = tables
+        self.length: int | None = None
+        self.tokens: Tensor | None = None
+        self.images: Sequence[int] | None = None
+        self.lent = False
+        self.memory: Memory | None = None
+        self.shelf: Shelf | None = None
+        self.of: Worn | None = None  # whose numbers these are
+        self._acts: frozenset[int] | None = None
+        self._kept: Worn | None = None
+        self._stream = torch.cuda.current_stream().cuda_stream if tables.mixes.is_cuda else 0
+
+    def acts_at(self, position: int, bank: Bank) -> bool:
+        """Whether any adapter of the route acts at a site."""
+        if self._acts is None:
+            sites = {site.key for mix in self.route.mixes for adapter in mix.adapters for site in adapter.sites}
+            self._acts = frozenset(place for place, key in enumerate(bank.sites) if key in sites)
+        return position in self._acts
+
+    def by_token(self, tokens: Tensor, rows: int, length: int) -> Worn:
+        """The same mixes over tokens [rows * length]."""
+        made = Worn(self.route, rows, self.composed, self.tables.routed(tokens))
+        made.tokens, made.length, made.of = tokens, length, self
+        return made
+
+    def kept(self, bank: Bank) -> Worn:
+        """The same as long as autograd may need it: of numbers that no switch and no load writes."""
+        (self.of or self).lent = True
+        if not self.tables.stays or not self.tables.bank:
+            return self
+        if self._kept is None:
+            used, mixes = used_rows(self.route.mixes)
+            rows = bank.table[torch.tensor(used, device=bank.table.device)]
+            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
+            tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
+            kept = self._kept = Worn(self.route, self.rows, self.composed, tables)
+            kept.length, kept.tokens, kept.images, kept._acts = self.length, self.tokens, self.images, self._acts
+        return self._kept
+
+    def order(self, device: torch.device) -> None:
+        """Lets the current stream of a CUDA device wait for the one that this was written in."""
+        here = torch.cuda.current_stream(device)
+        if here.cuda_stream == self._stream:
+            return
+        here.wait_stream(torch.cuda.ExternalStream(self._stream, device=device))  # type: ignore[no-untyped-call]
+        (self.of or self).lent = True  # memory that several streams read is left to torch's allocator
+        for table in (self.tables.mixes, self.tables.route, self.composed.scale(0)):
+            if table.is_cuda:
+                table.record_stream(here)
+
+    def write_to(self, memory: Memory, rows: int | None) -> None:
+        """Writes the same into memory for a batch of so many rows; not what no such batch can wear."""
+        shelf, index = self.shelf, self.route.index
+        if shelf is None or self.memory is memory:
+            return
+        route = self.route
+        if index is None and rows is not None:
+            route = Route(route.mixes, torch.zeros(rows, dtype=torch.int64))
+        if route.by_token or (None if route.index is None else len(route.index)) != rows:
+            return
+        memory.write(shelf.bank, route, shelf.backend, shelf.composes)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """Nothing: a copy of the model has a bank of its own, and lays its own tables."""
+
+    def __del__(self) -> None:
+        """Gives the memory back."""
+        if self.shelf is not None and self.memory is not None and not self.lent:
+            self.shelf.put(self.rows, self.memory)
+
+
+class Shelf:
+    """Makes what is worn, of memory that is free, or new where there is none."""
+
+    def __init__(self, bank: Bank, backend: Backend) -> None:
+        self.bank = bank
+        self.backend: Backend = backend
+        self.composes = backend == "torch"
+        self._free: dict[int | None, list[Memory]] = {}
+
+    def lay(self, route: Route) -> Worn:
+        """What `route` is over the rows that it has."""
+        rows = None if route.index is None else len(route.index)
+        memory = self._take(rows)
+        memory.write(self.bank, route, self.backend, self.composes)
+        worn = Worn(route, rows, memory.composed, memory.tables)
+        worn.memory, worn.shelf = memory, self
+        return worn
+
+    def put(self, rows: int | None, memory: Memory) -> None:
+        """Takes memory for so many rows that nothing reads any more."""
+        free = self._free.setdefault(rows, [])
+        if len(free) < _KEPT:
+            free.append(memory)
+
+    def _take(self, rows: int | None) -> Memory:
+        try:
+            return self._free[rows].pop()
+        except (KeyError, IndexError):
+            return Memory()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Shelf:
+        """One that is empty, over the copy of the bank."""
+        made = Shelf(copy.deepcopy(self.bank, memo), self.backend)
+        made.composes = self.composes
+        return made
