@@ -56,14 +56,16 @@ class Runtime:
         self._excluded = excluded
         self._extends = extends
         self._routing = Routing(bank, backend, fuses_gate_up)
-        self._merged: tuple[MergedWeights, Route] | None = None
+        self._merged: MergedWeights | None = None
+        self._routing.attach(model)
         self._place_sites()
         self._routing.refresh()
         generation.install(model, self._routing)
         self._hooks: list[RemovableHandle] | None = []
         for module in model.modules():
             if module is model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
-                before = module.register_forward_pre_hook(self._routing.before_forward, with_kwargs=True)
+                begin = self._routing.before_forward if module is model else self._routing.before_part
+                before = module.register_forward_pre_hook(begin, with_kwargs=True)
                 after = module.register_forward_hook(self._routing.after_forward, always_call=True)
                 self._hooks += [before, after]
 
@@ -75,8 +77,8 @@ class Runtime:
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters that some row wears now; empty for the base model."""
-        route = self._routing.route if self._merged is None else self._merged[1]
-        return list(dict.fromkeys(name for mix in route.mixes for name in mix.mix.adapters))
+        mixes = self._routing.chosen.mixes
+        return list(dict.fromkeys(name for mix in mixes for name in mix.mix.adapters))
 
     @property
     def sites(self) -> list[Site]:
@@ -326,8 +328,8 @@ class Runtime:
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
         mix = route.mixes[0] if adapter_names is None else self._bank.resolve(Mix.of(adapter_names))
-        self._merged = merge(self.model, self._bank, mix), route
-        self._routing.wear_everywhere(Route((self._bank.resolve(BASE),)))
+        self._merged = merge(self.model, self._bank, mix)
+        self._routing.cover()
 
     def unmerge_adapter(self) -> None:
         """Puts the weights back bit for bit, and what the rows wore before the merge.
@@ -337,9 +339,9 @@ class Runtime:
         """
         if self._merged is None:
             raise RuntimeError("the model is not merged: there is nothing to unmerge")
-        (weights, route), self._merged = self._merged, None
-        weights.unmerge()
-        self._routing.wear_everywhere(route)
+        self._merged.unmerge()
+        self._merged = None
+        self._routing.uncover()
 
     def unpatch(self) -> nn.Module:
         """Makes the model what it was before `patch`, bit for bit, and returns it. The runtime is of no use then.

@@ -63,8 +63,10 @@ def _activation() -> Case:
 
 def _pair() -> Case:
     layers = _projections("q_proj", "k_proj", "v_proj")
-    (l_k, l_v), mixes, route = _worn(_patched(nn.ModuleDict(layers)))
+    runtime = _patched(nn.ModuleDict(layers))
+    (l_k, l_v), mixes, route = _worn(runtime)
     x, key, value = _row(HIDDEN), layers["k_proj"], layers["v_proj"]
+    runtime._routing.before_forward(runtime.model, (), {})  # within a forward, the first computes for both
     weights = key.weight, None, l_k, value.weight, None, l_v
     return (
         "linear_pair (k and v)",

@@ -76,7 +76,7 @@ class IA3Layer(Wearer):
         """The result by the Triton backend; None where no kernel fits, or nothing is scaled."""
         if self.ia3_in is None and self.ia3_out is None:
             return None
-        if worn.rows is not None and not self.ia3_is_row_major(x, worn):
+        if worn.by_row and not self.ia3_is_row_major(x, worn):
             return None
         tables = worn.tables
         if self.ia3_pair is not None:

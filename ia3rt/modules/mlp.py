@@ -43,7 +43,7 @@ class IA3MLP(Wearer):
         assert activation is not None
         kind = KINDS.get(type(activation).__name__)
         worn = routing.now()
-        if routing.backend == "torch" or kind is None or (worn.rows is not None and not self.ia3_is_row_major(x, worn)):
+        if routing.backend == "torch" or kind is None or (worn.by_row and not self.ia3_is_row_major(x, worn)):
             scale = self.ia3_scale(self.ia3_in, x, worn)
             return form.finish(self, _scaled_product(form, self, activation, x, scale))
         tables = worn.tables

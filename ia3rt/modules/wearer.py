@@ -57,7 +57,7 @@ class Wearer(nn.Module):
         Raises:
             ValueError: rows wear different mixes, and it is not known whose each element of x is.
         """
-        return worn.composed.scale(position) if worn.rows is None else self.ia3_routing.by_row(self, position, x, worn)
+        return worn.composed.scale(position) if not worn.by_row else self.ia3_routing.by_row(self, position, x, worn)
 
     def ia3_is_row_major(self, x: Tensor, worn: Worn) -> bool:
         """Whether x lies as the kernels read it where rows wear different mixes.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,20 @@ def media_inputs(arguments: Mapping[str, Any], count: int) -> Iterator[Tensor]:
             counted = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
             if is_media(name) and counted and value.is_floating_point():
                 yield value
+
+
+def made_up(model: nn.Module, names: Sequence[str], rows: int) -> dict[str, Tensor]:
+    """Text of a few tokens for the inputs of a forward that are text."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(rows * 5, device=device) % 2).view(rows, 5)
+    made: dict[str, Tensor] = {}
+    for name in names:
+        if name.endswith("input_ids") or name in ("labels", "0"):
+            made["input_ids" if name == "0" else name] = ids
+        elif name.endswith("inputs_embeds"):
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+            made[name] = embeddings(ids)
+    return made
 
 
 def has_text(arguments: Mapping[str, Any]) -> bool:

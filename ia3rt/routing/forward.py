@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.marks import Marks
+from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Worn
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Bank
@@ -13,6 +12,7 @@ from ia3rt.routing.batch import has_text, is_media, main_input, media_inputs, ro
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
+from ia3rt.routing.traced import is_traced
 from ia3rt.routing.worn import Worn
 
 _ROW = 1  # the one that is followed: its place differs in every order of the rows
@@ -32,7 +32,7 @@ class Probing:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
         batch = main_input(arguments)
-        if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None:
+        if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
             return
         kind = _kind(model, arguments, batch)
         if kind in self._kinds:
@@ -48,6 +48,13 @@ class Probing:
             for x in media_inputs(arguments, len(images)):
                 forward.image_marks.mark(x, _ROW)
             forward.image_marks.__enter__()  # type: ignore[no-untyped-call]
+
+    def is_new(self, names: tuple[str, ...]) -> bool:
+        """Whether a compiler asks for the first time of forwards with these inputs."""
+        if ("compiled", names) in self._kinds:
+            return False
+        self._kinds.add(("compiled", names))
+        return True
 
     def end(self, forward: Forward) -> None:
         """Ends what `begin` began."""
@@ -65,12 +72,13 @@ class Probing:
             ValueError: it is not known.
         """
         layouts: Layouts = vars(layer).setdefault("ia3_layouts", {})
-        if forward is not None and forward.marks is not None and not torch.compiler.is_compiling():
+        if forward is not None and forward.marks is not None and not is_traced():
             _see(layouts, x, worn, forward)
         layout = layouts.get(x.dim())
         if isinstance(layout, Layout):
-            assert worn.rows is not None
-            count = worn.rows if not layout.images else len(worn.images or ())
+            assert worn.route.index is not None
+            # The index's size and not `worn.rows`: a compiler takes that for the size of a tensor, which may change.
+            count = worn.route.index.shape[0] if not layout.images else len(worn.images or ())
             if count and layout.fits(x.shape, count):
                 return layout
             what = "images" if layout.images else "rows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 import weakref
@@ -17,17 +18,19 @@ from torch.utils._pytree import tree_leaves
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, main_input, named_arguments
+from ia3rt.routing.batch import cached, made_up, main_input, named_arguments
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import Layout
 from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.traced import is_traced
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Shelf, Worn
 
+_keys = itertools.count()
 _current_task = torch._C._current_graph_task_id
 
 
@@ -39,7 +42,6 @@ class Routing:
         backend: `triton` where the kernels evaluate the mixes, `torch` where they are composed once, when set.
         fuses_gate_up: whether MLPs have their first matrices and their activation in one launch.
         trained: the adapters in training, if any.
-        merged: whether adapters are in the weights, so that nothing else can be worn.
         probing: how the model lays out its rows.
     """
 
@@ -48,12 +50,38 @@ class Routing:
         self.backend: Backend = backend
         self.fuses_gate_up = fuses_gate_up
         self.trained: TrainedAdapters | None = None
-        self.merged = False
+        self._covering: Wearing | None = None
+        self._merging: Wearing | None = None
         self.probing = Probing(bank)
         self.lock = threading.RLock()  # of all that changes the bank or what is worn
         self._shelf = Shelf(bank, backend)
         self._past = PastForwards()
         self._begin()
+        self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
+        _routings[self._key] = self
+
+    def attach(self, model: nn.Module) -> None:
+        """Says which model this is of."""
+        self._model = weakref.ref(model)
+
+    def see(self, names: tuple[str, ...]) -> None:
+        """Sees how the model lays out its rows, by a forward of inputs that are made up, for a compiler.
+
+        Raises:
+            ValueError: the model does not run on these.
+        """
+        model = self._model()
+        if model is None or not self.probing.is_new(names):
+            return
+        try:
+            with torch.no_grad():
+                model(**made_up(model, names, self._here().rows or 1))
+        except Exception as error:
+            raise ValueError(
+                "rows wear different adapters in a compiled model, and it is not known yet where it has its rows: "
+                "run one such forward uncompiled first, by the model that was given to torch.compile "
+                f"(a forward of inputs made up for {list(names)} failed: {error})"
+            ) from error
 
     def _begin(self) -> None:
         base = Wearing(self._shelf.lay(Route((self.bank.resolve(BASE),))))
@@ -72,12 +100,17 @@ class Routing:
     @property
     def route(self) -> Route:
         """What the next forward of this context wears."""
+        return self._here().route
+
+    @property
+    def chosen(self) -> Route:
+        """The same as if no adapters were in the weights."""
         return self._context.wearing.worn.route
 
     def now(self) -> Worn:
         """What a layer wears that is called now."""
-        if torch.compiler.is_compiling():
-            return self._context.local.wearing.worn
+        if is_traced():
+            return self._context.local.wearing.worn if self._covering is None else self._covering.worn
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             return forward.worn
@@ -85,7 +118,7 @@ class Routing:
 
     def forward(self) -> Forward | None:
         """The forward that this context is in."""
-        return None if torch.compiler.is_compiling() else self._context.forward()
+        return None if is_traced() else self._context.forward()
 
     def by_row(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> Tensor | None:
         """The scale of a layer's input or output where rows wear different mixes, as it is multiplied to it.
@@ -107,12 +140,15 @@ class Routing:
         if forward is not None and forward.marks is not None:
             with suppress(ValueError):
                 self.probing.layout(layer, position, x, worn, forward)
-        if not worn.acts_at(position, self.bank):
+        # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
+        if not (is_traced() and self.probing.is_known(layer, x)) and not worn.acts_at(position, self.bank):
             return None
         scale = worn.composed.scale(position)
         if scale.dim() < 2:
             return scale
-        if len(worn.route.mixes) == 1 and not self.probing.is_known(layer, x):
+        if x.is_meta:
+            return scale[0]  # no numbers, and nothing to see
+        if not self.probing.is_known(layer, x) and len(worn.route.mixes) == 1:
             return scale[0]
         layout = self.probing.layout(layer, position, x, worn, forward)
         return spread(scale, layout, x, worn)
@@ -124,9 +160,15 @@ class Routing:
             ValueError: it is not known.
         """
         self._check_tokens(position, worn)
-        if len(worn.route.mixes) == 1 and not self.probing.is_known(layer, x):
+        forward = self.forward()
+        if forward is not None and forward.marks is not None:
+            with suppress(ValueError):
+                self.probing.layout(layer, position, x, worn, forward)
+        if not (is_traced() and self.probing.is_known(layer, x)) and not worn.acts_at(position, self.bank):
+            return False
+        if not self.probing.is_known(layer, x) and len(worn.route.mixes) == 1:
             return True
-        layout = self.probing.layout(layer, position, x, worn, self.forward())
+        layout = self.probing.layout(layer, position, x, worn, forward)
         if layout.dim != 0 or layout.images:
             return False
         return worn.length is None or x.shape[:-1].numel() == (worn.rows or 0) * worn.length
@@ -161,6 +203,8 @@ class Routing:
     def pin(self) -> Wearing:
         """Lets this context wear on what it wears, whatever is set elsewhere; gives what it wore."""
         before = self._context.wearing
+        if self._covering is not None:
+            return before
         own = Wearing(before.worn)
         own.holds = own.generates = True
         self._wearings.add(own)
@@ -191,6 +235,15 @@ class Routing:
             self._replace(before, self.lay(self._without(route, gone)))
         self._context.wear(before)
 
+    def cover(self) -> None:
+        """Lets nothing be worn, as adapters are in the weights now, until `uncover`."""
+        self._covering = Wearing(self.lay(Route((self.bank.resolve(BASE),))))
+        self._merging = self._context.wearing
+
+    def uncover(self) -> None:
+        """Ends what `cover` began."""
+        self._covering = self._merging = None
+
     def drop(self, adapter: Adapter) -> None:
         """Puts the rows that wear `adapter` back to the base model, with a warning; others stay as they are."""
         worn_now = False
@@ -218,17 +271,20 @@ class Routing:
         Raises:
             ValueError: the route's rows are not the batch's.
         """
-        if torch.compiler.is_compiling():
-            worn = self._context.local.wearing.worn
-            if worn.rows is not None:
-                self._check_rows(worn, named_arguments(model, args, kwargs))
+        if is_traced():
+            worn = self.now()
+            if worn.by_row:
+                given = {**{str(at): value for at, value in enumerate(args)}, **kwargs}
+                self._check_rows(worn, given)
+                see_at_compilation(self._key, tuple(name for name, x in given.items() if isinstance(x, Tensor)))
             return
+        arguments: Mapping[str, Any] | None = None
         task, outer = _current_task(), self._context.forward()
         if outer is not None and outer.task == task:
             if outer.owner is model:
                 outer.calls += 1
             return
-        worn, arguments = self._context.wearing.worn, None
+        worn = self._here()
         if task != -1:
             worn = self._past.find()
         elif worn.rows is not None:
@@ -239,9 +295,14 @@ class Routing:
             self.probing.begin(forward, model, arguments)
         self._context.enter(forward)
 
+    def before_part(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pre-hook of the models inside the model, which may be called without it, as `generate` does."""
+        if not is_traced():
+            self.before_forward(model, args, kwargs)
+
     def after_forward(self, model: nn.Module, args: object, output: object) -> None:
         """A forward hook, which is called after an error too."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return
         forward = self._context.forward()
         if forward is None or forward.owner is not model:
@@ -260,9 +321,21 @@ class Routing:
             worn.lent = True
             self._context.capture(worn.rows, worn.memory)
 
+    def _here(self) -> Worn:
+        """What a forward wears that begins now in this context."""
+        wearing = self._context.wearing
+        if self._covering is None:
+            return wearing.worn
+        if wearing is not self._context.everywhere and wearing is not self._merging:
+            raise RuntimeError(
+                "adapters are merged into the weights, so that what this thread's route says cannot be worn: call "
+                "unmerge_adapter() first"
+            )
+        return self._covering.worn
+
     def _outside(self) -> Worn:
         """What a layer wears that is called outside of any forward, or again for a gradient."""
-        worn = self._context.wearing.worn if _current_task() == -1 else self._past.find()
+        worn = self._here() if _current_task() == -1 else self._past.find()
         return self._bound(worn)
 
     def _bound(self, worn: Worn) -> Worn:
@@ -298,10 +371,10 @@ class Routing:
             )
 
     def _check_rows(self, worn: Worn, arguments: Mapping[str, Any]) -> None:
-        batch = main_input(arguments)
-        if batch is not None and batch.shape[0] != worn.rows:
+        batch, index = main_input(arguments), worn.route.index
+        if batch is not None and index is not None and batch.shape[0] != index.shape[0]:
             raise ValueError(
-                f"the route has {worn.rows} rows, but the batch has {batch.shape[0]}: "
+                f"the route has {index.shape[0]} rows, but the batch has {batch.shape[0]}: "
                 "route() takes one mix for each row of the batch, set_adapter() one for all"
             )
 
@@ -329,10 +402,22 @@ class Routing:
         """One for a copied model: over a copy of the bank, worn as it is here."""
         made = memo[id(self)] = Routing.__new__(Routing)
         made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
-        made.composes, made.merged = self.composes, self.merged
+        made.composes = self.composes
         made.trained = copy.deepcopy(self.trained, memo)
         made.wear_everywhere(copy.deepcopy(self.route, memo))
         return made
+
+
+_routings: weakref.WeakValueDictionary[str, Routing] = weakref.WeakValueDictionary()
+
+
+def see_at_compilation(key: str, names: tuple[str, ...]) -> bool:
+    """What a compiler takes for a constant: it calls it, and does not look into it. See `Routing.see`."""
+    _routings[key].see(names)
+    return True
+
+
+see_at_compilation._dynamo_marked_constant = True  # type: ignore[attr-defined]  # without importing the compiler
 
 
 def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:

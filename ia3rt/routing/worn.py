@@ -48,6 +48,7 @@ class Worn:
     Attributes:
         route: what it is.
         rows: of the batch that it is for; None where all rows of any batch wear one mix.
+        by_row: whether its rows may wear different mixes.
         length: of these rows, in tokens; None unless each token has a mix of its own.
         tokens: int64 [rows * length], the mix of each token; None unless each has one.
         images: the row of each image of the batch, where the route or the batch says so.
@@ -59,6 +60,7 @@ class Worn:
     def __init__(self, route: Route, rows: int | None, composed: Scales, tables: MixTables) -> None:
         self.route = route
         self.rows = rows
+        self.by_row = rows is not None
         self.composed = composed
         self.tables = tables
         self.length: int | None = None

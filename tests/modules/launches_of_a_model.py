@@ -23,7 +23,11 @@ import ia3rt  # noqa: E402
 from ia3rt.kernels import launch  # noqa: E402
 from ia3rt.modules import layer, mlp, pair, qkv  # noqa: E402
 from ia3rt.ops import _repeat  # noqa: E402
+from ia3rt.routing.layout import Layout  # noqa: E402
+from ia3rt.routing.probing import Probing  # noqa: E402
 
+# No launch computes anything here, so that nothing shows where the rows are.
+Probing.layout = lambda *_: Layout(0)  # type: ignore[method-assign]
 repeated = 0
 if sys.argv[1] == "triton":
     launch.can_repeat = lambda: False  # type: ignore[assignment]

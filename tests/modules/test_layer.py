@@ -49,14 +49,22 @@ def test_a_layer_that_no_kernel_fits_is_scaled_beside_them():
     class Quantised(nn.Linear):
         """Stands for a layer whose weight no kernel reads."""
 
-    model = nn.ModuleDict({"up_proj": nn.Linear(8, 12), "down_proj": Quantised(12, 8)}).to(DEVICE)
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Linear(8, 12), Quantised(12, 8)
+
+        def forward(self, x):
+            return self.down_proj(x)
+
+    model = MLP().to(DEVICE)
     expected = nn.Linear(12, 8).to(DEVICE)
-    expected.load_state_dict(model["down_proj"].state_dict())
+    expected.load_state_dict(model.down_proj.state_dict())
     runtime = ia3rt.patch(model, backend="triton")
     vector, x = torch.rand(12).to(DEVICE), torch.randn(3, 2, 12).to(DEVICE)
     runtime.add_adapter("b", {"down_proj": vector})
     runtime.route(["b", None, "b"])
-    result = model["down_proj"](x)
+    result = model(x)
     torch.testing.assert_close(result[::2], expected(x[::2] * vector))
     torch.testing.assert_close(result[1], expected(x[1]))
 

@@ -23,8 +23,8 @@ class Attention(nn.Module):
         torch.manual_seed(0)
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, value_width)
 
-    def forward(self, x):
-        return self.k_proj(x), self.v_proj(x)
+    def forward(self, x, calls=None):
+        return calls(self, x) if calls else (self.k_proj(x), self.v_proj(x))
 
 
 @pytest.fixture
@@ -85,12 +85,16 @@ def test_a_model_uses_it_in_each_layer(calls):
 
 def test_another_x_or_a_changed_one_gets_its_own_result():
     runtime = patched(Attention())
-    model, x, other = runtime.model, drawn(), drawn()
-    model.k_proj(x)
-    torch.testing.assert_close(model.v_proj(other), expected(runtime, "b", "v_proj", other))
-    model.k_proj(x)
-    x.mul_(2)
-    torch.testing.assert_close(model.v_proj(x), expected(runtime, "b", "v_proj", x))
+    x, other = drawn(), drawn()
+
+    def calls(model, x):
+        model.k_proj(x)
+        torch.testing.assert_close(model.v_proj(other), expected(runtime, "b", "v_proj", other))
+        model.k_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(model.v_proj(x), expected(runtime, "b", "v_proj", x))
+
+    runtime.model(x, calls)
 
 
 def test_a_second_call_gets_its_own_result():
@@ -102,16 +106,33 @@ def test_a_second_call_gets_its_own_result():
 
 def test_where_nobody_comes_for_the_second_result_it_is_computed_no_more(calls):
     runtime, x = patched(Attention()), drawn()
-    for _ in range(4):
-        torch.testing.assert_close(runtime.model.k_proj(x), expected(runtime, "b", "k_proj", x))
+
+    def keys(model, x):
+        for _ in range(4):
+            torch.testing.assert_close(model.k_proj(x), expected(runtime, "b", "k_proj", x))
+
+    runtime.model(x, keys)
     assert calls == {"linear": 3, "linear_pair": 1}
 
 
-def test_a_switch_between_the_two_calls_shows():
+def test_a_switch_between_the_two_calls_shows_in_the_next_forward():
+    runtime, x = patched(Attention()), drawn()
+
+    def switched(model, x):
+        model.k_proj(x)
+        runtime.set_adapter("c")
+        return model.v_proj(x)
+
+    torch.testing.assert_close(runtime.model(x, switched), expected(runtime, "b", "v_proj", x))
+    torch.testing.assert_close(runtime.model(x)[1], expected(runtime, "c", "v_proj", x))
+
+
+def test_a_layer_that_is_called_alone_computes_alone(calls):
     runtime, x = patched(Attention()), drawn()
     runtime.model.k_proj(x)
     runtime.set_adapter("c")
     torch.testing.assert_close(runtime.model.v_proj(x), expected(runtime, "c", "v_proj", x))
+    assert calls == {"linear": 2, "linear_pair": 0}
 
 
 def test_an_input_vector_on_one_of_them_ends_the_pair(calls):
