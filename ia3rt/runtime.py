@@ -264,22 +264,30 @@ class Runtime:
         self._check_open("switch adapters")
         self._routing.wear_everywhere(Route((self._bank.resolve(Mix.of(adapter_name)),)))
 
-    def route(self, mixes: Sequence[MixLike], index: Tensor | None = None) -> AbstractContextManager[None]:
-        """Makes each row, or each token, wear a mix of its own.
+    def route(
+        self, mixes: Sequence[MixLike], index: Tensor | None = None, *, images: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Makes each row, or each token, wear a mix of its own, in the thread or task that calls it.
 
-        Takes effect at once; used in a `with`, what was worn before comes back at its end. Within `generate`, one row
-        stands for a prompt, however many beams or sequences it is expanded to.
+        Takes effect at once; used in a `with`, what was worn before comes back at its end, and else it lasts until the
+        next `route` or `set_adapter` of this thread. Within `generate`, one row stands for a prompt, however many beams
+        or sequences it is expanded to.
+
+        Where a layer has its rows is seen in the first forward of each kind, which takes about three times as long.
 
         Args:
             mixes: one a row of the batch: a name, None for the base model, a list for a product, {name: weight} for a
                 weighted sum, or a Mix. With `index`, the mixes that it points to.
             index: integer [batch] or [batch, tokens]: which of `mixes` each row or token wears. Tokens are counted
                 with their padding; what a row generates wears the mix of its last token.
+            images: the row that each image of the batch belongs to, for vectors in the part of the model that sees.
+                None where the text says so, by its image tokens.
 
         Raises:
-            ValueError: an adapter is unknown, a mix or the index is not valid, or rows of an adapter act inside the
-                experts of a mixture, where rows are no longer the batch's. A route whose rows are not the batch's is
-                an error of the forward, before anything runs.
+            ValueError: an adapter is unknown, a mix, the index or images are not valid, or rows of an adapter act
+                inside the experts of a mixture, where rows are no longer the batch's. A route whose rows are not the
+                batch's is an error of the forward, before anything runs; a layer where it is not known whose each
+                element of its input is, is one when it is reached.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
@@ -296,7 +304,9 @@ class Runtime:
                         f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
                         "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
                     )
-        before = self._routing.wear_here(_indexed(Route.by_row(resolved), len(resolved), index))
+        route = _indexed(Route.by_row(resolved), len(resolved), index)
+        _check_images(images, 0 if route.index is None else len(route.index))
+        before = self._routing.wear_here(route, images)
         return self._restoring(before)
 
     @contextmanager
@@ -442,6 +452,11 @@ class Runtime:
         finally:
             if self._hooks is not None:
                 self._routing.wear_again(before)
+
+
+def _check_images(images: Sequence[int] | None, rows: int) -> None:
+    if images is not None and not all(isinstance(row, int) and 0 <= row < rows for row in images):
+        raise ValueError(f"images must hold the row of each image, 0 … {rows - 1}: got {images!r}")
 
 
 def _indexed(route: Route, mixes: int, index: Tensor | None) -> Route:

@@ -1,15 +1,18 @@
 """Repairs Triton's interpreter where it computes otherwise than a GPU does.
 
 It holds bf16 as raw uint16, so that tl.dot multiplies bit patterns, and it truncates fp32 → bf16 where hardware rounds
-to nearest even. Elementwise bf16 arithmetic stays broken: kernels do it in fp32. And it leaves products of fp32 to a
+to nearest even. Elementwise bf16 arithmetic stays broken: kernels do it in fp32. It replaces Triton's language while a
+kernel runs, for all threads, so that one waits for another here. And it leaves products of fp32 to a
 library, which adds them in parts, where compiled code multiplies and adds one after another: a sum that is too long
 would err on a GPU only.
 """
 
+import threading
+
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
 def _to_fp32(data: np.ndarray) -> np.ndarray:
@@ -50,5 +53,12 @@ def install() -> None:
             return TensorHandle(_added_in_order(a.data, b.data, d.data), d.dtype.scalar)
         return dot(self, a, b, d, *args)
 
+    run, lock = GridExecutor.__call__, threading.RLock()
+
+    def run_alone(self, *args, **kwargs):
+        with lock:
+            return run(self, *args, **kwargs)
+
+    GridExecutor.__call__ = run_alone
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot

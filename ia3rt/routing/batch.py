@@ -37,8 +37,8 @@ def row_inputs(arguments: Mapping[str, Any], rows: int) -> Iterator[Tensor]:
     for name, value in arguments.items():
         if name in _CACHES or any(part in name for part in _NOT_MARKED):
             continue
-        if text and is_media(name) and not (isinstance(value, Tensor) and value.dim() == 5):
-            continue  # [rows, images, channels, height, width] is by row
+        if text and is_media(name):
+            continue
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows:
                 yield leaf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Probing:
         batch = main_input(arguments)
         if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
             return
-        kind = _kind(model, arguments, batch)
+        kind = _kind(model, arguments, batch, forward.worn.images)
         if kind in self._kinds:
             return
         forward.kind = kind
@@ -43,10 +43,10 @@ class Probing:
             forward.marks.mark(x, _ROW)
         forward.marks.__enter__()  # type: ignore[no-untyped-call]
         images = forward.worn.images
-        if images is not None and len(images) > 1 and has_text(arguments):
+        if images and has_text(arguments):
             forward.image_marks = Marks()
             for x in media_inputs(arguments, len(images)):
-                forward.image_marks.mark(x, _ROW)
+                forward.image_marks.mark(x, min(_ROW, len(images) - 1))
             forward.image_marks.__enter__()  # type: ignore[no-untyped-call]
 
     def is_new(self, names: tuple[str, ...]) -> bool:
@@ -79,7 +79,7 @@ class Probing:
             assert worn.route.index is not None
             # The index's size and not `worn.rows`: a compiler takes that for the size of a tensor, which may change.
             count = worn.route.index.shape[0] if not layout.images else len(worn.images or ())
-            if count and layout.fits(x.shape, count):
+            if count and (layout.fits(x.shape, count) or (layout.images and count == 1)):
                 return layout
             what = "images" if layout.images else "rows"
             layout = Unknown(f"its dimension {layout.dim} goes over the {what}, and there are {count}")
@@ -104,7 +104,8 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
     assert worn.rows is not None and forward.marks is not None
     seen: Layout | Unknown = layout_of(forward.marks.marked(x), _ROW, worn.rows)
     if isinstance(seen, Unknown) and forward.image_marks is not None and worn.images is not None:
-        of_images = layout_of(forward.image_marks.marked(x), _ROW, len(worn.images))
+        marked, count = forward.image_marks.marked(x), len(worn.images)
+        of_images = layout_of(marked, _ROW, count) if count > 1 else Layout(0) if marked.any() else seen
         if isinstance(of_images, Layout) and not of_images.repeated:
             seen = of_images._replace(images=True)
     before = layouts.get(x.dim(), seen)
@@ -115,8 +116,15 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
     layouts[x.dim()] = seen
 
 
-def _kind(model: nn.Module, arguments: Mapping[str, Any], batch: Tensor) -> object:
+def _kind(model: nn.Module, arguments: Mapping[str, Any], batch: Tensor, images: Sequence[int] | None) -> object:
     """What forwards have in common that lay out their rows in one way."""
     names = tuple((name, x.dim()) for name, x in arguments.items() if isinstance(x, Tensor))
     media = tuple(name for name in arguments if is_media(name) and arguments[name] is not None)
-    return type(model), names, media, batch.dim() > 1 and batch.shape[1] == 1, model.training
+    return (
+        type(model),
+        names,
+        media,
+        images is not None and len(images),
+        batch.dim() > 1 and batch.shape[1] == 1,
+        model.training,
+    )

@@ -21,6 +21,7 @@ from ia3rt.adapters.mix import BASE
 from ia3rt.routing.batch import cached, made_up, main_input, named_arguments
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
+from ia3rt.routing.images import images_of
 from ia3rt.routing.layout import Layout
 from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
@@ -214,9 +215,7 @@ class Routing:
     def wear_pinned(self, route: Route) -> None:
         """Makes `route` what this context wears that was pinned."""
         wearing = self._context.wearing
-        images = wearing.worn.images
         self._replace(wearing, self.lay(route))
-        wearing.worn.images = images
 
     def hold(self) -> None:
         """Says that what this context wears is the content of a `with`."""
@@ -289,7 +288,7 @@ class Routing:
             worn = self._past.find()
         elif worn.rows is not None:
             arguments = named_arguments(model, args, kwargs)
-            worn = self._over_batch(worn, arguments)
+            worn = self._over_batch(model, worn, arguments)
         forward = Forward(self._bound(worn), model, task, outer)
         if arguments is not None:
             self.probing.begin(forward, model, arguments)
@@ -352,7 +351,7 @@ class Routing:
             self._past.note(worn)
         return worn
 
-    def _over_batch(self, worn: Worn, arguments: Mapping[str, Any]) -> Worn:
+    def _over_batch(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> Worn:
         """`worn` over the rows, tokens and images at hand."""
         self._check_rows(worn, arguments)
         batch = main_input(arguments)
@@ -360,7 +359,8 @@ class Routing:
             return worn
         if worn.route.by_token:
             worn = self._over_tokens(worn, batch, cached(arguments))
-        return worn
+        images = images_of(model, arguments) if worn.images is None else None
+        return worn if images is None else worn.with_images(images)
 
     def _check_tokens(self, position: int, worn: Worn) -> None:
         if worn.route.by_token and worn.tokens is None:
@@ -447,6 +447,8 @@ def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
         return by_token.transpose(0, 1)
     if layout.images:
         scale = scale[list(worn.images or ())]
+        if len(scale) == 1:
+            return scale[0]
     elif layout.repeated:
         scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
     shape[layout.dim] = scale.shape[0]

@@ -87,6 +87,12 @@ class Worn:
         made.tokens, made.length, made.of = tokens, length, self
         return made
 
+    def with_images(self, images: Sequence[int]) -> Worn:
+        """The same for a batch with images, of which these are the rows."""
+        made = Worn(self.route, self.rows, self.composed, self.tables)
+        made.length, made.tokens, made.images, made.of = self.length, self.tokens, images, self.of or self
+        return made
+
     def kept(self, bank: Bank) -> Worn:
         """The same as long as autograd may need it: of numbers that no switch and no load writes."""
         (self.of or self).lent = True

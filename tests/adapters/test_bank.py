@@ -42,10 +42,18 @@ def test_it_grows_by_rows_and_columns_and_keeps_what_is_there() -> None:
 def test_a_freed_row_is_used_again_and_the_old_adapter_is_not_the_new_one() -> None:
     bank = make(capacity=1)
     old = bank.add("x", vectors())
-    table = bank.table
+    row, table = old.row, bank.table
     assert bank.remove("x") is old and "x" not in bank.adapters
+    del old
+    assert bank.add("x", vectors()).row == row and bank.table is table
+
+
+def test_a_row_that_somebody_holds_is_not_used_again() -> None:
+    bank = make(capacity=1)
+    held = bank.resolve(Mix((bank.add("x", vectors()).name,)))
+    bank.remove("x")
     new = bank.add("x", vectors())
-    assert new is not old and new.row == old.row and bank.table is table
+    assert new is not held.adapters[0] and new.row != held.rows[0]
 
 
 def test_delta_is_a_weighted_sum_with_the_identity() -> None:

@@ -1,0 +1,255 @@
+"""Switches, threads and backward passes in any order: a forward wears what it began with, wherever it is computed."""
+
+import asyncio
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny import logits, scaled, tiny_model, token_ids
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ia3rt
+
+IDS = token_ids()
+NAMES = "ab"
+
+
+@pytest.fixture
+def runtime() -> ia3rt.Runtime:
+    runtime = ia3rt.patch(tiny_model())
+    generator = torch.Generator().manual_seed(3)
+    for name in NAMES:
+        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    return runtime
+
+
+def truth(runtime: ia3rt.Runtime, name: str) -> nn.Module:
+    """A copy of the model with an adapter in its weights, in float64."""
+    vectors = runtime._bank.vectors(runtime._bank.adapters[name]).items()
+    return scaled(tiny_model(), {site.key: vector.double() for site, vector in vectors})
+
+
+def input_gradients(model: nn.Module, ids: Tensor, backward_after=lambda: None) -> Tensor:
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
+    backward_after()
+    loss.backward()
+    return embeddings.grad
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "not reentrant", "reentrant"])
+def test_gradients_are_of_what_was_worn_whatever_is_set_before_the_backward(runtime, checkpointing) -> None:
+    model = runtime.model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+
+    def disturb() -> None:
+        runtime.set_adapter("b")
+        logits(model, IDS)
+        runtime.set_adapter(["a", "b"])
+        runtime.add_adapter("c", {site.key: torch.full((site.width,), 9.0) for site in runtime.sites})
+        runtime.set_adapter("c")
+
+    runtime.set_adapter("a")
+    close(input_gradients(model, IDS, disturb), input_gradients(truth(runtime, "a"), IDS))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_rows_are_computed_again_as_they_were(runtime, reentrant) -> None:
+    model = runtime.model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with runtime.route(["a", None, "b"]):
+        rows = input_gradients(model, IDS, lambda: runtime.set_adapter("a"))
+    for row, expected in enumerate((truth(runtime, "a"), tiny_model().double(), truth(runtime, "b"))):
+        close(rows[row], input_gradients(expected, IDS[row : row + 1])[0] / 3)
+
+
+def test_a_gradient_outlives_the_adapter_that_it_is_of(runtime) -> None:
+    expected = input_gradients(truth(runtime, "a"), IDS)
+    runtime.set_adapter("a")
+
+    def replace() -> None:
+        runtime.set_adapter(None)
+        for _ in range(12):
+            runtime.delete_adapter(runtime.adapters[0])
+            runtime.add_adapter(f"{torch.rand(())}", {site.key: torch.zeros(site.width) for site in runtime.sites})
+
+    runtime.model.train().gradient_checkpointing_enable()
+    close(input_gradients(runtime.model, IDS, replace), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_forwards_and_one_backward_train_each_its_adapter(runtime, reentrant) -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model = copy.deepcopy(runtime)
+        parameters = model.train_adapter(["a", "b"])
+        if checkpointing:
+            model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.model.enable_input_require_grads()
+        losses = []
+        for wear in (lambda: model.set_adapter("a"), lambda: model.route(["b", "a", None])):
+            wear()
+            losses.append(model.model.train()(IDS, labels=IDS, use_cache=False).loss)
+        model.set_adapter(None)
+        sum(losses).backward()
+        return [parameter.grad for parameter in parameters]
+
+    for again, plain in zip(gradients(True), gradients(False), strict=True):
+        close(again, plain)
+
+
+def test_a_whole_forward_may_be_what_is_computed_again(runtime) -> None:
+    embeddings = runtime.model.get_input_embeddings()(IDS).detach().requires_grad_()
+    runtime.set_adapter("a")
+    result = checkpoint(
+        lambda e: runtime.model(inputs_embeds=e, labels=IDS, use_cache=False).loss, embeddings, use_reentrant=False
+    )
+    runtime.set_adapter("b")
+    result.backward()
+    close(embeddings.grad, input_gradients(truth(runtime, "a"), IDS))
+
+
+def test_a_result_that_is_gone_is_an_error_and_no_guess(runtime) -> None:
+    model = runtime.model.train()
+    model.gradient_checkpointing_enable()
+    kept = []
+    model.model.layers[1].register_forward_hook(lambda _, __, output: kept.append(output))
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    runtime.set_adapter("a")
+    model(inputs_embeds=embeddings, use_cache=False)
+    for step in range(40):  # as many others as are remembered, and more
+        runtime.set_adapter("ab"[step % 2])
+        model(inputs_embeds=embeddings, use_cache=False)
+    with pytest.raises(RuntimeError, match="it is not known in which forward"):
+        kept[0].sum().backward()
+
+
+def test_a_switch_inside_a_forward_is_for_the_next(runtime) -> None:
+    model = runtime.model
+    hook = model.model.layers[0].register_forward_hook(lambda *_: runtime.set_adapter("b"))
+    runtime.set_adapter("a")
+    close(logits(model, IDS), logits(truth(runtime, "a"), IDS))
+    hook.remove()
+    close(logits(model, IDS), logits(truth(runtime, "b"), IDS))
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(runtime) -> None:
+    model = runtime.model
+    runtime.set_adapter("a")
+    hook = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    for wear in (lambda: None, lambda: runtime.route(["a", "b", None])):
+        wear()
+        with pytest.raises(ZeroDivisionError):
+            logits(model, IDS)
+    hook.remove()
+    runtime.set_adapter("b")
+    close(logits(model, IDS), logits(truth(runtime, "b"), IDS))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_threads_wear_their_own(backend) -> None:
+    """Threads that route, threads that wear what all do, and one that loads and deletes meanwhile."""
+    from where import home
+
+    model = tiny_model().to(home(backend))
+    runtime = ia3rt.patch(model, backend=backend, capacity=2)
+    for name in NAMES:
+        runtime.add_adapter(name, {site.key: torch.rand(site.width) + 0.5 for site in runtime.sites})
+    expected = {None: tiny_model().double()} | {name: truth(runtime, name) for name in NAMES}
+    right = {name: logits(each, IDS) for name, each in expected.items()}
+    runtime.set_adapter("b")
+    stop = threading.Event()
+
+    def load() -> None:
+        number = 0
+        while not stop.is_set():
+            runtime.add_adapter(f"x{number}", {site.key: torch.zeros(site.width) for site in runtime.sites})
+            if number:
+                runtime.delete_adapter(f"x{number - 1}")
+            number += 1
+
+    def forward(turn: int) -> None:
+        names = [("a", None, "b")[(turn + row) % 3] for row in range(3)]
+        if turn % 4 == 0:
+            close(logits(model, IDS), right["b"])
+        elif turn % 4 == 1:
+            with runtime.disable_adapter():
+                close(logits(model, IDS), right[None])
+        else:
+            with runtime.route(names):
+                result = logits(model, IDS)
+            for row, name in enumerate(names):
+                close(result[row], right[name][row])
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(forward, turn) for turn in range(24 if backend == "torch" else 8)]:
+                done.result()
+    finally:
+        stop.set()
+        loading.join()
+    assert runtime.active_adapters == ["b"]
+
+
+def test_what_is_set_while_another_thread_computes_is_for_its_next_forward(runtime) -> None:
+    model, inside, go_on = runtime.model, threading.Event(), threading.Event()
+    runtime.set_adapter("a")
+
+    def wait(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    hook = model.model.layers[0].register_forward_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(logits, model, IDS)
+        assert inside.wait(60)
+        hook.remove()
+        runtime.set_adapter("b")
+        after = logits(model, IDS)
+        go_on.set()
+        close(running.result(), logits(truth(runtime, "a"), IDS))
+    close(after, logits(truth(runtime, "b"), IDS))
+
+
+def test_tasks_of_an_event_loop_wear_their_own(runtime) -> None:
+    async def answer(name: str) -> Tensor:
+        with runtime.route([name] * 3):
+            await asyncio.sleep(0)
+            first = logits(runtime.model, IDS)
+            await asyncio.sleep(0)
+            assert torch.equal(logits(runtime.model, IDS), first)
+        return first
+
+    async def answers() -> list[Tensor]:
+        return await asyncio.gather(*map(answer, "abab"))
+
+    for name, result in zip("abab", asyncio.run(answers()), strict=True):
+        close(result, logits(truth(runtime, name), IDS))
+
+
+def test_a_route_in_another_thread_cannot_be_worn_over_merged_weights(runtime) -> None:
+    ready, merged = threading.Event(), threading.Event()
+
+    def forward() -> Tensor:
+        with runtime.route(["a", None, "b"]):
+            ready.set()
+            assert merged.wait(60)
+            return logits(runtime.model, IDS)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(forward)
+        assert ready.wait(60)
+        runtime.merge_adapter("b")
+        merged.set()
+        with pytest.raises(RuntimeError, match="merged into the weights"):
+            running.result()
+    close(logits(runtime.model, IDS), logits(truth(runtime, "b"), IDS))
