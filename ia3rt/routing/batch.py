@@ -25,9 +25,14 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
 
 
-def main_input(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The input that is counted in rows, [rows, ...]: text where there is any, else the first tensor."""
-    candidates = [*(arguments.get(name) for name in _MAIN), *arguments.values()]
+def main_input(arguments: Mapping[str, Any], model: nn.Module | None = None) -> Tensor | None:
+    """The input that is counted in rows, [rows, ...]: text where there is any, else what the model calls its main one.
+
+    Else it is the first tensor that is no mask.
+    """
+    names = *_MAIN, getattr(model, "main_input_name", ""), "hidden_states"
+    inputs = (value for name, value in arguments.items() if not any(part in name for part in _NOT_MARKED))
+    candidates = [*(arguments.get(name) for name in names), *inputs]
     return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
 
 

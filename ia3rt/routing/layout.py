@@ -32,6 +32,9 @@ class Unknown(NamedTuple):
     reason: str
 
 
+NOTHING = Unknown("nothing in it depends on the rows of the batch one by one")
+
+
 def layout_of(marked: Tensor, row: int, rows: int) -> Layout | Unknown:
     """The layout of an input, of which the elements are marked that depend on one row.
 
@@ -43,7 +46,7 @@ def layout_of(marked: Tensor, row: int, rows: int) -> Layout | Unknown:
     places = marked.any(-1)
     count = int(places.sum())
     if count == 0:
-        return Unknown("nothing in it depends on the rows of the batch one by one")
+        return NOTHING
     found = [
         Layout(dim)
         for dim, size in enumerate(places.shape)

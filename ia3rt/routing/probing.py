@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Bank
 from ia3rt.routing.batch import has_text, is_media, main_input, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward
-from ia3rt.routing.layout import Layout, Unknown, layout_of
+from ia3rt.routing.layout import NOTHING, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
 from ia3rt.routing.traced import is_traced
 from ia3rt.routing.worn import Worn
@@ -31,7 +31,7 @@ class Probing:
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
-        batch = main_input(arguments)
+        batch = main_input(arguments, model)
         if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
             return
         kind = _kind(model, arguments, batch, forward.worn.images)
@@ -56,12 +56,12 @@ class Probing:
         self._kinds.add(("compiled", names))
         return True
 
-    def end(self, forward: Forward) -> None:
-        """Ends what `begin` began."""
+    def end(self, forward: Forward, completed: bool) -> None:
+        """Ends what `begin` began; what a forward of this kind does is known where it was completed."""
         for marks in (forward.image_marks, forward.marks):
             if marks is not None:
                 marks.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if forward.marks is not None:
+        if forward.marks is not None and completed:
             self._kinds.add(forward.kind)
         forward.marks = forward.image_marks = None
 
@@ -71,7 +71,7 @@ class Probing:
         Raises:
             ValueError: it is not known.
         """
-        layouts: Layouts = vars(layer).setdefault("ia3_layouts", {})
+        layouts: Layouts = layer.ia3_layouts  # type: ignore[assignment]
         if forward is not None and forward.marks is not None and not is_traced():
             _see(layouts, x, worn, forward)
         layout = layouts.get(x.dim())
@@ -81,13 +81,16 @@ class Probing:
             count = worn.route.index.shape[0] if not layout.images else len(worn.images or ())
             if count and (layout.fits(x.shape, count) or (layout.images and count == 1)):
                 return layout
-            what = "images" if layout.images else "rows"
-            layout = Unknown(f"its dimension {layout.dim} goes over the {what}, and there are {count}")
+            layout = Unknown(
+                f"its dimension {layout.dim} goes over the rows, and there are {count}"
+                if not layout.images
+                else f"its dimension {layout.dim} goes over the images, and it is known of {count} which row has them"
+            )
         raise ValueError(self._refusal(position, x, layout))
 
     def is_known(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the layout of such an input was seen."""
-        return x.dim() in vars(layer).get("ia3_layouts", ())
+        return isinstance(layer.ia3_layouts.get(x.dim()), Layout)  # type: ignore[operator, union-attr]
 
     def _refusal(self, position: int, x: Tensor, layout: Unknown | None) -> str:
         site = list(self._bank.sites.values())[position]
@@ -109,11 +112,16 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
         if isinstance(of_images, Layout) and not of_images.repeated:
             seen = of_images._replace(images=True)
     before = layouts.get(x.dim(), seen)
-    if before != seen and isinstance(before, Layout) and isinstance(seen, Layout):
-        seen = Unknown("the rows are in another place of it than in an earlier call")
-    elif before != seen:
-        seen = before if isinstance(before, Unknown) else seen
-    layouts[x.dim()] = seen
+    layouts[x.dim()] = seen if before == seen else _both(before, seen)
+
+
+def _both(before: Layout | Unknown, seen: Layout | Unknown) -> Layout | Unknown:
+    """What is known of a layer's inputs, where an earlier one was laid out in another way."""
+    if isinstance(before, Layout) and isinstance(seen, Layout):
+        return Unknown("the rows are in another place of it than in an earlier call")
+    layout, unknown = (before, seen) if isinstance(before, Layout) else (seen, before)
+    # Of images nothing depends on the rows; which row has them may be known in one forward and not in the other.
+    return layout if isinstance(layout, Layout) and layout.images and unknown == NOTHING else unknown
 
 
 def _kind(model: nn.Module, arguments: Mapping[str, Any], batch: Tensor, images: Sequence[int] | None) -> object:

@@ -144,12 +144,16 @@ class Routing:
         # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
         if not (is_traced() and self.probing.is_known(layer, x)) and not worn.acts_at(position, self.bank):
             return None
+        if not self.composes:  # the kernels need no composed mixes, but what is not as they read it does
+            self.composes = True
+            self.refresh()
+        worn.compose(self.bank)
         scale = worn.composed.scale(position)
         if scale.dim() < 2:
             return scale
         if x.is_meta:
             return scale[0]  # no numbers, and nothing to see
-        if not self.probing.is_known(layer, x) and len(worn.route.mixes) == 1:
+        if self._need_no_order(layer, x, worn):
             return scale[0]
         layout = self.probing.layout(layer, position, x, worn, forward)
         return spread(scale, layout, x, worn)
@@ -167,7 +171,7 @@ class Routing:
                 self.probing.layout(layer, position, x, worn, forward)
         if not (is_traced() and self.probing.is_known(layer, x)) and not worn.acts_at(position, self.bank):
             return False
-        if not self.probing.is_known(layer, x) and len(worn.route.mixes) == 1:
+        if self._need_no_order(layer, x, worn):
             return True
         layout = self.probing.layout(layer, position, x, worn, forward)
         if layout.dim != 0 or layout.images:
@@ -274,7 +278,7 @@ class Routing:
             worn = self.now()
             if worn.by_row:
                 given = {**{str(at): value for at, value in enumerate(args)}, **kwargs}
-                self._check_rows(worn, given)
+                self._check_rows(model, worn, given)
                 see_at_compilation(self._key, tuple(name for name, x in given.items() if isinstance(x, Tensor)))
             return
         arguments: Mapping[str, Any] | None = None
@@ -308,9 +312,9 @@ class Routing:
             return
         forward.calls -= 1
         if forward.calls == 0:
-            self.probing.end(forward)
+            self.probing.end(forward, completed=output is not None)
             self._context.enter(forward.outer)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and output is not None:
                 self._past.keep(tree_leaves(output), forward.worn)
 
     def capture(self) -> None:
@@ -353,14 +357,18 @@ class Routing:
 
     def _over_batch(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> Worn:
         """`worn` over the rows, tokens and images at hand."""
-        self._check_rows(worn, arguments)
-        batch = main_input(arguments)
+        self._check_rows(model, worn, arguments)
+        batch = main_input(arguments, model)
         if batch is None:
             return worn
         if worn.route.by_token:
             worn = self._over_tokens(worn, batch, cached(arguments))
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)
+
+    def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
+        """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
+        return not (is_traced() and self.probing.is_known(layer, x)) and len(worn.route.mixes) == 1
 
     def _check_tokens(self, position: int, worn: Worn) -> None:
         if worn.route.by_token and worn.tokens is None:
@@ -370,8 +378,8 @@ class Routing:
                 "it is not known which tokens these are: call the model, or route rows"
             )
 
-    def _check_rows(self, worn: Worn, arguments: Mapping[str, Any]) -> None:
-        batch, index = main_input(arguments), worn.route.index
+    def _check_rows(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> None:
+        batch, index = main_input(arguments, model), worn.route.index
         if batch is not None and index is not None and batch.shape[0] != index.shape[0]:
             raise ValueError(
                 f"the route has {index.shape[0]} rows, but the batch has {batch.shape[0]}: "

@@ -54,6 +54,7 @@ class Worn:
         images: the row of each image of the batch, where the route or the batch says so.
         composed: the mixes as torch applies them.
         tables: the mixes as the kernels read them.
+        is_composed: whether that was written.
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
     """
 
@@ -70,9 +71,18 @@ class Worn:
         self.memory: Memory | None = None
         self.shelf: Shelf | None = None
         self.of: Worn | None = None  # whose numbers these are
+        self.is_composed = True
         self._acts: frozenset[int] | None = None
         self._kept: Worn | None = None
         self._stream = torch.cuda.current_stream().cuda_stream if tables.mixes.is_cuda else 0
+
+    def compose(self, bank: Bank) -> None:
+        """Composes the mixes where only the kernels' tables were written."""
+        written = self.of or self
+        if isinstance(written.composed, ComposedMixes) and not written.is_composed:
+            by_row = None if self.route.index is None or self.route.by_token else self.route.index.tolist()
+            written.composed.write(bank, self.route.mixes, by_row)
+            written.is_composed = True
 
     def acts_at(self, position: int, bank: Bank) -> bool:
         """Whether any adapter of the route acts at a site."""
@@ -104,6 +114,7 @@ class Worn:
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
             tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
             kept = self._kept = Worn(self.route, self.rows, self.composed, tables)
+            kept.of = self.of or self
             kept.length, kept.tokens, kept.images, kept._acts = self.length, self.tokens, self.images, self._acts
         return self._kept
 
@@ -154,7 +165,7 @@ class Shelf:
         memory = self._take(rows)
         memory.write(self.bank, route, self.backend, self.composes)
         worn = Worn(route, rows, memory.composed, memory.tables)
-        worn.memory, worn.shelf = memory, self
+        worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
         return worn
 
     def put(self, rows: int | None, memory: Memory) -> None:

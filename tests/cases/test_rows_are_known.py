@@ -1,0 +1,217 @@
+"""Rows that wear different adapters, in models that do not have them in the first dimension of every layer's input."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    DebertaV2Config,
+    DebertaV2Model,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LongformerConfig,
+    LongformerModel,
+    SwinConfig,
+    SwinModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+import ia3rt
+
+SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+BART = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+NAMES = ["a", "b", None]
+
+
+def ids(rows: int, length: int) -> Tensor:
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+def patched(model: nn.Module, **sites: object) -> ia3rt.Runtime:
+    runtime = ia3rt.patch(model.eval(), **sites)
+    generator = torch.Generator().manual_seed(5)
+    for name in "ab":
+        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    return runtime
+
+
+def assert_each_row_wears_its_own(runtime: ia3rt.Runtime, names: list, run: Callable[[], Tensor]) -> None:
+    """Beside the same forward where all rows wear one of them, which no layout matters for."""
+    with torch.no_grad():
+        with runtime.route(names):
+            routed, again = run(), run()
+        assert torch.equal(routed, again), "what was seen in the first forward holds for the second"
+        uniform = []
+        for row, name in enumerate(names):
+            runtime.set_adapter(name)
+            uniform.append(run())
+            torch.testing.assert_close(routed[row], uniform[-1][row], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(uniform[0], uniform[1], atol=1e-3), "the adapters have to show"
+
+
+def fsmt() -> tuple[nn.Module, dict]:
+    config = FSMTConfig(
+        langs=["en", "de"], src_vocab_size=99, tgt_vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, **BART
+    )
+    return FSMTForConditionalGeneration(config), {}
+
+
+def xlnet() -> tuple[nn.Module, dict]:
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=48))
+    return model, dict(target_modules=["layer_1", "layer_2"], feedforward_modules=["layer_2"])
+
+
+def longformer() -> tuple[nn.Module, dict]:
+    model = LongformerModel(LongformerConfig(**SIZE, vocab_size=99, attention_window=4, max_position_embeddings=64))
+    return model, dict(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])
+
+
+@pytest.mark.parametrize("make", [fsmt, xlnet, longformer], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("length", [7, 3, 2])  # as many as rows, too
+def test_time_first(make, length) -> None:
+    torch.manual_seed(0)
+    model, sites = make()
+    runtime, x = patched(model, **sites), ids(3, length)
+    given = dict(input_ids=x, decoder_input_ids=x[:, :2].clone()) if make is fsmt else dict(input_ids=x)
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(**given)[0])
+    assert_each_row_wears_its_own(runtime, ["b", "a", "a"], lambda: model(**given)[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_time_first_in_a_module_of_ones_own(backend) -> None:
+    from where import home
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.transpose(0, 1)
+            h = h + self.v_proj(torch.softmax(self.k_proj(h), 0) * self.q_proj(h))
+            h = self.down_proj(torch.relu(self.up_proj(h.reshape(-1, 8)))).view(h.shape) + h
+            return h.transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = Net().to(home(backend))
+    runtime = ia3rt.patch(model, backend=backend)
+    for name in "ab":
+        runtime.add_adapter(name, {s.key: torch.rand(s.width) + 0.5 for s in runtime.sites if "down" not in s.path})
+    x = torch.randn(3, 4, 8).to(home(backend))
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x).cpu())
+    runtime.add_adapter("c", {"down_proj": torch.rand(12)})  # [tokens * rows, 12]: rows are not neighbours
+    with runtime.route(["a", "c", None]), pytest.raises(ValueError, match=r"down_proj .* are not one after another"):
+        model(x)
+    runtime.set_adapter("c")
+    model(x)
+
+
+def test_windows_of_images() -> None:
+    torch.manual_seed(0)
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    model = SwinModel(config)
+    runtime = patched(model, target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
+    pixels = torch.randn(3, 3, 32, 32)
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(pixels).last_hidden_state)
+
+
+def test_what_all_rows_share_is_refused_by_name() -> None:
+    config = DebertaV2Config(
+        **SIZE, vocab_size=99, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True
+    )
+    model = DebertaV2Model(config)
+    runtime = patched(model, target_modules=["key_proj", "value_proj"], feedforward_modules=[])
+    x = ids(2, 5)
+    with runtime.route(["a", "b"]), pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.key_proj"):
+        model(x)
+    for name in "cd":  # at a site that only the rows' own input reaches it is right
+        only = {site.key: torch.rand(32) + 0.5 for site in runtime.sites if "value" in site.path}
+        runtime.add_adapter(name, only)
+    assert_each_row_wears_its_own(runtime, ["c", "d"], lambda: model(x).last_hidden_state)
+    with runtime.route(["a", "a"]):
+        same = model(x).last_hidden_state
+    runtime.set_adapter("a")
+    assert torch.equal(same, model(x).last_hidden_state), "rows that wear the same need no order"
+
+
+def llava() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**SIZE, image_size=16, patch_size=8),
+        text_config=LlamaConfig(**SIZE, vocab_size=99, pad_token_id=0),
+        image_token_index=98,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+SEEN = dict(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+
+
+@pytest.mark.parametrize("places", [(8, 0), (0, 8), (4, 4), (4, 0), (0, 4)], ids=str)
+def test_images_wear_what_their_row_does(places) -> None:
+    runtime = patched(llava(), **SEEN)
+    x = ids(2, 12)
+    for row, count in enumerate(places):
+        x[row, :count] = 98
+    pixels = torch.randn(sum(places) // 4, 3, 16, 16)
+    run = lambda: runtime.model(input_ids=x, attention_mask=torch.ones_like(x), pixel_values=pixels).logits  # noqa: E731
+    assert_each_row_wears_its_own(runtime, ["a", "b"], run)
+    assert_each_row_wears_its_own(runtime, [None, "a"], run)
+
+
+def test_images_of_which_nobody_can_know_are_refused_or_said() -> None:
+    size = dict(**SIZE, projection_dim=16)
+    text = dict(**size, vocab_size=99, max_position_embeddings=20, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**size, image_size=16, patch_size=8)))
+    runtime = patched(model, **SEEN)
+    x, pixels = ids(2, 6), torch.randn(3, 3, 16, 16)
+    with runtime.route(["a", "b"]), pytest.raises(ValueError, match=r"vision_model.*images=\[…\]"):
+        model(input_ids=x, pixel_values=pixels)
+    with torch.no_grad(), runtime.route(["a", "b"], images=[0, 1, 0]):
+        seen = model(input_ids=x, pixel_values=pixels)
+    for row, (name, images) in enumerate([("a", [0, 2]), ("b", [1])]):
+        runtime.set_adapter(name)
+        with torch.no_grad():
+            alone = model(input_ids=x, pixel_values=pixels)
+        torch.testing.assert_close(seen.image_embeds[images], alone.image_embeds[images])
+        torch.testing.assert_close(seen.text_embeds[row], alone.text_embeds[row])
+    for wrong in ([0, 2], ["a"]):
+        with pytest.raises(ValueError, match="images must hold the row of each image"):
+            runtime.route(["a", "b"], images=wrong)
+
+
+def test_a_layer_that_is_called_outside_of_a_forward_has_no_rows() -> None:
+    torch.manual_seed(0)
+    runtime = patched(LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99)))
+    layer = runtime.model.model.layers[0].self_attn.k_proj
+    with runtime.route(["a", "b"]), pytest.raises(ValueError, match="not known whose each element"):
+        layer(torch.randn(2, 3, 32))
+
+
+def test_seeing_changes_nothing() -> None:
+    """The forward that is looked at draws, counts and fills its cache as any other."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99, attention_dropout=0.3))
+    runtime, x, results = patched(model), ids(3, 6), []
+    model.train()
+    calls: list[object] = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with runtime.route(NAMES):
+        for _ in range(2):
+            torch.manual_seed(1)
+            output = model(x, use_cache=True)
+            results.append((output.logits, output.past_key_values.layers[0].keys, torch.rand(3)))
+    assert len(calls) == 2
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
