@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -177,6 +178,16 @@ class Bank:
             self.table[index].copy_(row)
         self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}))
         return self.adapters[name]
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """A context at whose end everything is as it was at its beginning, if it ends with an exception."""
+        held = self.table, self.sites, self.adapters.copy(), self._free.copy(), self._complements.copy()
+        try:
+            yield
+        except BaseException:
+            self.table, self.sites, self.adapters, self._free, self._complements = held
+            raise
 
     def remove(self, name: str) -> Adapter:
         """Frees an adapter's row; the numbers stay there until the next adapter overwrites them."""

@@ -1,0 +1,67 @@
+"""The drop-ins of one model: which of its modules apply the bank's sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from ia3rt.adapters.site import Side, Site
+from ia3rt.modules.pair import pair_layers
+from ia3rt.modules.wearer import Wearer, is_altered, place, unwrap, wrap
+from ia3rt.modules.wearers import wearer_of
+from ia3rt.routing.route import Routing
+
+_SIDES: tuple[Side, ...] = ("in", "out")
+
+
+class DropIns:
+    """Makes modules of a model drop-ins, and gives them back.
+
+    Args:
+        model: the model.
+        routing: what its rows wear.
+        follow: what a drop-in calls when it was moved to another device.
+    """
+
+    def __init__(self, model: nn.Module, routing: Routing, follow: Callable[[torch.device], None]) -> None:
+        self._model = model
+        self._routing = routing
+        self._follow = follow
+
+    def place(self, sites: Iterable[Site]) -> None:
+        """Makes the modules that apply `sites` drop-ins, and no others, whatever was there before.
+
+        Where it fails half way, what was there before is placed by another call.
+
+        Raises:
+            RuntimeError: as `check`.
+        """
+        sites = list(sites)
+        self.check()
+        modules = dict(self._model.named_modules())
+        wearing: dict[nn.Module, dict[Side, int]] = {}
+        for position, site in enumerate(sites):
+            module, mixin = wearer_of(modules, site, self._routing.backend)
+            if not isinstance(module, Wearer):
+                wrap(module, mixin, self._routing, self._follow)
+                self._routing.composes |= not mixin.is_fused(module)
+            wearing.setdefault(module, {})[site.side] = position
+        for module in modules.values():
+            if isinstance(module, Wearer) and module not in wearing:
+                unwrap(module)
+        for module, positions in wearing.items():
+            for side in _SIDES:
+                place(module, side, positions.get(side))
+        if self._routing.backend == "triton":
+            pair_layers(modules, (site.path for site in sites))
+
+    def check(self) -> None:
+        """Raises RuntimeError where other code has changed a drop-in's class, so that it cannot be given back."""
+        for path, module in self._model.named_modules():
+            if is_altered(module):
+                raise RuntimeError(
+                    f"module {path!r} is a {type(module).__name__} now, which other code made of ia3rt's "
+                    f"{type(module).__base__.__name__}: undo that first"  # type: ignore[union-attr]
+                )
