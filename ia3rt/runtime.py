@@ -167,8 +167,8 @@ class Runtime:
         if vectors is None:
             if not self.sites:
                 raise ValueError(
-                    f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its vectors, "
-                    "or name the modules in patch(target_modules=…)"
+                    f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
+                    "vectors, or name the modules in patch(target_modules=…)"
                 )
             vectors = {site.key: torch.ones(site.width) for site in self.sites}
         sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 _INSTEAD = {
@@ -70,9 +70,7 @@ def _is_peft(owner: Any) -> bool:
     return hasattr(owner, "get_base_model")
 
 
-@functools.cache
-def _refusing(cls: Hashable) -> type:
-    assert isinstance(cls, type)
+def _refusing(cls: type) -> type:
     copied = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     namespace: dict[str, Any] = {**copied, "ia3_refuses": True}
     for name in _INSTEAD:

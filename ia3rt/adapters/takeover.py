@@ -74,7 +74,8 @@ class TakenOver:
 
 def base_model(model: Any) -> nn.Module:
     """The model that is patched where `model` is given: the one under a PeftModel, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+    is_peft_model = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if is_peft_model else model  # type: ignore[no-any-return]
 
 
 def take_over(model: Any) -> TakenOver | None:
