@@ -42,11 +42,15 @@ def give_back(taken: TakenOver, adapters: Sequence[AdapterContents], active: Seq
     Raises:
         Exception: PEFT does not wrap a layer that an adapter acts at. The model is as it was before the call then.
     """
+    layers, configs = taken.layers, dict(taken.peft_configs)
     taken.rewrap()
     try:
         _fill(taken, adapters, active)
     except BaseException:
         taken.unwrap()
+        taken.layers = layers
+        taken.peft_configs.clear()
+        taken.peft_configs.update(configs)
         raise
 
 
@@ -87,7 +91,7 @@ def _inject(taken: TakenOver, adapter: AdapterContents, module_names: Collection
     """Lets PEFT make the layers of an adapter that it does not have."""
     from peft import IA3Config, inject_adapter_in_model
 
-    sides: dict[str, Side] = dict(adapter.vectors)
+    sides: dict[str, Side] = dict(adapter.vectors.keys())
     names = shortest_names(list(sides), module_names, sides)
     inputs = [path for path, side in sides.items() if side == "in"]
     known = {field.name for field in fields(IA3Config)}

@@ -1,4 +1,4 @@
-"""What PEFT's own objects say while ia3rt holds their adapters: nothing of them would have an effect."""
+"""What PEFT's own objects say while ia3rt holds their adapters: they would do nothing, or tell what was."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _method(cls: type, name: str) -> Callable[..., NoReturn]:
 def _forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("adapter_names") is not None:
         raise RuntimeError(
-            "adapter_names of a PeftModel have no effect, as ia3rt.patch() took its adapters over: use "
+            "adapter_names of a PeftModel are out of use, as ia3rt.patch() took its adapters over: use "
             "`with rt.route([…]):`, rt being what patch() returned"
         )
     return type(self).__bases__[0]._enable_peft_forward_hooks(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -104,6 +104,6 @@ def _forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _fail(what: str, name: str, *args: object, **kwargs: object) -> NoReturn:
     raise RuntimeError(
-        f"{what} has no effect, as ia3rt.patch() took the adapters over: use rt.{_INSTEAD[name]}, rt being the Runtime "
+        f"{what} is out of use, as ia3rt.patch() took the adapters over: use rt.{_INSTEAD[name]}, rt being the Runtime "
         "that patch() returned, or rt.unpatch() first, which gives the adapters back"
     )
