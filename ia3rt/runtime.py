@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
@@ -21,6 +21,7 @@ from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
+from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.sites import Targets, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation
@@ -219,7 +220,8 @@ class Runtime:
             The parameters, float32 [width] each.
 
         Raises:
-            ValueError: an adapter is unknown, the bank's dtype is not float32, or a name is in the way.
+            ValueError: an adapter is unknown or acts at an offloaded module, the bank's dtype is not float32, or a name
+                is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -229,6 +231,7 @@ class Runtime:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         mix = self._bank.resolve(Mix(names))
+        self._check_trainable(mix)
         trained = self._routing.trained = TrainedAdapters(self.model, self._bank, mix.adapters)
         self._routing.wear(self._routing.route if trained.are_worn(self._routing.route.mixes) else Route((mix,)))
         return trained.parameters
@@ -443,6 +446,15 @@ class Runtime:
             raise RuntimeError(f"cannot {what}: the model is not patched any more; call ia3rt.patch(model) again")
         if self._merged is not None and not while_merged:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
+
+    def _check_trainable(self, mix: ResolvedMix) -> None:
+        for adapter in mix.adapters:
+            for site in adapter.sites:
+                if execution_device(self.model.get_submodule(site.path)) is not None:
+                    raise ValueError(
+                        f"adapter {adapter.name!r} acts at {site}, whose weights accelerate offloads: it would look "
+                        "for the adapter's parameter among them: load the model without offloading to train"
+                    )
 
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self

@@ -76,7 +76,9 @@ def computing_tensor(module: nn.Module) -> Tensor:
 def computing_device(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights are, or where accelerate brings them to; meta where there are none."""
     device = computing_tensor(module).device
-    return (execution_device(module) or device) if device.type == "meta" else device
+    if device.type != "meta":
+        return device
+    return next(filter(None, map(execution_device, module.modules())), device)
 
 
 def original_class(cls: type) -> type:
