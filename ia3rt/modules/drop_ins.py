@@ -36,6 +36,7 @@ class DropIns:
         Where it fails half way, what was there before is placed by another call.
 
         Raises:
+            ValueError: a module is another runtime's drop-in.
             RuntimeError: as `check`.
         """
         sites = list(sites)
@@ -47,9 +48,14 @@ class DropIns:
             if not isinstance(module, Wearer):
                 wrap(module, mixin, self._routing, self._follow)
                 self._routing.composes |= not mixin.is_fused(module)
+            elif not self._is_ours(module):
+                raise ValueError(
+                    f"{site.path!r} is patched already, as a part of the model that was given to patch() by itself: "
+                    "unpatch() its Runtime first"
+                )
             wearing.setdefault(module, {})[site.side] = position
         for module in modules.values():
-            if isinstance(module, Wearer) and module not in wearing:
+            if self._is_ours(module) and module not in wearing:
                 unwrap(module)
         for module, positions in wearing.items():
             for side in _SIDES:
@@ -60,8 +66,11 @@ class DropIns:
     def check(self) -> None:
         """Raises RuntimeError where other code has changed a drop-in's class, so that it cannot be given back."""
         for path, module in self._model.named_modules():
-            if is_altered(module):
+            if self._is_ours(module) and is_altered(module):
                 raise RuntimeError(
                     f"module {path!r} is a {type(module).__name__} now, which other code made of ia3rt's "
                     f"{type(module).__base__.__name__}: undo that first"  # type: ignore[union-attr]
                 )
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        return isinstance(module, Wearer) and module.ia3_routing is self._routing
