@@ -96,7 +96,11 @@ def _check_unpatched(model: nn.Module) -> None:
 def _check_bare(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names"):
-            raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")
+            raise ValueError(
+                f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first. What "
+                "inject_adapter_in_model() put there has no PeftModel: take it out by get_peft_model_state_dict(), and "
+                "load it into a model without PEFT"
+            )
 
 
 def _weight(model: nn.Module, sites: list[Site]) -> Tensor:

@@ -495,14 +495,16 @@ class Runtime:
         return list(mix.adapters)
 
     def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any]) -> None:
-        table = self._bank.table
+        table, grown = self._bank.table, False
         try:
             with self._bank.all_or_nothing():
                 self._bank.add(name, vectors, config)
-                if self._bank.table is not table:
+                grown = self._bank.table is not table
+                if grown:
                     self._place_sites()
         except BaseException:
-            self._place_sites()
+            if grown:
+                self._place_sites()
             raise
 
     def _place_sites(self) -> None:

@@ -36,7 +36,7 @@ class DropIns:
         Where it fails half way, what was there before is placed by another call.
 
         Raises:
-            ValueError: a module is another runtime's drop-in.
+            ValueError: a module is another runtime's drop-in, or of a class that lets no other be made of it.
             RuntimeError: as `check`.
         """
         sites = list(sites)
@@ -46,7 +46,13 @@ class DropIns:
         for position, site in enumerate(sites):
             module, mixin = wearer_of(modules, site, self._routing.backend)
             if not isinstance(module, Wearer):
-                wrap(module, mixin, self._routing, self._follow)
+                try:
+                    wrap(module, mixin, self._routing, self._follow)
+                except TypeError as error:  # what Python and metaclasses raise
+                    kind = type(module).__name__
+                    raise ValueError(
+                        f"{site.path!r} cannot be patched, as no class can be made of {kind}: {error}"
+                    ) from error
                 self._routing.composes |= not mixin.is_fused(module)
             elif not self._is_ours(module):
                 raise ValueError(

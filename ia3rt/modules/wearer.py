@@ -128,7 +128,7 @@ def _mixin_in_front(metaclass: type[type]) -> type[type]:
 
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
-    module.__class__ = patched_class(mixin, type(module))
+    object.__setattr__(module, "__class__", patched_class(mixin, type(module)))  # whatever its own __setattr__ forbids
     vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None)
     _redirect(module)
 
@@ -140,7 +140,7 @@ def place(module: nn.Module, side: Side, position: int | None) -> None:
 
 def unwrap(module: nn.Module) -> None:
     """Makes `module` what it was before `wrap`."""
-    module.__class__ = original_class(type(module))
+    object.__setattr__(module, "__class__", original_class(type(module)))
     for name in [name for name in vars(module) if name.startswith("ia3_")]:
         del vars(module)[name]
     _redirect(module)

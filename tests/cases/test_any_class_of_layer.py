@@ -89,7 +89,26 @@ class ByKeyword(nn.Linear):
         super().__init_subclass__()
 
 
+class OfFixedClass(nn.Linear):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise AttributeError("its class is fixed")
+        super().__setattr__(name, value)
+
+
+class Sealed(type):
+    def __new__(cls, name, bases, namespace):
+        if any(isinstance(base, Sealed) for base in bases):
+            raise TypeError("sealed")
+        return super().__new__(cls, name, bases, namespace)
+
+
+class SealedLinear(nn.Linear, metaclass=Sealed):
+    pass
+
+
 CLASSES = [
+    OfFixedClass,
     FromAbstract,
     FromPlain,
     FromGeneric,
@@ -133,6 +152,15 @@ def test_it_is_wrapped_and_given_back(cls):
     runtime.unpatch()
     assert type(model["v_proj"]) is cls
     assert all(torch.equal(layer(x), before[name]) for name, layer in model.items())
+
+
+def test_a_class_that_lets_none_be_made_of_it_is_named():
+    model = block(SealedLinear)
+    was = state(model)
+    with pytest.raises(ValueError, match="'v_proj' cannot be patched, as no class can be made of SealedLinear: sealed"):
+        ia3rt.patch(model)
+    assert state(model) == was
+    ia3rt.patch(model, target_modules=["k_proj"])
 
 
 def state(model: nn.Module) -> object:
