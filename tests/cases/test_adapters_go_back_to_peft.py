@@ -39,6 +39,9 @@ def vectors(runtime, seed=0):
 def test_an_untouched_peft_model_is_what_it_was(family, dtype):
     wrapped = peft_model(tiny_model(family, dtype), family)
     wrapped.base_model.set_adapter(["c", "d"])
+    wrapped.set_requires_grad(["b", "c"], True)
+    wrapped.set_requires_grad("d", False)
+    wrapped.get_base_model().get_input_embeddings().requires_grad_(True)
     before, was = logits(wrapped, IDS), state(wrapped)
     values = {name: parameter.clone() for name, parameter in wrapped.named_parameters()}
     assert ia3rt.patch(wrapped, dtype=torch.bfloat16).unpatch() is wrapped

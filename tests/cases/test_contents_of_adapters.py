@@ -47,6 +47,7 @@ def test_it_is_a_copy_that_another_runtime_takes(dtype):
         assert vector.dtype == dtype and vector.is_leaf and not vector.requires_grad
         vector.fill_(7.0)
     adapter.config["task_type"] = "OTHER"
+    runtime.set_adapter("b")
     assert torch.equal(logits(runtime.model, IDS), before)
     assert runtime.get_adapter("b").config["task_type"] == "CAUSAL_LM"
 
