@@ -34,12 +34,15 @@ def patch(
     """Lets a model wear IA³ adapters. The model is used as before, and computes the same until an adapter is set.
 
     Args:
-        model: a Hugging Face model or any module tree; or a PeftModel whose adapters are all IA³, which are taken over
-            with those that were active (the base model under it is then the patched one).
+        model: a Hugging Face model or any module tree. IA³ adapters of a PeftModel, or that transformers'
+            `load_adapter` put into the model, are taken over with those that its layers have active, and given back by
+            `unpatch`; meanwhile the model under a PeftModel is the patched one, and what PEFT and transformers offer
+            for adapters is an error that says what to call instead. Or a deep copy of a patched model: its Runtime was
+            copied with it, and is returned.
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
-            structure, and lets an adapter that acts elsewhere add its sites when it is loaded.
-        feedforward_modules: which of them wear it at the input.
+            structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded.
+        feedforward_modules: which of them wear it at the input; None leaves that to the structure and to adapters.
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.
         capacity: how many adapters to make room for at first. The bank grows when they are more.
@@ -52,8 +55,9 @@ def patch(
         The model's Runtime.
 
     Raises:
-        ValueError: the model is patched already, no site is found, its sites lie on several devices, PEFT still wraps
-            its layers, or the PeftModel holds adapters of another type. The model is as it was then.
+        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices,
+            PEFT still wraps its layers, or holds adapters of another type, or its layers differ in which adapters are
+            active. After this or any other exception the model is as it was.
     """
     inner = getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
     base = base_model(inner)

@@ -392,10 +392,10 @@ class Runtime:
             RuntimeError: as `merge_adapter`.
         """
         self._check_open("merge", while_merged=True)
+        self._drop_ins.check()
         if adapter_names is not None or self._merged is None:
             if adapter_names is None and not self.active_adapters:
                 raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
-            self._drop_ins.check()
             self.merge_adapter(adapter_names)
         self._uninstall()
         self._merged = None
@@ -476,7 +476,7 @@ class Runtime:
 
     def _adopt(self, taken: TakenOver) -> None:
         for name, vectors in taken.vectors.items():
-            self.add_adapter(name, vectors, taken.configs[name])
+            self.add_adapter(name, vectors, taken.configs.get(name))
         if taken.active:
             self.set_adapter(taken.active)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.checkpoint import shortest_names
 from ia3rt.adapters.contents import AdapterContents
-from ia3rt.adapters.site import Side
+from ia3rt.adapters.site import Side, name_matches
 from ia3rt.adapters.takeover import KEPT_IN_MODEL, TakenOver, ia3_layers
 
 
@@ -81,7 +81,7 @@ def _fill(taken: TakenOver, adapters: Sequence[AdapterContents], active: Sequenc
 
 
 def _remove(taken: TakenOver, name: str) -> None:
-    del taken.peft_configs[name]
+    taken.peft_configs.pop(name, None)
     for layer in set(taken.layers.values()):
         if name in layer.ia3_l:
             del layer.ia3_l[name]
@@ -99,7 +99,7 @@ def _inject(taken: TakenOver, adapter: AdapterContents, module_names: Collection
         **{
             **{key: value for key, value in adapter.config.items() if key in known},
             "target_modules": names,
-            "feedforward_modules": [name for name in names if any(_ends(path, name) for path in inputs)],
+            "feedforward_modules": [name for name in names if any(name_matches(path, [name]) for path in inputs)],
             "exclude_modules": None,
             "inference_mode": True,
         }
@@ -108,10 +108,6 @@ def _inject(taken: TakenOver, adapter: AdapterContents, module_names: Collection
         warnings.simplefilter("ignore")  # that the model has adapters already
         inject_adapter_in_model(config, taken.model, adapter.name)
     taken.peft_configs[adapter.name] = config
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _side(layer: Any) -> Side:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 _INSTEAD = {
@@ -46,24 +46,31 @@ def refuse(owner: Any) -> None:
     Also of a transformers model that had loaded adapters itself: it keeps its class, which its config and its files
     name. PEFT's objects get another one, as drop-ins do: part of what they offer are properties.
     """
-    if _is_peft(owner):
-        for each in (owner, owner.base_model):
-            each.__class__ = _refusing(type(each))
-    else:
-        for name in _INSTEAD.keys() - _OF_A_PLAIN_MODEL:
-            if hasattr(type(owner), name):
-                vars(owner)[name] = functools.partial(_fail, f"{type(owner).__name__}.{name}", name)
+    if not _is_peft(owner):
+        names = [name for name in _INSTEAD.keys() - _OF_A_PLAIN_MODEL if hasattr(owner, name)]
+        _hide(owner, names)
+        for name in names:
+            vars(owner)[name] = functools.partial(_fail, f"{type(owner).__name__}.{name}", name)
+        return
+    for each in (owner, owner.base_model):
+        _hide(each, _INSTEAD.keys() - {"active_adapter"})
+        each.__class__ = _refusing(type(each))
 
 
 def allow(owner: Any) -> None:
     """Takes `refuse` back."""
-    if _is_peft(owner):
-        for each in (owner, owner.base_model):
-            if "ia3_refuses" in vars(type(each)):
-                each.__class__ = type(each).__bases__[0]
-    else:
-        for name in _INSTEAD.keys() - _OF_A_PLAIN_MODEL:
-            vars(owner).pop(name, None)
+    for each in (owner, owner.base_model) if _is_peft(owner) else (owner,):
+        if "ia3_refuses" in vars(type(each)):
+            each.__class__ = type(each).__bases__[0]
+        elif "ia3_hidden" in vars(each):
+            for name in _INSTEAD.keys() - _OF_A_PLAIN_MODEL:
+                vars(each).pop(name, None)
+        vars(each).update(vars(each).pop("ia3_hidden", {}))
+
+
+def _hide(owner: Any, names: Iterable[str]) -> None:
+    """Takes away what other code set on the object itself, in place of what its class has."""
+    vars(owner)["ia3_hidden"] = {name: vars(owner).pop(name) for name in names if name in vars(owner)}
 
 
 def _is_peft(owner: Any) -> bool:

@@ -100,7 +100,8 @@ def take_over(model: Any) -> TakenOver | None:
         if layer not in seen:
             seen.add(layer)
             for name in layer.ia3_l:
-                vectors[name][path, "in" if layer.is_feedforward else "out"] = _vector(path, layer, name)
+                key: SiteKey = path, "in" if layer.is_feedforward else "out"
+                vectors.setdefault(name, {})[key] = _vector(path, layer, name)
     configs = {name: _jsonable(config.to_dict()) for name, config in model.peft_config.items()}
     dtypes = {layer: layer.weight.dtype for layer in layers.values()}
     return TakenOver(model, base, vectors, configs, _active(layers), layers, dtypes, model.peft_config)
@@ -117,7 +118,7 @@ def _check_configs(configs: dict[str, Any]) -> None:
     for name, config in configs.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "IA3":
-            raise ValueError(f"adapter {name!r} of the PeftModel is of type {kind}: ia3rt takes over IA3 adapters only")
+            raise ValueError(f"adapter {name!r} is of type {kind}: ia3rt takes over IA3 adapters only")
         if config.modules_to_save:
             raise ValueError(f"adapter {name!r} has modules_to_save={config.modules_to_save}, which ia3rt cannot run")
 

@@ -72,6 +72,24 @@ def test_a_peft_model_says_what_to_call_instead(wrapped, use, instead, tmp_path,
     assert torch.equal(logits(wrapped, IDS), before)
 
 
+@pytest.mark.parametrize("part", ["the PeftModel", "its tuner", "a model that transformers loaded adapters into"])
+def test_what_other_code_set_on_the_object_refuses_too_and_comes_back(wrapped, part, tmp_path):
+    """Unsloth sets a save_pretrained of its own, for example."""
+    if part.startswith("a model"):
+        patched = owner = tiny_model()
+        owner.load_adapter(str(save_each(wrapped, tmp_path)[0]), "adapter_b")
+    else:
+        patched, owner = wrapped, wrapped if part == "the PeftModel" else wrapped.base_model
+    own = vars(owner)["set_adapter"] = lambda name: None
+    attributes = set(vars(owner))
+    runtime = ia3rt.patch(patched)
+    with pytest.raises(RuntimeError, match="out of use"):
+        owner.set_adapter("c")
+    runtime.unpatch()
+    assert owner.set_adapter is own
+    assert set(vars(owner)) == attributes | ({"peft_config"} if part == "its tuner" else set())
+
+
 def test_what_it_runs_is_what_the_runtime_says(wrapped):
     mask = torch.ones_like(IDS)
     expected = {}
