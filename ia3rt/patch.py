@@ -35,10 +35,10 @@ def patch(
 
     Args:
         model: a Hugging Face model or any module tree. IA³ adapters of a PeftModel, or that transformers'
-            `load_adapter` put into the model, are taken over with those that its layers have active, and given back by
-            `unpatch`; meanwhile the model under a PeftModel is the patched one, and what PEFT and transformers offer
-            for adapters is an error that says what to call instead. Or a deep copy of a patched model: its Runtime was
-            copied with it, and is returned.
+            `load_adapter` or PEFT's `inject_adapter_in_model` put into the model, are taken over with those that its
+            layers have active, and given back by `unpatch`. Meanwhile the model under a PeftModel is the patched one,
+            and what PEFT and transformers offer for adapters is an error that says what to call instead. Or a deep copy
+            of a patched model: its Runtime was copied with it, and is returned.
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
             structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded.
@@ -100,11 +100,7 @@ def _check_unpatched(model: nn.Module) -> None:
 def _check_bare(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names"):
-            raise ValueError(
-                f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first. What "
-                "inject_adapter_in_model() put there has no PeftModel: take it out by get_peft_model_state_dict(), and "
-                "load it into a model without PEFT"
-            )
+            raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")
 
 
 def _weight(model: nn.Module, sites: list[Site]) -> Tensor:

@@ -22,7 +22,7 @@ from ia3rt.adapters.takeover import TakenOver
 from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
-from ia3rt.modules.sites import Targets, site_of
+from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation
 from ia3rt.routing.composed import composed_vectors
@@ -56,6 +56,7 @@ class Runtime:
         self._targets = targets
         self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
+        self._shared = shared_modules(model)
         self._drop_ins = DropIns(model, self._routing, self._follow)
         self._merged: tuple[MergedWeights, Route] | None = None
         self._hooks: list[RemovableHandle] | None = []
@@ -534,6 +535,11 @@ class Runtime:
         )
 
     def _site(self, name: str, key: SiteKey) -> Site:
+        if key[0] in self._shared:
+            raise ValueError(
+                f"adapter {name!r} has a vector at {key[0]!r}, which is one module at {self._shared[key[0]]}: in PEFT "
+                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
+            )
         if key in self._bank.sites:
             return self._bank.sites[key]
         path, side = key

@@ -17,9 +17,14 @@ from ia3rt.adapters.takeover import KEPT_IN_MODEL, TakenOver, ia3_layers
 
 
 def check_givable(taken: TakenOver, adapters: Sequence[AdapterContents]) -> None:
-    """Raises ValueError where PEFT's layers cannot hold an adapter: they have one vector, all at the same side."""
+    """Raises ValueError where PEFT's layers cannot hold an adapter: their vectors are attributes, all at one side."""
     sides: dict[str, Side] = {path: _side(layer) for path, layer in taken.layers.items()}
     for adapter in adapters:
+        if "." in adapter.name or hasattr(nn.ParameterDict, adapter.name):
+            raise ValueError(
+                f"PEFT's layers cannot hold an adapter named {adapter.name!r}, as names of parameters have no dots and "
+                "hide nothing: before unpatch(), add_adapter() what get_adapter() gives by another name and delete it"
+            )
         for path, side in adapter.vectors:
             if sides.setdefault(path, side) != side:
                 raise ValueError(
@@ -43,12 +48,15 @@ def give_back(taken: TakenOver, adapters: Sequence[AdapterContents], active: Seq
         Exception: PEFT does not wrap a layer that an adapter acts at. The model is as it was before the call then.
     """
     layers, configs = taken.layers, dict(taken.peft_configs)
+    held = {layer: dict(layer.ia3_l.items()) for layer in layers.values()}
     taken.rewrap()
     try:
         _fill(taken, adapters, active)
     except BaseException:
         taken.unwrap()
         taken.layers = layers
+        for layer, vectors in held.items():
+            layer.ia3_l = nn.ParameterDict(vectors)
         taken.peft_configs.clear()
         taken.peft_configs.update(configs)
         raise

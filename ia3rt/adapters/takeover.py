@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class TakenOver:
     """What PEFT had put into a model.
 
     Attributes:
-        owner: what it was given as: the PeftModel, or the model itself where transformers loaded its adapters.
+        owner: what it was given as: the PeftModel, or the model itself where its adapters have none.
         model: the base model.
         vectors: by adapter, its vectors by module path and side, as PEFT's layers hold them.
         configs: by adapter, what its adapter_config.json would hold.
@@ -79,7 +80,7 @@ def base_model(model: Any) -> nn.Module:
 
 
 def take_over(model: Any) -> TakenOver | None:
-    """Copies the adapters out of a PeftModel, or of a model that transformers loaded adapters into.
+    """Copies the adapters out of a PeftModel, or of a model that transformers or PEFT put them into without one.
 
     Changes nothing yet. None where it is neither.
 
@@ -88,7 +89,7 @@ def take_over(model: Any) -> TakenOver | None:
             or layers differ in which adapters act, so that no mix says it.
     """
     base = base_model(model)
-    if base is model and not getattr(model, "_hf_peft_config_loaded", False):
+    if base is model and not _has_adapters_of_its_own(model):
         return None
     _check_configs(model.peft_config)
     layers = dict(ia3_layers(base))
@@ -105,6 +106,19 @@ def take_over(model: Any) -> TakenOver | None:
     configs = {name: _jsonable(config.to_dict()) for name, config in model.peft_config.items()}
     dtypes = {layer: layer.weight.dtype for layer in layers.values()}
     return TakenOver(model, base, vectors, configs, _active(layers), layers, dtypes, model.peft_config)
+
+
+def _has_adapters_of_its_own(model: nn.Module) -> bool:
+    """Whether a model has IA³ adapters without a PeftModel, by its `load_adapter` or PEFT's inject_adapter_in_model.
+
+    A model under a PeftModel looks the same, and only that one knows of it.
+    """
+    if not hasattr(model, "peft_config") or next(ia3_layers(model), None) is None:
+        return False
+    gc.collect()  # a PeftModel that nobody holds is none
+    alive = gc.get_objects()
+    tuners = {kind for kind in set(map(type, alive)) if hasattr(kind, "inject_adapter")}
+    return not any(type(each) in tuners and vars(each).get("_modules", {}).get("model") is model for each in alive)
 
 
 def ia3_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -117,6 +117,19 @@ def find_sites(
     return sites
 
 
+def shared_modules(model: nn.Module) -> dict[str, list[str]]:
+    """The paths of modules that stand in several places, each with all of its module's.
+
+    A part of a shared module stands in one place, as PEFT sees it too: it is replaced within that.
+    """
+    places: dict[nn.Module, list[str]] = {}
+    for parent, module in model.named_modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append(f"{parent}.{name}" if parent else name)
+    return {path: paths for paths in places.values() if len(paths) > 1 for path in paths}
+
+
 def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     """The site at `path` and `side`.
 

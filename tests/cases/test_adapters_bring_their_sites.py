@@ -157,6 +157,48 @@ def test_either_side_of_a_patched_conv1d(name, side, tmp_path):
         runtime.add_adapter("x", {("transformer.ln_f", "in"): torch.ones(64)})
 
 
+class Twice(nn.Module):
+    """One linear layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("targets", [["first"], ["first", "second"], ["last"]], ids=str)
+def test_a_module_in_two_places_is_refused_where_a_vector_would_act_at_both(targets, tmp_path):
+    wrapped = get_peft_model(Twice(), IA3Config(target_modules=targets, feedforward_modules=[]), "a")
+    randomize(wrapped, seed=1)
+    x = torch.randn(2, 8)
+    before = wrapped(x)
+    wrapped.save_pretrained(tmp_path)
+    model = Twice()
+    model.load_state_dict(_plain(wrapped))
+    runtime = ia3rt.patch(model)
+    if targets == ["last"]:
+        runtime.load_adapter(tmp_path / "a")
+        runtime.set_adapter("a")
+        torch.testing.assert_close(model(x), before)
+        ia3rt.patch(wrapped)
+    else:
+        for use in (lambda: ia3rt.patch(wrapped), lambda: runtime.load_adapter(tmp_path / "a")):
+            with pytest.raises(
+                ValueError, match=r"'a' has a vector at 'first', which is one module at \['first', 'sec"
+            ):
+                use()
+    torch.testing.assert_close(wrapped(x), before)
+
+
+def _plain(wrapped):
+    state = wrapped.get_base_model().state_dict()
+    return {key.replace("base_layer.", ""): value for key, value in state.items() if "ia3_l" not in key}
+
+
 def test_an_error_names_a_modules_own_class():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2))
     runtime = ia3rt.patch(model)

@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from tiny import DTYPES, FAMILIES, logits, peft_model, peft_vectors, save_each, tiny_model, token_ids
+from tiny import DTYPES, FAMILIES, TARGETS, logits, peft_model, peft_vectors, save_each, tiny_model, token_ids
 from torch import nn
 
 import ia3rt
@@ -141,6 +141,14 @@ def _two_sided(runtime):
     runtime.add_adapter("two", {(path, "in"): torch.ones(96), (path, "out"): torch.ones(64)})
 
 
+def _dotted(runtime):
+    runtime.add_adapter("v1.0", vectors(runtime))
+
+
+def _hiding(runtime):
+    runtime.add_adapter("keys", vectors(runtime))
+
+
 def _other_side(runtime):
     runtime.add_adapter("other", {("model.layers.0.mlp.down_proj", "out"): torch.ones(64)})
 
@@ -151,6 +159,8 @@ def _other_side(runtime):
         (_weighted, r"0.5 b \+ 0.5 c, which PEFT's layers cannot have active: set_adapter"),
         (_by_row, "rows wear b, c, base, which PEFT's layers cannot have active"),
         (_two_sided, r"'two' has a vector for the output of 'model.layers.0.mlp.down_proj', where PEFT's layer"),
+        (_dotted, "PEFT's layers cannot hold an adapter named 'v1.0'"),
+        (_hiding, "PEFT's layers cannot hold an adapter named 'keys'"),
         (_other_side, r"'other' has a vector for the output of 'model.layers.0.mlp.down_proj', where PEFT's layer"),
     ],
 )
@@ -235,6 +245,30 @@ def test_adapters_that_transformers_loaded_are_taken_over_and_go_back(loaded):
     wrapped.set_adapter("c")
     _set(model, "adapter_c")
     assert torch.equal(logits(model, IDS), logits(wrapped, IDS))
+
+
+@pytest.mark.parametrize("how", ["injected", "left by a PeftModel"])
+def test_adapters_without_a_peft_model_are_taken_over_and_go_back(how):
+    wrapped = peft_model(tiny_model(), "llama")
+    expected = logits(wrapped, IDS)
+    if how == "injected":
+        model = tiny_model()
+        for name in "bcd":
+            peft.inject_adapter_in_model(peft.IA3Config(**TARGETS["llama"]), model, name)
+            peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(wrapped, adapter_name=name), name)
+        _set(model, "b")
+    else:
+        model = wrapped.get_base_model()
+        with pytest.raises(ValueError, match="pass the PeftModel itself"):
+            ia3rt.patch(model)
+        del wrapped
+    was = state(model)
+    runtime = ia3rt.patch(model)
+    assert (runtime.adapters, runtime.active_adapters) == (["b", "c", "d"], ["b"])
+    assert torch.equal(logits(model, IDS), expected)
+    assert runtime.unpatch() is model
+    assert state(model) == was
+    assert torch.equal(logits(model, IDS), expected)
 
 
 def test_a_model_whose_adapters_were_all_deleted_is_a_plain_one(loaded):
