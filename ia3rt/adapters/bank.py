@@ -181,12 +181,16 @@ class Bank:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """A context at whose end everything is as it was at its beginning, if it ends with an exception."""
-        held = self.table, self.sites, self.adapters.copy(), self._free.copy(), self._complements.copy()
+        """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
+        table, sites, free, count = self.table, self.sites, self._free, len(self.adapters)
         try:
             yield
         except BaseException:
-            self.table, self.sites, self.adapters, self._free, self._complements = held
+            while len(self.adapters) > count:
+                _, adapter = self.adapters.popitem()
+                if self._free is free:  # growing makes another list
+                    free.append(adapter.row)
+            self.table, self.sites, self._free = table, sites, free
             raise
 
     def remove(self, name: str) -> Adapter:
