@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ia3rt import ops
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.site import ModuleNames, Site
-from ia3rt.adapters.takeover import TakenOver, is_peft_model, read_peft_model
+from ia3rt.adapters.takeover import base_model, take_over
 from ia3rt.modules import attention
-from ia3rt.modules.sites import find_sites
-from ia3rt.modules.wearer import Wearer, computing_tensor
+from ia3rt.modules.sites import Targets, find_sites
+from ia3rt.modules.wearer import Wearer, computing_device, computing_tensor
 from ia3rt.routing.route import Backend
 from ia3rt.runtime import Runtime
 
@@ -34,12 +34,15 @@ def patch(
     """Lets a model wear IA³ adapters. The model is used as before, and computes the same until an adapter is set.
 
     Args:
-        model: a Hugging Face model or any module tree; or a PeftModel whose adapters are all IA³, which are taken over
-            with those that were active (the base model under it is then the patched one).
+        model: a Hugging Face model or any module tree. IA³ adapters of a PeftModel, or that transformers'
+            `load_adapter` or PEFT's `inject_adapter_in_model` put into the model, are taken over with those that its
+            layers have active, and given back by `unpatch`. Meanwhile the model under a PeftModel is the patched one,
+            and what PEFT and transformers offer for adapters is an error that says what to call instead. Or a deep copy
+            of a patched model: its Runtime was copied with it, and is returned.
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
-            structure, and lets an adapter that acts elsewhere add its sites when it is loaded.
-        feedforward_modules: which of them wear it at the input.
+            structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded.
+        feedforward_modules: which of them wear it at the input; None leaves that to the structure and to adapters.
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.
         capacity: how many adapters to make room for at first. The bank grows when they are more.
@@ -52,71 +55,77 @@ def patch(
         The model's Runtime.
 
     Raises:
-        ValueError: the model is patched already, no site is found, its sites lie on several devices, PEFT still wraps
-            its layers, or the PeftModel holds adapters of another type. The model is as it was then.
+        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices,
+            PEFT still wraps its layers, or holds adapters of another type, or its layers differ in which adapters are
+            active. After this or any other exception the model is as it was.
     """
-    taken = read_peft_model(model) if is_peft_model(model) else None
-    base = taken.model if taken else getattr(model, "_orig_mod", model)  # _orig_mod: under torch.compile's wrapper
-    if taken:
-        taken.unwrap()
+    inner = getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
+    base = base_model(inner)
+    copied: Runtime | None = vars(base).get("ia3_runtime")
+    if copied is not None and copied.is_unclaimed:
+        given = target_modules, feedforward_modules, exclude_modules, dtype, capacity, backend, fuse_gate_up
+        if given != (None, None, None, torch.float32, 8, None, False):
+            raise ValueError(
+                "the model is a copy of a patched one, and is patched as that is: ia3rt.patch(model) without further "
+                "arguments gives its Runtime, and unpatch() of that the model, to be patched otherwise"
+            )
+        copied.is_unclaimed = False
+        return copied
+    _check_unpatched(base)
+    targets = Targets(target_modules, feedforward_modules, exclude_modules)
+    taken = take_over(inner)
     try:
-        runtime = _patch_plain(
-            base, target_modules, feedforward_modules, exclude_modules, dtype, capacity, backend, fuse_gate_up
-        )
-        if taken:
-            _adopt(runtime, taken)
-    except Exception:
-        if taken:
+        if taken is not None:
+            taken.unwrap()
+        _check_bare(base)
+        if "transformers" in sys.modules:
+            with suppress(ImportError):  # an early one, without a registry
+                attention.register()  # model.set_attn_implementation("ia3rt") works from now on
+        sites = find_sites(base, *targets)
+        weight = _weight(base, sites)
+        bank = Bank(sites, weight.device, dtype, capacity)
+        return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken)
+    except BaseException:
+        if taken is not None:
             taken.rewrap()
         raise
-    return runtime
 
 
-def _patch_plain(
-    model: nn.Module,
-    target_modules: ModuleNames | None,
-    feedforward_modules: ModuleNames | None,
-    exclude_modules: ModuleNames | None,
-    dtype: torch.dtype,
-    capacity: int,
-    backend: Backend | None,
-    fuse_gate_up: bool,
-) -> Runtime:
-    for path, layer in model.named_modules():
-        if isinstance(layer, Wearer):
+def _check_unpatched(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Wearer) or "ia3_runtime" in vars(module):
             raise ValueError("the model is patched already: use the Runtime of the first patch(), or unpatch() it")
+
+
+def _check_bare(model: nn.Module) -> None:
+    for path, layer in model.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names"):
             raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")
-    if "transformers" in sys.modules:
-        with suppress(ImportError):  # an early one, without a registry
-            attention.register()  # model.set_attn_implementation("ia3rt") works from now on
-    sites = find_sites(model, target_modules, feedforward_modules, exclude_modules)
-    weight = _first_weight(model, sites)
-    chosen = _backend(backend, weight)
-    bank = Bank(sites, weight.device, dtype, capacity)
-    extends = target_modules is None
-    return Runtime(model, bank, chosen, exclude_modules or (), extends=extends, fuses_gate_up=fuse_gate_up)
 
 
-def _adopt(runtime: Runtime, taken: TakenOver) -> None:
-    try:
-        for name, vectors in taken.vectors.items():
-            runtime.add_adapter(name, vectors, taken.configs[name])
-        if taken.active:
-            runtime.set_adapter(taken.active)
-    except ValueError:
-        runtime.unpatch()
-        raise
+def _weight(model: nn.Module, sites: list[Site]) -> Tensor:
+    """What says where and in what the model computes: a weight at its first site, or its first one where it has none.
 
-
-def _first_weight(model: nn.Module, sites: list[Site]) -> Tensor:
-    weights = [computing_tensor(model.get_submodule(site.path)) for site in sites]
-    devices = sorted({str(weight.device) for weight in weights})
+    Empty and on the device where accelerate brings it to, where that offloads it.
+    """
+    modules = [model.get_submodule(site.path) for site in sites] or [
+        module for module in model.modules() if [*module.parameters(False)]
+    ]
+    if not modules:
+        return torch.empty(0)
+    devices = {computing_device(module) for module in modules} if sites else {computing_device(modules[0])}
     if len(devices) > 1:
-        raise ValueError(f"the model's sites lie on several devices {devices}: ia3rt needs them on one")
-    if weights[0].is_meta:
-        raise ValueError("the model has no weights yet (they are on the meta device): load them before patch()")
-    return weights[0]
+        raise ValueError(
+            f"the model's sites lie on several devices {sorted(map(str, devices))}: ia3rt needs them on one"
+        )
+    (device,) = devices
+    if device.type == "meta":
+        raise ValueError(
+            "the model has no weights yet (they are on the meta device, and no hook of accelerate's brings them "
+            "elsewhere): load them before patch()"
+        )
+    weight = computing_tensor(modules[0])
+    return torch.empty(0, dtype=weight.dtype, device=device) if weight.is_meta else weight
 
 
 def _backend(backend: Backend | None, weight: Tensor) -> Backend:

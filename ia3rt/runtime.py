@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
+from ia3rt.adapters.contents import AdapterContents, Vectors
+from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
-from ia3rt.adapters.site import ModuleNames, Site, SiteKey, name_matches
-from ia3rt.modules.merge import MergedWeights, merge
-from ia3rt.modules.pair import pair_layers
-from ia3rt.modules.sites import site_of
-from ia3rt.modules.wearer import Wearer, place, unwrap, wrap
-from ia3rt.modules.wearers import wearer_of
+from ia3rt.adapters.site import Site, SiteKey
+from ia3rt.adapters.takeover import TakenOver
+from ia3rt.modules.drop_ins import DropIns
+from ia3rt.modules.merge import MergedWeights
+from ia3rt.modules.offloading import execution_device
+from ia3rt.modules.sites import Targets, shared_modules, site_of
+from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation
 from ia3rt.routing.composed import composed_vectors
 from ia3rt.routing.route import Backend, Route
@@ -27,7 +32,22 @@ from ia3rt.routing.routing import Routing
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 
-Vectors: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[Concatenate[Runtime, P], R]) -> Callable[Concatenate[Runtime, P], R]:
+    """Lets no two threads change the adapters, or what is worn, at once; forwards go on meanwhile."""
+
+    @functools.wraps(method)
+    def run(self: Runtime, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._routing.lock:
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+VectorsLike: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 
 
 class Runtime:
@@ -39,6 +59,7 @@ class Runtime:
 
     Attributes:
         model: the patched model. It is used as before; its weights are never touched, except by `merge_adapter`.
+        is_unclaimed: whether it came to be by a deep copy of a patched model, and `patch` has not given it to anyone.
     """
 
     def __init__(
@@ -46,28 +67,36 @@ class Runtime:
         model: nn.Module,
         bank: Bank,
         backend: Backend,
-        excluded: ModuleNames,
-        extends: bool,
+        targets: Targets,
         fuses_gate_up: bool,
+        taken: TakenOver | None = None,
     ) -> None:
-        # `extends`: whether adapters may add sites, except at `excluded` modules.
         self.model = model
         self._bank = bank
-        self._excluded = excluded
-        self._extends = extends
+        self._targets = targets
+        self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
-        self._merged: MergedWeights | None = None
         self._routing.attach(model)
-        self._place_sites()
-        self._routing.refresh()
-        generation.install(model, self._routing)
+        self._shared = shared_modules(model)
+        self._drop_ins = DropIns(model, self._routing, self._follow)
+        self._merged: MergedWeights | None = None
         self._hooks: list[RemovableHandle] | None = []
-        for module in model.modules():
-            if module is model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
-                begin = self._routing.before_forward if module is model else self._routing.before_part
-                before = module.register_forward_pre_hook(begin, with_kwargs=True)
-                after = module.register_forward_hook(self._routing.after_forward, always_call=True)
-                self._hooks += [before, after]
+        self.is_unclaimed = False
+        try:
+            self._install()
+            if taken is not None:
+                self._adopt(taken)
+        except BaseException:
+            self._uninstall()
+            raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """The runtime of a copy of the model; unclaimed where it is the model that is copied, and not the runtime."""
+        copied = Runtime.__new__(Runtime)
+        is_unclaimed = id(self.model) in memo
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo), is_unclaimed=is_unclaimed)
+        return copied
 
     @property
     def adapters(self) -> list[str]:
@@ -89,6 +118,21 @@ class Runtime:
     def backend(self) -> Backend:
         """What applies the vectors: `triton` or `torch`."""
         return self._routing.backend
+
+    def get_adapter(self, adapter_name: str) -> AdapterContents:
+        """An adapter's vectors and config, as they are now: a copy, which `add_adapter` of any runtime takes.
+
+        Returns:
+            Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one;
+            and its `config`.
+
+        Raises:
+            ValueError: it is unknown.
+        """
+        (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
+        self._sync()
+        vectors = {site.key: vector.detach().clone() for site, vector in self._bank.vectors(adapter).items()}
+        return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config))
 
     def load_adapter(
         self,
@@ -125,7 +169,10 @@ class Runtime:
         self._add(name, vectors, checkpoint.config)
         return name
 
-    def add_adapter(self, name: str, vectors: Vectors | None = None, config: Mapping[str, Any] | None = None) -> None:
+    @_alone
+    def add_adapter(
+        self, name: str, vectors: VectorsLike | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         """Adds an adapter from tensors, or a new one to train.
 
         Args:
@@ -143,12 +190,18 @@ class Runtime:
         self._check_open("add an adapter")
         self._bank.check_name(name)
         if vectors is None:
+            if not self.sites:
+                raise ValueError(
+                    f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
+                    "vectors, or name the modules in patch(target_modules=…)"
+                )
             vectors = {site.key: torch.ones(site.width) for site in self.sites}
         sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
         self._add(name, dict(sited), dict(config or {}))
 
+    @_alone
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -175,8 +228,10 @@ class Runtime:
         self._bank.check_name(adapter_name)
         weights = None if weights is None else tuple(weights)
         mix = self._bank.resolve(Mix(tuple(adapters), weights, combination_type))
+        self._sync()
         self._add(adapter_name, composed_vectors(self._bank, mix), {})
 
+    @_alone
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
         """Makes the vectors of adapters parameters of the model, and freezes everything else, until `end_training`.
 
@@ -192,7 +247,8 @@ class Runtime:
             The parameters, float32 [width] each.
 
         Raises:
-            ValueError: an adapter is unknown, or a name is in the way.
+            ValueError: an adapter is unknown or acts at an offloaded module, the bank's dtype is not float32, or a name
+                is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -202,6 +258,7 @@ class Runtime:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         mix = self._bank.resolve(Mix(names))
+        self._check_trainable(mix)
         trained = self._routing.trained = TrainedAdapters(self.model, self._bank, mix.adapters)
         if trained.are_worn(self._routing.route.mixes):
             self._routing.refresh()
@@ -209,6 +266,7 @@ class Runtime:
             self._routing.wear_everywhere(Route((mix,)))
         return trained.parameters
 
+    @_alone
     def end_training(self) -> None:
         """Ends what `train_adapter` began: the adapters keep what they learned, and the model's parameters are its own.
 
@@ -221,6 +279,7 @@ class Runtime:
         self._routing.trained = None
         self._routing.refresh()
 
+    @_alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Rows that wear it, alone or in a mix, wear the base model then, with a warning.
 
@@ -245,11 +304,13 @@ class Runtime:
             ValueError: it is unknown, or wears an input and an output vector on one module.
         """
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
+        self._sync()
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
         write_checkpoint(path, self._bank.vectors(adapter), paths, config)
 
+    @_alone
     def set_adapter(self, adapter_name: MixLike) -> None:
         """Makes all rows of every batch wear one mix, until the next `set_adapter` or `route`.
 
@@ -264,6 +325,7 @@ class Runtime:
         self._check_open("switch adapters")
         self._routing.wear_everywhere(Route((self._bank.resolve(Mix.of(adapter_name)),)))
 
+    @_alone
     def route(
         self, mixes: Sequence[MixLike], index: Tensor | None = None, *, images: Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
@@ -321,26 +383,35 @@ class Runtime:
         with self._restoring(before):
             yield
 
+    @_alone
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
         """Multiplies a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
 
+        While merged, a further call multiplies a further mix in. As in PEFT, an adapter that is merged already is not
+        merged again, with a warning.
+
         Args:
-            adapter_names: what to merge; None merges what all rows wear now.
+            adapter_names: what to merge; None merges what all rows wear now, or wore before the first merge.
 
         Raises:
-            ValueError: rows wear different mixes, or a weight is quantised, shared, or would overflow.
-            RuntimeError: the model is merged already, its adapters are trained, or it is no longer patched.
+            ValueError: rows wear different mixes; or a weight is quantised, offloaded, shared, or would overflow.
+                Nothing has changed then.
+            RuntimeError: adapters are trained, or the model is no longer patched.
         """
-        self._check_open("merge")
+        self._check_open("merge", while_merged=True)
         if self._routing.trained is not None:
             raise RuntimeError("cannot merge while adapters are trained: call end_training() first")
-        route = self._routing.route
+        weights = self._merged or MergedWeights(self.model, self._bank)
+        route = self._routing.chosen
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
-        mix = route.mixes[0] if adapter_names is None else self._bank.resolve(Mix.of(adapter_names))
-        self._merged = merge(self.model, self._bank, mix)
-        self._routing.cover()
+        mix = route.mixes[0].mix if adapter_names is None else Mix.of(adapter_names)
+        weights.merge(self._bank.resolve(weights.without_merged(mix)))
+        if self._merged is None:
+            self._merged = weights
+            self._routing.cover()
 
+    @_alone
     def unmerge_adapter(self) -> None:
         """Puts the weights back bit for bit, and what the rows wore before the merge.
 
@@ -353,26 +424,62 @@ class Runtime:
         self._merged = None
         self._routing.uncover()
 
-    def unpatch(self) -> nn.Module:
-        """Makes the model what it was before `patch`, bit for bit, and returns it. The runtime is of no use then.
+    @_alone
+    def merge_and_unload(self, adapter_names: MixLike = None) -> nn.Module:
+        """Multiplies a mix into the model's weights for good, and returns the model without ia3rt and without PEFT.
+
+        The runtime is of no use then, and neither is a PeftModel that was patched.
+
+        Args:
+            adapter_names: what to merge, also after `merge_adapter`; None merges what all rows wear now, or nothing
+                more than what is merged already.
 
         Raises:
-            RuntimeError: it was unpatched already.
+            ValueError: as `merge_adapter`; or nothing is named, merged or worn.
+            RuntimeError: as `merge_adapter`.
         """
-        if self._hooks is None:
-            raise RuntimeError("the model is not patched any more: call ia3rt.patch(model) again")
+        self._check_open("merge", while_merged=True)
+        self._drop_ins.check()
+        if adapter_names is not None or self._merged is None:
+            if adapter_names is None and not self.active_adapters:
+                raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
+            self.merge_adapter(adapter_names)
+        self._uninstall()
+        self._merged = None
+        if self._taken is not None:
+            self._taken.release()
+        return self.model
+
+    @_alone
+    def unpatch(self) -> nn.Module:
+        """Gives back what `patch` was given, bit for bit, and returns it. The runtime is of no use then.
+
+        A PeftModel, or a model that transformers had loaded adapters into, has its adapters again as they are now:
+        with the values they have, without those that were deleted, with those that were added, and with those active
+        that all rows wear.
+
+        Raises:
+            ValueError: PEFT cannot hold what there is now: rows wear different mixes or a weighted one, or an adapter
+                acts at both sides of a module. Nothing has changed then.
+            RuntimeError: it was unpatched already, or other code has changed a patched module's class.
+        """
+        self._check_open("unpatch it", while_merged=True)
+        self._drop_ins.check()
+        active = self._givable() if self._taken is not None else []
         if self._merged is not None:
             self.unmerge_adapter()
         if self._routing.trained is not None:
             self.end_training()
-        for module in self.model.modules():
-            if isinstance(module, Wearer):
-                unwrap(module)
-        generation.uninstall(self.model)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = None
-        return self.model
+        contents = [self.get_adapter(name) for name in self.adapters]
+        self._uninstall()
+        if self._taken is None:
+            return self.model
+        try:
+            give_back(self._taken, contents, active)
+        except BaseException:
+            self._install()
+            raise
+        return self._taken.owner  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         """The runtime in a line."""
@@ -382,36 +489,91 @@ class Runtime:
             f"adapters={self.adapters}, worn: {worn})"
         )
 
-    def _check_open(self, what: str) -> None:
+    def _check_open(self, what: str, while_merged: bool = False) -> None:
         if self._hooks is None:
             raise RuntimeError(f"cannot {what}: the model is not patched any more; call ia3rt.patch(model) again")
-        if self._merged is not None:
+        if self._merged is not None and not while_merged:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
 
+    def _check_trainable(self, mix: ResolvedMix) -> None:
+        for adapter in mix.adapters:
+            for site in adapter.sites:
+                if execution_device(self.model.get_submodule(site.path)) is not None:
+                    raise ValueError(
+                        f"adapter {adapter.name!r} acts at {site}, whose weights accelerate offloads: it would look "
+                        "for the adapter's parameter among them: load the model without offloading to train"
+                    )
+
+    def _install(self) -> None:
+        vars(self.model)["ia3_runtime"] = self
+        self._drop_ins.place(self.sites)
+        self._routing.refresh()
+        generation.install(self.model, self._routing)
+        self._hooks = []
+        for module in self.model.modules():
+            if module is self.model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
+                begin = self._routing.before_forward if module is self.model else self._routing.before_part
+                before = module.register_forward_pre_hook(begin, with_kwargs=True)
+                after = module.register_forward_hook(self._routing.after_forward, always_call=True)
+                self._hooks += [before, after]
+
+    def _uninstall(self) -> None:
+        self._drop_ins.place(())
+        generation.uninstall(self.model)
+        for hook in self._hooks or ():
+            hook.remove()
+        self._hooks = None
+        vars(self.model).pop("ia3_runtime", None)
+
+    def _adopt(self, taken: TakenOver) -> None:
+        for name, vectors in taken.vectors.items():
+            self.add_adapter(name, vectors, taken.configs.get(name))
+        if taken.active:
+            self.set_adapter(taken.active)
+
+    def _givable(self) -> list[str]:
+        """The adapters that all rows wear, as PEFT can have them active; raises ValueError where it cannot."""
+        assert self._taken is not None
+        route = self._routing.chosen
+        mix = route.mixes[0].mix
+        if route.index is not None or mix.weights is not None:
+            worn = ", ".join(str(each.mix) for each in route.mixes)
+            raise ValueError(
+                f"rows wear {worn}, which PEFT's layers cannot have active: set_adapter() a product or None before "
+                "unpatch(), or make an adapter of it by add_weighted_adapter()"
+            )
+        check_givable(self._taken, [self.get_adapter(name) for name in self.adapters])
+        return list(mix.adapters)
+
+    @_alone
     def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any]) -> None:
-        table = self._bank.table
-        self._bank.add(name, vectors, config)
-        if self._bank.table is not table:
-            self._place_sites()
-            self._tie()
-            self._routing.refresh()
+        table, grown = self._bank.table, False
+        try:
+            with self._bank.all_or_nothing():
+                self._bank.add(name, vectors, config)
+                grown = self._bank.table is not table
+                if grown:
+                    self._place_sites()
+        except BaseException:
+            if grown:
+                self._place_sites()
+            raise
 
     def _place_sites(self) -> None:
-        modules = dict(self.model.named_modules())
-        for position, site in enumerate(self._bank.sites.values()):
-            module, mixin = wearer_of(modules, site, self.backend)
-            if not isinstance(module, Wearer):
-                wrap(module, mixin, self._routing, self._follow)
-                self._routing.composes |= not mixin.is_fused(module)
-            place(module, site.side, position)
-        if self.backend == "triton":
-            pair_layers(modules, (site.path for site in self.sites))
+        self._drop_ins.place(self.sites)
+        self._tie()
+        self._routing.refresh()
 
+    @_alone
     def _follow(self, device: torch.device) -> None:
         if device != self._bank.table.device:
             self._bank.to(device)
             self._routing.refresh()
         self._tie()
+
+    def _sync(self) -> None:
+        if self._routing.trained is not None:
+            self._routing.trained.sync()
 
     def _tie(self) -> None:
         if self._routing.trained is not None:
@@ -429,6 +591,11 @@ class Runtime:
         )
 
     def _site(self, name: str, key: SiteKey) -> Site:
+        if key[0] in self._shared:
+            raise ValueError(
+                f"adapter {name!r} has a vector at {key[0]!r}, which is one module at {self._shared[key[0]]}: in PEFT "
+                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
+            )
         if key in self._bank.sites:
             return self._bank.sites[key]
         path, side = key
@@ -438,10 +605,13 @@ class Runtime:
             site = site_of(dict(self.model.named_modules()), path, side)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
-        if not self._extends:
-            raise ValueError(f"adapter {name!r} acts at {site}, which target_modules left out: add it to patch()'s")
-        if name_matches(path, self._excluded):
-            raise ValueError(f"adapter {name!r} acts at {site}, which patch() was told to exclude")
+        self._targets.check(self.model, site, name)
+        device = computing_device(self.model.get_submodule(path))
+        if self.sites and device != self._bank.table.device:
+            raise ValueError(
+                f"adapter {name!r} acts at {site}, which lies on {device}, and the model's other sites on "
+                f"{self._bank.table.device}: ia3rt needs them on one"
+            )
         return site
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -187,6 +188,22 @@ class Bank:
             self.table[index].copy_(row)
         self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}), self._free)
         return self.adapters[name]
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
+        table, sites, count = self.table, self.sites, len(self.adapters)
+        try:
+            yield
+        except BaseException:
+            while len(self.adapters) > count:
+                _, adapter = self.adapters.popitem()
+                self._free.append(adapter.row)
+                adapter.free = []  # whenever it dies, its row was freed here
+            self.sites = sites
+            self._place(table)
+            self._free[:] = [row for row in self._free if row < len(table)]
+            raise
 
     def remove(self, name: str) -> Adapter:
         """Forgets an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""

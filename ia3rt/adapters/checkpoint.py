@@ -112,7 +112,7 @@ def write_checkpoint(
             )
         sides[site.path] = site.side
     feedforward = [module for module, side in sides.items() if side == "in"]
-    target = _shortest_names(list(sides), module_names, sides)
+    target = shortest_names(list(sides), module_names, sides)
     names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
         f"{_PREFIX}{site.path}{_SUFFIX}": vector.cpu().reshape((1, -1) if site.side == "in" else (-1, 1)).clone()
@@ -212,7 +212,7 @@ def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
     )
 
 
-def _shortest_names(modules: list[str], module_names: Iterable[str], sides: Mapping[str, Side]) -> list[str]:
+def shortest_names(modules: list[str], module_names: Iterable[str], sides: Mapping[str, Side]) -> list[str]:
     """The shortest last components that mean `modules` and nothing else, and tell their sides apart."""
     others = set(module_names) - set(modules)
     for depth in range(1, max(module.count(".") for module in modules) + 1):

@@ -1,74 +1,171 @@
-"""Takes the IA³ adapters over from a PEFT model and gives the model under it back."""
+"""Takes the IA³ adapters over that PEFT put into a model, and makes the model what it was without PEFT."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.site import Side, SiteKey
+from ia3rt.adapters.refusals import allow, refuse
+from ia3rt.adapters.site import SiteKey
+
+KEPT_IN_MODEL = ("peft_config", "_hf_peft_config_loaded")
+"""What PEFT and transformers keep in a model that has adapters."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TakenOver:
-    """What a PEFT model held.
+    """What PEFT had put into a model.
 
     Attributes:
+        owner: what it was given as: the PeftModel, or the model itself where its adapters have none.
         model: the base model.
-        vectors: by adapter, its vectors by module path and side.
+        vectors: by adapter, its vectors by module path and side, as PEFT's layers hold them.
         configs: by adapter, what its adapter_config.json would hold.
-        active: the adapters that were active.
-        wrappers: PEFT's modules, by path.
+        active: the adapters whose product all layers wear; empty where they wear none.
+        layers: PEFT's layers, by each path at which one stands.
+        dtypes: what each of them computed in.
+        peft_configs: PEFT's own table of its adapters' configs.
     """
 
+    owner: Any
     model: nn.Module
     vectors: dict[str, dict[SiteKey, Tensor]]
     configs: dict[str, dict[str, Any]]
     active: list[str]
-    wrappers: dict[str, nn.Module]
+    layers: dict[str, Any]
+    dtypes: dict[nn.Module, torch.dtype]
+    peft_configs: dict[str, Any]
+    _kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether `owner` is PEFT's wrapper around the model."""
+        return self.owner is not self.model
 
     def unwrap(self) -> None:
-        """Puts the base model's own modules where PEFT's stand."""
-        for path, wrapper in self.wrappers.items():
-            _put(self.model, path, wrapper.get_base_layer())  # type: ignore[operator]
+        """Puts the model's own modules where PEFT's stand; what is left of PEFT refuses to work."""
+        self.layers = dict(ia3_layers(self.model))
+        self._kept = {name: vars(self.model)[name] for name in KEPT_IN_MODEL if name in vars(self.model)}
+        if self.is_wrapped:
+            vars(self.owner.base_model).setdefault("peft_config", self.peft_configs)
+        for path, layer in self.layers.items():
+            _put(self.model, path, layer.base_layer)
+        for name in self._kept:
+            del vars(self.model)[name]
+        refuse(self.owner)
+
+    def release(self) -> None:
+        """Leaves the model without PEFT's layers for good; a PeftModel around it goes on refusing."""
+        if not self.is_wrapped:
+            allow(self.owner)
 
     def rewrap(self) -> None:
         """Takes `unwrap` back."""
-        for path, wrapper in self.wrappers.items():
-            _put(self.model, path, wrapper)
+        allow(self.owner)
+        vars(self.model).update(self._kept)
+        for path, layer in self.layers.items():
+            _put(self.model, path, layer)
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether `model` is PEFT's wrapper of a model."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+def base_model(model: Any) -> nn.Module:
+    """The model that is patched where `model` is given: the one under a PeftModel, or `model` itself."""
+    is_peft_model = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if is_peft_model else model  # type: ignore[no-any-return]
 
 
-def read_peft_model(peft_model: Any) -> TakenOver:
-    """Copies the adapters out of a PeftModel; changes nothing yet.
+def take_over(model: Any) -> TakenOver | None:
+    """Copies the adapters out of a PeftModel, or of a model that transformers or PEFT put them into without one.
+
+    Changes nothing yet. None where it is neither.
 
     Raises:
-        ValueError: an adapter is not IA³ or has modules_to_save, an adapter is merged, or a layer is no linear one.
+        ValueError: an adapter is not IA³ or has modules_to_save, an adapter is merged, a layer's vector is offloaded,
+            or layers differ in which adapters act, so that no mix says it.
     """
-    for name, config in peft_model.peft_config.items():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if kind != "IA3":
-            raise ValueError(f"adapter {name!r} of the PeftModel is of type {kind}: ia3rt takes over IA3 adapters only")
-        if config.modules_to_save:
-            raise ValueError(f"adapter {name!r} has modules_to_save={config.modules_to_save}, which ia3rt cannot run")
-    base = peft_model.get_base_model()
-    vectors: dict[str, dict[SiteKey, Tensor]] = {name: {} for name in peft_model.peft_config}
-    wrappers: dict[str, Any] = {path: layer for path, layer in base.named_modules() if hasattr(layer, "ia3_l")}
-    for path, layer in wrappers.items():
+    base = base_model(model)
+    if base is model and not _has_adapters_of_its_own(model):
+        return None
+    _check_configs(model.peft_config)
+    layers = dict(ia3_layers(base))
+    vectors: dict[str, dict[SiteKey, Tensor]] = {name: {} for name in model.peft_config}
+    seen: set[nn.Module] = set()
+    for path, layer in layers.items():
         if layer.merged:
             raise ValueError(f"adapters {layer.merged_adapters} are merged at {path!r}: call unmerge_adapter() first")
-        side: Side = "in" if layer.is_feedforward else "out"
-        for name, vector in layer.ia3_l.items():
-            vectors[name][path, side] = vector.detach().clone()
-    configs = {name: _jsonable(config.to_dict()) for name, config in peft_model.peft_config.items()}
-    disabled = any(layer.disable_adapters for layer in wrappers.values())
-    active = [] if disabled else list(peft_model.active_adapters)
-    return TakenOver(base, vectors, configs, active, wrappers)
+        if layer not in seen:
+            seen.add(layer)
+            for name in layer.ia3_l:
+                key: SiteKey = path, "in" if layer.is_feedforward else "out"
+                vectors.setdefault(name, {})[key] = _vector(path, layer, name)
+    configs = {name: _jsonable(config.to_dict()) for name, config in model.peft_config.items()}
+    dtypes = {layer: layer.weight.dtype for layer in layers.values()}
+    return TakenOver(model, base, vectors, configs, _active(layers), layers, dtypes, model.peft_config)
+
+
+def _has_adapters_of_its_own(model: nn.Module) -> bool:
+    """Whether a model has IA³ adapters without a PeftModel, by its `load_adapter` or PEFT's inject_adapter_in_model.
+
+    A model under a PeftModel looks the same, and only that one knows of it.
+    """
+    if not hasattr(model, "peft_config") or next(ia3_layers(model), None) is None:
+        return False
+    gc.collect()  # a PeftModel that nobody holds is none
+    alive = gc.get_objects()
+    tuners = {kind for kind in set(map(type, alive)) if hasattr(kind, "inject_adapter")}
+    return not any(type(each) in tuners and vars(each).get("_modules", {}).get("model") is model for each in alive)
+
+
+def ia3_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's IA³ layers in a model, by each path at which one stands."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "ia3_l") and hasattr(module, "base_layer"):
+            yield path, module
+
+
+def _check_configs(configs: dict[str, Any]) -> None:
+    for name, config in configs.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "IA3":
+            raise ValueError(f"adapter {name!r} is of type {kind}: ia3rt takes over IA3 adapters only")
+        if config.modules_to_save:
+            raise ValueError(f"adapter {name!r} has modules_to_save={config.modules_to_save}, which ia3rt cannot run")
+
+
+def _vector(path: str, layer: Any, name: str) -> Tensor:
+    vector: Tensor = layer.ia3_l[name].detach()
+    if vector.is_meta:
+        raise ValueError(
+            f"the vector of adapter {name!r} at {path!r} is on the meta device, as accelerate offloads it or it was "
+            "never loaded: load the adapter after patch(model), with the Runtime's load_adapter()"
+        )
+    return vector.clone()
+
+
+def _active(layers: dict[str, Any]) -> list[str]:
+    """The adapters whose product is what each layer computes; one that a layer lacks does not count there."""
+    times: dict[str, tuple[int, str]] = {}
+    for path, layer in layers.items():
+        acting = Counter([] if layer.disable_adapters else layer.active_adapters)
+        for name in layer.ia3_l:
+            count, where = times.setdefault(name, (acting[name], path))
+            if count != acting[name]:
+                raise ValueError(
+                    f"PEFT's layers differ in which adapters are active: {name!r} acts {_times(count)} at {where!r} "
+                    f"and {_times(acting[name])} at {path!r}. In ia3rt a mix is worn by the whole model: make the "
+                    "layers alike first (set_adapter(), and enable_adapter_layers() where some are disabled)"
+                )
+    named = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
+    return [name for name in named for _ in range(times.get(name, (0, ""))[0])]
+
+
+def _times(count: int) -> str:
+    return {0: "not", 1: "once"}.get(count, f"{count} times")
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,86 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.site import SiteKey
+from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
 
 
-@dataclass
 class MergedWeights:
-    """The weights as they were before a merge: unmerging copies them back, since no division gives them back.
+    """The mixes that are multiplied into a model's weights, and the weights as they were.
 
-    Attributes:
-        originals: each changed tensor and its content before, kept on the CPU.
+    Unmerging copies the originals back, since no division gives them back.
     """
 
-    originals: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    def __init__(self, model: nn.Module, bank: Bank) -> None:
+        self._model = model
+        self._bank = bank
+        self._mixes: list[ResolvedMix] = []
+        self._originals: dict[nn.Parameter, Tensor] = {}
 
-    def replace(self, tensor: Tensor, value: Tensor) -> None:
-        """Writes `value` into `tensor`, at its address, and remembers what was there."""
-        self.originals.append((tensor, tensor.detach().clone().cpu()))
-        with torch.no_grad():
-            tensor.copy_(value)
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that are merged."""
+        return list(dict.fromkeys(name for mix in self._mixes for name in mix.mix.adapters))
+
+    def without_merged(self, mix: Mix) -> Mix:
+        """What is left of a mix to merge: as in PEFT, an adapter is merged once, and a warning says so.
+
+        A weighted sum is left out where the same one was merged, and else merged whole.
+        """
+        if mix.weights is None:
+            again = [name for name in mix.adapters if name in self.adapters]
+        else:
+            again = list(mix.adapters) if any(mix == merged.mix for merged in self._mixes) else []
+        if not again:
+            return mix
+        warnings.warn(f"adapters {again} are merged already, and are not merged again", stacklevel=3)
+        return Mix(tuple(name for name in mix.adapters if name not in again))
+
+    def merge(self, mix: ResolvedMix) -> None:
+        """Multiplies a mix into the weights and biases it acts on: W ← diag(s_out) W diag(s_in), b ← s_out ∘ b.
+
+        Computed in float32 (float64 for float64 weights) from the original weights, with all that was merged before,
+        and rounded once. Either all weights change or none.
+
+        Raises:
+            ValueError: a weight is quantised, offloaded, shared with another module, or would overflow; or a vector or
+                a weight is not finite.
+        """
+        merged = [*self._mixes, mix]
+        try:
+            self._write(merged)
+        except BaseException:  # out of memory and Ctrl-C too: never half a merge
+            self._write(self._mixes)
+            raise
+        self._mixes = merged
 
     def unmerge(self) -> None:
         """Puts the original weights back, bit for bit."""
         with torch.no_grad():
-            for tensor, original in self.originals:
-                tensor.copy_(original)
+            for parameter, original in self._originals.items():
+                parameter.copy_(original)
 
+    def _write(self, mixes: Sequence[ResolvedMix]) -> None:
+        self.unmerge()
+        scales: dict[SiteKey, Tensor] = {}
+        for mix in mixes:
+            for site, vector in composed_vectors(self._bank, mix).items():
+                if not vector.isfinite().all():
+                    raise ValueError(f"cannot merge {_not_finite(self._bank, mix)} at {site}")
+                scales[site.key] = scales[site.key] * vector if site.key in scales else vector
+        for path in dict.fromkeys(path for path, _ in scales):
+            self._write_layer(path, scales.get((path, "in")), scales.get((path, "out")))
 
-def merge(model: nn.Module, bank: Bank, mix: ResolvedMix) -> MergedWeights:
-    """Multiplies a mix into the weights and biases it acts on: W ← diag(s_out) W diag(s_in), b ← s_out ∘ b.
+    def _write_layer(self, path: str, s_in: Tensor | None, s_out: Tensor | None) -> None:
+        layer = self._model.get_submodule(path)
+        if execution_device(layer) is not None:
+            raise ValueError(
+                f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
+            )
+        weight, bias = dense_weight(layer)  # [out, in], maybe a view of the parameter
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(
+                f"cannot merge into {path!r}: its weight is quantised; merge into the model it is made from"
+            )
+        owners = {
+            name
+            for name, module in self._model.named_modules()
+            if any(p is layer.weight for p in module.parameters(False))
+        }
+        if owners != {path}:
+            raise ValueError(f"cannot merge into {path!r}: it shares its weight with {sorted(owners - {path})}")
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        merged = weight.detach().to(dtype)
+        if s_in is not None:
+            merged = merged * s_in
+        if s_out is not None:
+            merged = merged * s_out.unsqueeze(1)
+        self._replace(path, layer.weight, merged if weight is layer.weight else merged.t())
+        if bias is not None and s_out is not None:
+            self._replace(path, bias, bias.detach().to(dtype) * s_out)
 
-    Computed in float32 (float64 for float64 weights) and rounded once. Either all weights change or none.
-
-    Raises:
-        ValueError: a weight is quantised, is shared with another module, or would overflow.
-    """
-    saved = MergedWeights()
-    try:
-        for path, s_in, s_out in _scales(bank, mix):
-            _merge_layer(model, path, s_in, s_out, saved)
-    except BaseException:  # out of memory and Ctrl-C too: never half a merge
-        saved.unmerge()
-        raise
-    return saved
-
-
-def _scales(bank: Bank, mix: ResolvedMix) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-    """The modules that the mix acts on, with their composed input and output scales."""
-    by_key = {site.key: vector for site, vector in composed_vectors(bank, mix).items()}
-    for path in dict.fromkeys(path for path, _ in by_key):
-        yield path, by_key.get((path, "in")), by_key.get((path, "out"))
-
-
-def _merge_layer(model: nn.Module, path: str, s_in: Tensor | None, s_out: Tensor | None, saved: MergedWeights) -> None:
-    layer = model.get_submodule(path)
-    weight, bias = dense_weight(layer)  # [out, in], a view of the parameter
-    if weight is None or not weight.is_floating_point():
-        raise ValueError(f"cannot merge into {path!r}: its weight is quantised; merge into the model it was made from")
-    owners = {
-        name for name, module in model.named_modules() if any(p is layer.weight for p in module.parameters(False))
-    }
-    if owners != {path}:
-        raise ValueError(f"cannot merge into {path!r}: it shares its weight with {sorted(owners - {path})}")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.detach().to(dtype)
-    if s_in is not None:
-        merged = merged * s_in
-    if s_out is not None:
-        merged = merged * s_out.unsqueeze(1)
-    changes = [(weight, merged)]
-    if bias is not None and s_out is not None:
-        changes.append((bias, bias.detach().to(dtype) * s_out))
-    for tensor, value in changes:
-        rounded = value.to(tensor.dtype)
+    def _replace(self, path: str, parameter: Any, value: Tensor) -> None:
+        """Writes `value` into a parameter, at its address, and remembers what was there at first."""
+        rounded = value.to(parameter.dtype)
         if not rounded.isfinite().all():
-            raise ValueError(f"merging overflows {tensor.dtype} in {path!r}: export the model in a wider dtype")
-        saved.replace(tensor, rounded)
+            if not parameter.isfinite().all():
+                raise ValueError(f"cannot merge into {path!r}: its own weight or bias holds a NaN or inf")
+            raise ValueError(f"merging overflows {parameter.dtype} in {path!r}: export the model in a wider dtype")
+        if parameter not in self._originals:
+            self._originals[parameter] = parameter.detach().clone().cpu()
+        with torch.no_grad():
+            parameter.copy_(rounded)
+
+
+def _not_finite(bank: Bank, mix: ResolvedMix) -> str:
+    """Which adapter of a mix is to blame for a composed vector that is not finite, in words."""
+    for adapter in mix.adapters:
+        if not all(vector.isfinite().all() for vector in bank.vectors(adapter).values()):
+            return f"adapter {adapter.name!r}, which has become NaN or inf in training,"
+    return f"{mix.mix}, which overflows float32"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
 from ia3rt.modules.quantised import is_gptq
+from ia3rt.modules.wearer import original_class
 
 # Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
 # its input, the key and value projections (or the projection that fuses them with the query) at their output.
@@ -35,12 +37,36 @@ def module_widths(module: nn.Module) -> tuple[int, int] | None:
         return None  # nn.MultiheadAttention reads its weight and never calls its forward
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if original_class(type(module)).__name__ == "Conv1D" and hasattr(module, "nf"):
         in_features, out_features = module.get_parameter("weight").shape  # transformers' Conv1D keeps W transposed
         return in_features, out_features
     if is_gptq(module):
         return module.in_features, module.out_features  # type: ignore[return-value]
     return None
+
+
+class Targets(NamedTuple):
+    """Which modules of a model may wear vectors, as its user said: the arguments of `find_sites`."""
+
+    target_modules: ModuleNames | None = None
+    feedforward_modules: ModuleNames | None = None
+    exclude_modules: ModuleNames | None = None
+
+    def check(self, model: nn.Module, site: Site, adapter: str) -> None:
+        """Raises ValueError where an adapter brings a site to `model` that its user left out."""
+        target, feedforward, excluded = self
+        brings = f"and adapter {adapter!r} has a vector for its {site.side}put (width {site.width})"
+        if excluded is not None and name_matches(site.path, excluded):
+            raise ValueError(f"patch() was told to exclude module {site.path!r}, {brings}")
+        if target is not None and site.path not in _named(model, dict(model.named_modules()), target):
+            raise ValueError(
+                f"patch(target_modules={target!r}) leaves module {site.path!r} out, {brings}: add it there"
+            )
+        if feedforward is not None and name_matches(site.path, feedforward) != (site.side == "in"):
+            raise ValueError(
+                f"module {site.path!r} wears its vector at the {'out' if site.side == 'in' else 'in'}put by patch()'s "
+                f"feedforward_modules, {brings}: without feedforward_modules each adapter says it for itself"
+            )
 
 
 def find_sites(
@@ -55,14 +81,14 @@ def find_sites(
         model: any module tree.
         target_modules: modules that wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear" (all but the output embedding). None finds the key and value projections and
-            the second MLP matrix of each decoder layer by structure.
+            the second MLP matrix of each decoder layer by structure, or nothing: adapters say where they act.
         feedforward_modules: which of them wear it at the input. None means those that are a second MLP matrix by
-            structure.
+            structure. Where one of the two is a regular expression, it may match more than `target_modules`.
         exclude_modules: modules left out, whatever else matches.
 
     Raises:
-        ValueError: nothing matches, `feedforward_modules` reaches outside `target_modules`, or a module named is of a
-            type that wears no vector.
+        ValueError: nothing matches `target_modules`, all is excluded, `feedforward_modules` reaches outside
+            `target_modules`, or a module named is of a type that wears no vector.
     """
     modules = dict(model.named_modules())
     structural = dict(_structural_sites(model, modules))
@@ -76,18 +102,32 @@ def find_sites(
             sides = {path: structural.get(path, "out") for path in paths}
         else:
             sides = {path: "in" if name_matches(path, feedforward_modules) else "out" for path in paths}
-            _check_feedforward(feedforward_modules, modules, sides)
+            if not isinstance(feedforward_modules, str) and not isinstance(target_modules, str):  # as PEFT does
+                _check_feedforward(feedforward_modules, modules, sides)
     sites = []
     for path, side in sides.items():
         if exclude_modules is None or not name_matches(path, exclude_modules):
             sites.append(site_of(modules, path, side))
-    if not sites:
-        asked = "by structure" if target_modules is None else f"with target_modules={target_modules!r}"
+    if not sites and (sides or target_modules is not None):
+        asked = f"exclude_modules={exclude_modules!r}" if sides else f"target_modules={target_modules!r}"
         raise ValueError(
-            f"no IA³ site found in {type(model).__name__} {asked}; name the modules in target_modules, as in PEFT: "
-            f"its linear modules are called {_linear_names(modules)}"
+            f"no IA³ site found in {type(model).__name__} with {asked}; name the modules in target_modules, as in "
+            f"PEFT: its linear modules are called {_linear_names(modules)}"
         )
     return sites
+
+
+def shared_modules(model: nn.Module) -> dict[str, list[str]]:
+    """The paths of modules that stand in several places, each with all of its module's.
+
+    A part of a shared module stands in one place, as PEFT sees it too: it is replaced within that.
+    """
+    places: dict[nn.Module, list[str]] = {}
+    for parent, module in model.named_modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append(f"{parent}.{name}" if parent else name)
+    return {path: paths for paths in places.values() if len(paths) > 1 for path in paths}
 
 
 def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
@@ -102,9 +142,10 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
         )
     widths = module_widths(modules[path])
     if widths is None:
+        kind = original_class(type(modules[path])).__name__
         raise ValueError(
-            f"module {path!r} is a {type(modules[path]).__name__}, which wears no vector: only nn.Linear, "
-            "transformers' Conv1D and GPTQ's layers do"
+            f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D and GPTQ's "
+            "layers do"
         )
     if "forward" in vars(modules[path]) and "_old_forward" not in vars(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side
+from ia3rt.modules.offloading import execution_device
 from ia3rt.routing.layout import Layout, Unknown
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.worn import Worn
@@ -48,8 +50,11 @@ class Wearer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the bank follow `model.to(device)`."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.ia3_follow(computing_tensor(self).device)
+        self.ia3_follow(computing_device(self))
         return result
+
+    def __init_subclass__(cls) -> None:
+        """Calls no further: what a layer's class does with its subclasses is not meant for drop-in classes."""
 
     def ia3_scale(self, position: int, x: Tensor, worn: Worn) -> Tensor | None:
         """What x, [..., width], is multiplied by; None where that is nothing.
@@ -79,15 +84,28 @@ class Wearer(nn.Module):
         raise NotImplementedError
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether other code gave a drop-in a class that it made of the drop-in's, as fully_shard and parametrize do."""
+    return isinstance(module, Wearer) and "ia3_original" not in vars(type(module))
+
+
 def computing_tensor(module: nn.Module) -> Tensor:
     """A parameter or buffer that says where a module computes, and in what; GPTQ's layers have buffers only."""
     tensors = [*module.parameters(), *module.buffers()]
     return next((tensor for tensor in tensors if tensor.dtype.is_floating_point), tensors[0])
 
 
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them to; meta where there are none."""
+    device = computing_tensor(module).device
+    if device.type != "meta":
+        return device
+    return next(filter(None, map(execution_device, module.modules())), device)
+
+
 def original_class(cls: type) -> type:
     """The class that a patched module had."""
-    return cls.__bases__[1] if issubclass(cls, Wearer) else cls
+    return getattr(cls, "ia3_original", cls)
 
 
 _patched: dict[tuple[type, type], type] = {}
@@ -96,26 +114,55 @@ _patched: dict[tuple[type, type], type] = {}
 def patched_class(mixin: type[Wearer], cls: type) -> type:
     """The drop-in class for modules of type `cls`, one and the same for all of them."""
     if (mixin, cls) not in _patched:
-        doc = f"{cls.__name__} with IA³."
-        _patched[mixin, cls] = type(f"IA3{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": doc})
+        namespace = {"__module__": __name__, "__doc__": f"{cls.__name__} with IA³.", "ia3_original": cls}
+        name = f"IA3{cls.__name__}"
+        if _starts_as_module(cls):
+            _patched[mixin, cls] = type(name, (mixin, cls), namespace)
+        else:
+            _patched[mixin, cls] = _mixin_in_front(type(cls))(name, (cls, mixin), {**namespace, "ia3_mixin": mixin})
     return _patched[mixin, cls]
+
+
+def _starts_as_module(cls: type) -> bool:
+    """Whether objects of `cls` are laid out in memory as nn.Module's, as a class with a mixin in front is."""
+    base: type | None = cls
+    while base is not None and base is not nn.Module:
+        base = base.__base__
+    return base is not None
+
+
+@functools.cache
+def _mixin_in_front(metaclass: type[type]) -> type[type]:
+    """A metaclass of classes (original, mixin) that look into the mixin first.
+
+    Python lets an object change its class only where both are laid out alike, and that is decided by the first base:
+    the original has to be that one, where it is no nn.Module by its own first base (a mixin of ABC, or of a protocol).
+    Not for other classes, as Python caches no look-up in a class with an order of its own.
+    """
+
+    def mro(cls: Any) -> list[type]:
+        original, _ = cls.__bases__
+        ours = [base for base in cls.__dict__["ia3_mixin"].__mro__ if issubclass(base, Wearer)]
+        return [cls, *ours, *original.__mro__]
+
+    return type(f"MixinInFrontOf{metaclass.__name__}", (metaclass,), {"mro": mro})
 
 
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
-    module.__class__ = patched_class(mixin, type(module))
+    object.__setattr__(module, "__class__", patched_class(mixin, type(module)))  # whatever its own __setattr__ forbids
     vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None, ia3_layouts={})
     _redirect(module)
 
 
-def place(module: nn.Module, side: Side, position: int) -> None:
-    """Says which of the bank's sites scales `module` at `side`."""
+def place(module: nn.Module, side: Side, position: int | None) -> None:
+    """Says which of the bank's sites scales `module` at `side`; None for none."""
     vars(module)[f"ia3_{side}"] = position
 
 
 def unwrap(module: nn.Module) -> None:
     """Makes `module` what it was before `wrap`."""
-    module.__class__ = original_class(type(module))
+    object.__setattr__(module, "__class__", original_class(type(module)))
     for name in [name for name in vars(module) if name.startswith("ia3_")]:
         del vars(module)[name]
     _redirect(module)

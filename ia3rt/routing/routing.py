@@ -198,10 +198,11 @@ class Routing:
     def wear_here(self, route: Route, images: Sequence[int] | None = None) -> Wearing:
         """Makes `route` what this context wears; gives what it wore before."""
         before = self._context.wearing
-        worn = self.lay(route)
-        worn.images = images
-        own = Wearing(worn)
-        self._wearings.add(own)
+        with self.lock:
+            worn = self.lay(route)
+            worn.images = images
+            own = Wearing(worn)
+            self._wearings.add(own)
         self._context.wear(own)
         return before
 
@@ -210,9 +211,10 @@ class Routing:
         before = self._context.wearing
         if self._covering is not None:
             return before
-        own = Wearing(before.worn)
-        own.holds = own.generates = True
-        self._wearings.add(own)
+        with self.lock:
+            own = Wearing(before.worn)
+            own.holds = own.generates = True
+            self._wearings.add(own)
         self._context.wear(own)
         return before
 
@@ -235,7 +237,8 @@ class Routing:
                 stacklevel=4,
             )
         if gone:
-            self._replace(before, self.lay(self._without(route, gone)))
+            with self.lock:
+                self._replace(before, self.lay(self._without(route, gone)))
         self._context.wear(before)
 
     def cover(self) -> None:
@@ -263,10 +266,11 @@ class Routing:
 
     def refresh(self) -> None:
         """Lays everything anew, after the bank's table was replaced or training began or ended."""
-        for wearing in list(self._wearings):
-            images = wearing.worn.images
-            self._replace(wearing, self.lay(wearing.worn.route))
-            wearing.worn.images = images
+        with self.lock:
+            for wearing in list(self._wearings):
+                worn = self.lay(wearing.worn.route)
+                worn.images = wearing.worn.images
+                self._replace(wearing, worn)
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
@@ -413,6 +417,9 @@ class Routing:
         made.composes = self.composes
         made.trained = copy.deepcopy(self.trained, memo)
         made.wear_everywhere(copy.deepcopy(self.route, memo))
+        model = self._model()
+        if model is not None:
+            made.attach(memo.get(id(model), model))
         return made
 
 

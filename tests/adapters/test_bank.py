@@ -86,3 +86,19 @@ def test_what_the_table_cannot_hold_is_refused_and_changes_nothing(number) -> No
 def test_a_vector_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'x' has a vector of shape \(4,\) at a\.k .*expected 3"):
         make().add("x", {SITES[0]: torch.ones(4)})
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["a row", "a row and a column"])
+@pytest.mark.parametrize("capacity", [2, 8])
+def test_what_was_added_is_taken_back_where_what_follows_fails(wide, capacity):
+    sites = [Site("a", "out", 3), Site("b", "in", 2)]
+    bank = Bank(sites[:1], torch.device("cpu"), torch.float32, capacity=capacity)
+    for name in "xy":
+        bank.add(name, {sites[0]: torch.rand(3)})
+    table, was, free = bank.table, bank.table[: 2 + 1].clone(), list(bank._free)
+    with pytest.raises(KeyboardInterrupt), bank.all_or_nothing():
+        bank.add("z", {site: torch.rand(site.width) for site in (sites if wide else sites[:1])})
+        raise KeyboardInterrupt
+    assert bank.table is table and torch.equal(bank.table[: 2 + 1], was)
+    assert (list(bank.sites.values()), list(bank.adapters), bank._free) == (sites[:1], ["x", "y"], free)
+    bank.add("z", {sites[0]: torch.rand(3)})

@@ -111,9 +111,8 @@ def merged(tmp_path):
         lambda rt: rt.set_adapter("b"),
         lambda rt: rt.route(["b"]),
         lambda rt: rt.disable_adapter().__enter__(),
-        lambda rt: rt.merge_adapter("b"),
     ],
-    ids=["load", "add", "combine", "delete", "set", "route", "disable", "merge"],
+    ids=["load", "add", "combine", "delete", "set", "route", "disable"],
 )
 def test_nothing_changes_while_merged(merged, use):
     before = logits(merged.model, IDS)

@@ -1,0 +1,17 @@
+"""Where a module computes whose weights accelerate keeps elsewhere between its forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device that accelerate brings a module's weights to for its forward; None where it offloads none."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):  # SequentialHook has several
+        if getattr(each, "offload", False) and each.execution_device is not None:
+            return torch.device(each.execution_device)
+    return None

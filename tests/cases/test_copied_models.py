@@ -1,0 +1,99 @@
+"""A deep copy of a patched model is a patched model of its own: patch() gives its Runtime."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, generated, logits, tiny_model, token_ids
+
+import ia3rt
+
+IDS = token_ids()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def runtime(family):
+    runtime = ia3rt.patch(tiny_model(family))
+    for name in "ab":
+        runtime.add_adapter(name, {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.set_adapter("a")
+    return runtime
+
+
+def test_it_wears_what_the_original_wore_and_neither_changes_the_other(runtime, family):
+    model, base = runtime.model, logits(tiny_model(family), IDS)
+    a = logits(model, IDS)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied, IDS), a)
+    other = ia3rt.patch(copied)
+    assert other is not runtime and other.model is copied
+    assert (other.adapters, other.active_adapters) == (["a", "b"], ["a"])
+    other.set_adapter("b")
+    b = logits(copied, IDS)
+    assert torch.equal(logits(model, IDS), a)
+    runtime.set_adapter("b")
+    assert torch.equal(logits(model, IDS), b)
+    other.delete_adapter("a")
+    other.add_adapter("c", {site.key: torch.rand(site.width) for site in other.sites})
+    other.set_adapter("c")
+    with runtime.route(["a", "b", None]):
+        mixed = logits(model, IDS)
+    torch.testing.assert_close(mixed, torch.stack([a[0], b[1], base[2]]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(model, IDS), b)
+    generated(copied, IDS, torch.ones_like(IDS), max_new_tokens=2, num_beams=2)
+    other.merge_adapter()
+    assert torch.equal(logits(model, IDS), b)
+    other.unpatch()
+    assert torch.equal(logits(copied, IDS), base)
+    assert torch.equal(logits(model, IDS), b)
+    runtime.unpatch()
+    for each in (model, copied):
+        assert not [key for module in each.modules() for key in vars(module) if key.startswith("ia3")]
+        assert not each._forward_hooks and not each._forward_pre_hooks
+        ia3rt.patch(each)
+
+
+def test_a_copy_of_a_copy(runtime):
+    first = copy.deepcopy(runtime.model)
+    second = copy.deepcopy(first)
+    one, two = ia3rt.patch(first), ia3rt.patch(second)
+    two.set_adapter("b")
+    assert torch.equal(logits(first, IDS), logits(runtime.model, IDS))
+    one.set_adapter("b")
+    assert torch.equal(logits(first, IDS), logits(second, IDS))
+
+
+def test_a_merged_original_has_a_merged_copy(runtime, family):
+    runtime.merge_adapter()
+    copied = copy.deepcopy(runtime.model)
+    other = ia3rt.patch(copied)
+    other.unmerge_adapter()
+    assert torch.equal(
+        other.unpatch().state_dict()["lm_head.weight"], tiny_model(family).state_dict()["lm_head.weight"]
+    )
+    assert all(map(torch.equal, copied.parameters(), tiny_model(family).parameters()))
+
+
+def test_the_model_itself_and_a_copied_runtimes_are_patched_already(runtime):
+    copied = copy.deepcopy(runtime)
+    claimed = copy.deepcopy(runtime.model)
+    ia3rt.patch(claimed)
+    for model in (runtime.model, copied.model, claimed):
+        with pytest.raises(ValueError, match="patched already"):
+            ia3rt.patch(model)
+
+
+def test_a_copy_cannot_be_patched_otherwise(runtime):
+    copied = copy.deepcopy(runtime.model)
+    for arguments in (dict(dtype=torch.bfloat16), dict(target_modules="all-linear"), dict(capacity=99)):
+        with pytest.raises(ValueError, match=r"a copy of a patched one.*without further arguments gives its Runtime"):
+            ia3rt.patch(copied, **arguments)
+    plain = ia3rt.patch(copied).unpatch()
+    ia3rt.patch(plain, target_modules="all-linear")
