@@ -15,11 +15,14 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.site import ModuleNames, Site, SiteKey, name_matches
+from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.merge import MergedWeights, merge
 from ia3rt.modules.pair import pair_layers
+from ia3rt.modules.past import call_layers
+from ia3rt.modules.reached import Reached
 from ia3rt.modules.sites import site_of
 from ia3rt.modules.wearer import Wearer, place, unwrap, wrap
-from ia3rt.modules.wearers import wearer_of
+from ia3rt.modules.wearers import wearers_of
 from ia3rt.routing import generation
 from ia3rt.routing.composed import composed_vectors
 from ia3rt.routing.route import Backend, Route, Routing
@@ -53,10 +56,13 @@ class Runtime:
         self._extends = extends
         self._routing = Routing(bank, backend, fuses_gate_up)
         self._merged: tuple[MergedWeights, Route] | None = None
+        self._reached = Reached()
+        self._hooks: list[RemovableHandle] | None = []
         self._place_sites()
         self._routing.refresh()
         generation.install(model, self._routing)
-        self._hooks: list[RemovableHandle] | None = [
+        self._hooks += [
+            model.register_forward_pre_hook(self._reached.before_forward),
             model.register_forward_pre_hook(self._routing.before_forward, with_kwargs=True),
             model.register_forward_hook(self._routing.after_forward),
         ]
@@ -380,13 +386,17 @@ class Runtime:
     def _place_sites(self) -> None:
         modules = dict(self.model.named_modules())
         for position, site in enumerate(self._bank.sites.values()):
-            module, mixin = wearer_of(modules, site, self.backend)
-            if not isinstance(module, Wearer):
-                wrap(module, mixin, self._routing, self._follow)
-                self._routing.composes |= not mixin.is_fused(module)
-            place(module, site.side, position)
+            for module, mixin in wearers_of(modules, site, self.backend):
+                if not isinstance(module, Wearer):
+                    wrap(module, mixin, self._routing, self._follow)
+            self._routing.composes |= not IA3Layer.is_fused(modules[site.path])
+            place(modules[site.path], site.side, position)
+        paths = [site.path for site in self.sites]
         if self.backend == "triton":
-            pair_layers(modules, (site.path for site in self.sites))
+            pair_layers(modules, paths)
+        self._reached.place(modules, paths)
+        assert self._hooks is not None
+        self._hooks += call_layers(modules, paths)
 
     def _follow(self, device: torch.device) -> None:
         if device != self._bank.table.device:

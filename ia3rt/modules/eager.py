@@ -10,11 +10,12 @@ from torch import Tensor
 _PIECE = 1 << 18
 
 
-def scale_output_(y: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
+def scale_(y: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
     """Scales `y` in place and returns it.
 
     Args:
-        y: [..., width], any floating dtype, fresh from the module: nothing else may hold it.
+        y: [..., width], any floating dtype, computed by the caller: what another module returns may be its input, a
+            buffer of its own or a view that autograd forbids to write on, and belongs to whoever else holds it.
         scale: the composed mixes at this site, float32: [width] for all rows, or [rows, 1, width].
         tokens: int64 [tokens], which row of `scale` each token wears; None where `scale` is by row or for all.
 
@@ -27,8 +28,8 @@ def scale_output_(y: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
     return y
 
 
-def scale_input(x: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
-    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments and errors as `scale_output_`."""
+def scaled(x: Tensor, scale: Tensor, tokens: Tensor | None) -> Tensor:
+    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments and errors as `scale_`."""
     source, scale = _aligned(x, scale, tokens)
     if source.dtype == scale.dtype:
         return (source * scale).view(x.shape)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side
+from ia3rt.modules.set_forward import is_class_forward
 from ia3rt.routing.route import Routing
 
 
@@ -34,12 +36,14 @@ class Wearer(nn.Module):
         ia3_routing: what the model's rows wear, shared by all its patched modules.
         ia3_in, ia3_out: the positions in the bank of the sites that act here; None where there is none.
         ia3_follow: moves the bank after this module moved to another device.
+        ia3_original: the class that the module had.
     """
 
     ia3_routing: Routing
     ia3_in: int | None
     ia3_out: int | None
     ia3_follow: Callable[[torch.device], None]
+    ia3_original: ClassVar[type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the bank follow `model.to(device)`."""
@@ -47,13 +51,8 @@ class Wearer(nn.Module):
         self.ia3_follow(computing_tensor(self).device)
         return result
 
-    @classmethod
-    def is_fused(cls, module: nn.Module) -> bool:
-        """Whether a kernel applies the vectors of `module` on the Triton backend."""
-        raise NotImplementedError
-
-    def ia3_how(self, side: Side, rows: int) -> How:
-        """What applies the vector at `side` for so many rows: see explanation.py."""
+    def ia3_hows(self, rows: int) -> dict[int, How]:
+        """What applies the vectors that this module applies, by position, for so many rows: see explanation.py."""
         raise NotImplementedError
 
 
@@ -64,8 +63,9 @@ def computing_tensor(module: nn.Module) -> Tensor:
 
 
 def original_class(cls: type) -> type:
-    """The class that a patched module had."""
-    return cls.__bases__[1] if issubclass(cls, Wearer) else cls
+    """The class that a patched module had; other code may have made a subclass of its drop-in's since."""
+    original: type = getattr(cls, "ia3_original", cls)
+    return original
 
 
 _patched: dict[tuple[type, type], type] = {}
@@ -74,32 +74,51 @@ _patched: dict[tuple[type, type], type] = {}
 def patched_class(mixin: type[Wearer], cls: type) -> type:
     """The drop-in class for modules of type `cls`, one and the same for all of them."""
     if (mixin, cls) not in _patched:
-        doc = f"{cls.__name__} with IA³."
-        _patched[mixin, cls] = type(f"IA3{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": doc})
+        held = {"__module__": __name__, "__doc__": f"{cls.__name__} with IA³.", "ia3_original": cls}
+        _patched[mixin, cls] = type(f"IA3{cls.__name__}", (mixin, cls), held)
     return _patched[mixin, cls]
 
 
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
-    module.__class__ = patched_class(mixin, type(module))
+    _become(module, patched_class(mixin, type(module)))
     vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None)
-    _redirect(module)
 
 
 def place(module: nn.Module, side: Side, position: int) -> None:
-    """Says which of the bank's sites scales `module` at `side`."""
-    vars(module)[f"ia3_{side}"] = position
+    """Says which of the bank's sites scales the layer `module` at `side`."""
+    vars(module).update({f"ia3_{side}": position, "ia3_prepared": {}})
 
 
 def unwrap(module: nn.Module) -> None:
-    """Makes `module` what it was before `wrap`."""
-    module.__class__ = original_class(type(module))
+    """Makes `module` what it was before `wrap`, but for what other code made of its class since."""
+    _become(module, _given_back(type(module)))
     for name in [name for name in vars(module) if name.startswith("ia3_")]:
         del vars(module)[name]
-    _redirect(module)
 
 
-def _redirect(module: nn.Module) -> None:
-    # accelerate's device_map hooks keep the forward they replaced; they have to call the class's present one.
-    if "_old_forward" in vars(module):
-        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+def _given_back(cls: type) -> type:
+    """The class without the drop-in's: one that torch.nn.utils.parametrize or FSDP made of it is made of the original.
+
+    It is one and the same for all modules of a class.
+    """
+    if not issubclass(cls, Wearer):
+        return cls
+    if "ia3_original" in vars(cls):
+        return original_class(cls)
+    if cls not in _unpatched:
+        held = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        name = cls.__name__.replace(f"IA3{original_class(cls).__name__}", original_class(cls).__name__)
+        _unpatched[cls] = type(name, tuple(map(_given_back, cls.__bases__)), held)
+    return _unpatched[cls]
+
+
+_unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    # accelerate's device_map hooks keep the forward they replaced: where that is the class's, they have to call the
+    # present class's. One that other code had set on the module is not the class's, and stays.
+    if is_class_forward(vars(module).get("_old_forward"), module):
+        vars(module)["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    module.__class__ = cls
