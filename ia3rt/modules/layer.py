@@ -67,32 +67,40 @@ class IA3Layer(Wearer):
         """s_out ∘ layer(s_in ∘ x); the layer's bias is scaled too (Liu et al. 2022)."""
         if x is None:
             x = kwargs.pop(type(self).ia3_input)
-        return self.ia3_forward(self.ia3_routing, self.ia3_in, self.ia3_out, x, *args, **kwargs)
+        if args or kwargs:  # of a layer with more to it: by its own forward alone
+            return self.ia3_forward(self.ia3_routing, self.ia3_in, self.ia3_out, x, (args, kwargs))
+        return self.ia3_forward(self.ia3_routing, self.ia3_in, self.ia3_out, x)
 
     def ia3_forward(
-        self, routing: Routing, l_in: int | None, l_out: int | None, x: Tensor, *args: Any, **kwargs: Any
+        self,
+        routing: Routing,
+        l_in: int | None,
+        l_out: int | None,
+        x: Tensor,
+        rest: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> Tensor:
         """`forward` with the vectors at these positions: who applies the other itself says None for it."""
         if x.is_nested:
-            return self._by_padding(x)
-        alone = not (args or kwargs)
-        if alone and routing.backend == "triton" and (l_in is not None or l_out is not None):
+            return self._by_padding(routing, l_in, l_out, x)
+        if rest is None and routing.backend == "triton" and (l_in is not None or l_out is not None):
             fused = self._by_kernel(routing, (l_in, l_out), x)
             if fused is not None:
                 return fused
         if l_in is not None:
             x = eager.scaled(x, routing.composed.scale(l_in), routing.tokens)
-        own = type(self).ia3_own if alone else None
-        y = None if own is None else own(self, x)
-        if y is not None:  # ours to write on
-            return y if l_out is None else eager.scale_(y, routing.composed.scale(l_out), routing.tokens)
+        own = type(self).ia3_own
+        if own is not None and rest is None:
+            y = own(self, x)
+            if y is not None:  # ours to write on
+                return y if l_out is None else eager.scale_(y, routing.composed.scale(l_out), routing.tokens)
+        args, kwargs = rest or ((), {})
         y = super().forward(x, *args, **kwargs)
-        return y if l_out is None else eager.scaled(y, routing.composed.scale(l_out), routing.tokens)  # type: ignore[no-any-return]
+        return y if l_out is None else eager.scaled(y, routing.composed.scale(l_out), routing.tokens)
 
-    def _by_padding(self, x: Tensor) -> Tensor:
+    def _by_padding(self, routing: Routing, l_in: int | None, l_out: int | None, x: Tensor) -> Tensor:
         """The result for a nested tensor, as nn.TransformerEncoder makes of padded rows: there a scale has no place."""
         lengths = [len(row) for row in x.unbind()]
-        y = self.forward(x.to_padded_tensor(0.0))
+        y = self.ia3_forward(routing, l_in, l_out, x.to_padded_tensor(0.0))
         return torch.nested.as_nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)])
 
     def _by_kernel(self, routing: Routing, positions: _Positions, x: Tensor) -> Tensor | None:

@@ -49,9 +49,9 @@ class IA3MLP(Wearer):
         down = self._ia3_layer(routing)
         if down is None or kwargs or len(args) != 1:
             return super().forward(*args, **kwargs)
-        form, (x,) = self.ia3_form, args
-        assert form is not None
-        h = self._ia3_product(routing, form, down.ia3_in, x)  # type: ignore[arg-type]
+        form, position = self.ia3_form, down.ia3_in
+        assert form is not None and position is not None
+        h = self._ia3_product(routing, form, position, args[0])
         y = down.ia3_forward(routing, None, down.ia3_out, h)
         return getattr(self, form.after)(y) if form.after else y
 
@@ -62,7 +62,7 @@ class IA3MLP(Wearer):
         and the forward that is replaced has to be the one that was recognised.
         """
         form, modules = self.ia3_form, self._modules
-        if form is None or self.ia3_original.forward is not self.ia3_known:  # type: ignore[attr-defined]
+        if form is None or self.ia3_original.forward is not type(self).ia3_known:  # type: ignore[attr-defined]
             return None
         down, activation = modules.get(form.down), modules.get(form.activation)
         if not is_as_patched(down) or down.ia3_in is None or activation is None:

@@ -34,7 +34,8 @@ def is_only_read_by(parent: nn.Module, name: str) -> bool:
         function = function.func if isinstance(function, functools.partial) else function.__func__
     if isinstance(function, FunctionType) and not keeps_class_forward(parent):
         return _all_read(list(_after(function.__code__, name)))
-    return _is_only_read(type(parent), name)
+    cls: Hashable = type(parent)  # type: ignore[assignment]
+    return _is_only_read(cls, name)
 
 
 @functools.lru_cache(4096)
