@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from ia3rt.modules.past import is_only_read_by
@@ -16,6 +17,7 @@ class Reached:
     def __init__(self) -> None:
         self._places: list[tuple[str, nn.Module, str, nn.Module]] = []
         self._seen: dict[str, tuple[object, ...]] = {}
+        torch.compiler.assume_constant_result(_check)  # type: ignore[no-untyped-call]
 
     def place(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
         """Says which layers those are, now."""
@@ -38,13 +40,17 @@ class Reached:
     def _look(self, path: str, parent: nn.Module, name: str, layer: nn.Module) -> None:
         """Checks one layer, once for what other code has put there."""
         present = parent._modules.get(name)
+        if torch.compiler.is_compiling():
+            return _check(path, parent, name, layer, present)
         state = present, vars(layer).get("forward"), vars(parent).get("forward")
         if self._seen.get(path) != state:
             _check(path, parent, name, layer, present)
             self._seen[path] = state
+        return None
 
 
 def _check(path: str, parent: nn.Module, name: str, layer: nn.Module, present: nn.Module | None) -> None:
+    """Raises `before_forward`'s errors. A compiler runs it when it traces, and traces again when a forward was set."""
     if present is not None and all(module is not layer for module in present.modules()):
         raise ValueError(
             f"a {type(present).__name__} was put in the place of {path!r} after patch(), and wears no vector: "
