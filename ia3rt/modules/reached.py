@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ia3rt.modules.past import is_only_read_by
+from ia3rt.modules.past import is_only_read
 from ia3rt.modules.set_forward import is_reached
 
 
@@ -61,7 +61,7 @@ def _check(path: str, parent: nn.Module, name: str, layer: nn.Module, present: n
             f"module {path!r} has a forward of its own, set by other code after patch(), which hides its vectors: "
             "delete it, use a hook instead, or let it call the forward that it replaces"
         )
-    if is_only_read_by(parent, name):
+    if is_only_read(parent, name):
         raise ValueError(
             f"the forward set by other code, after patch(), on the {type(parent).__name__} around {path!r} reads its "
             "weight and never calls it, which hides its vectors: let it call the module"

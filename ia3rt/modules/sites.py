@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
-from ia3rt.modules.past import is_only_read
+from ia3rt.modules.past import reader_of
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.set_forward import keeps_class_forward
 
@@ -108,9 +108,10 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
             f"module {path!r} is a {type(modules[path]).__name__}, which wears no vector: only nn.Linear, "
             "transformers' Conv1D and GPTQ's layers do"
         )
-    if is_only_read(modules, path):
-        around = type(modules[path.rpartition(".")[0]]).__name__
-        raise ValueError(f"module {path!r} cannot wear a vector: {around} reads its weight and never calls it")
+    reader = reader_of(modules, path)
+    if reader is not None:
+        name = type(reader).__name__
+        raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, widths[0 if side == "in" else 1])
@@ -120,7 +121,7 @@ def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleName
     if names == "all-linear":
         head = _asked(model, "get_output_embeddings")
         linear = [path for path, module in modules.items() if module_widths(module) and module is not head]
-        return [path for path in linear if not is_only_read(modules, path)]
+        return [path for path in linear if reader_of(modules, path) is None]
     return [path for path in modules if path and name_matches(path, names)]
 
 
@@ -152,7 +153,7 @@ def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> Ite
                     chosen.update(dict.fromkeys(wearers, side))
         for name, _ in module.named_children():
             path = f"{parent}.{name}" if parent else name
-            if name in chosen and not is_only_read(modules, path):
+            if name in chosen and reader_of(modules, path) is None:
                 yield path, chosen[name]
 
 

@@ -45,6 +45,20 @@ def test_a_forward_set_on_a_layer_after_patch(change, backend):
     assert torch.equal(logits(runtime.model, IDS), before)
 
 
+def test_a_forward_under_accelerates_hook_that_is_not_the_class_s():
+    """Before patch: the hook calls what it replaced, which would stay."""
+    import accelerate
+
+    model = make("llama")
+    layer = model.get_submodule(PATH)
+    computes_the_same(layer)
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=f"'{PATH}' has a forward of its own"):
+        ia3rt.patch(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
 def test_also_under_torch_compile():
     runtime = patched(make("llama"))
     runtime.set_adapter("b")
@@ -119,7 +133,32 @@ class Overriding(Attention):
         return self.k_proj(x) + x @ self.v_proj.weight
 
 
-@pytest.mark.parametrize(("cls", "read", "called"), [(Attention, "k_proj", "v_proj"), (Overriding, "v_proj", "k_proj")])
+def decorated(function):
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Attention):
+    """Reads in a method that a decorated forward calls; what it calls is decorated too."""
+
+    @decorated
+    def forward(self, x):
+        return self.keys(x) + self.values(x)
+
+    def keys(self, x):
+        return F.linear(x, self.k_proj.weight)
+
+    @decorated
+    def values(self, x):
+        return self.v_proj(x).to(self.v_proj.weight.dtype)
+
+
+@pytest.mark.parametrize(
+    ("cls", "read", "called"),
+    [(Attention, "k_proj", "v_proj"), (Overriding, "v_proj", "k_proj"), (Decorated, "k_proj", "v_proj")],
+)
 def test_a_class_that_reads_the_weight_of_a_layer(cls, read, called):
     sentence = f"'{read}' cannot wear a vector: {cls.__name__} reads its weight and never calls it"
     with pytest.raises(ValueError, match=sentence):
@@ -152,7 +191,34 @@ def test_multihead_attention_and_its_kin_in_transformers():
         ia3rt.patch(nn.ModuleDict({"attention": attention}), target_modules=["out_proj"])
 
 
-def test_a_layer_whose_weight_is_only_looked_at_is_none_of_them():
+def test_a_block_that_reads_the_weights_of_its_mlp():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
+
+        def forward(self, x):
+            return F.linear(F.linear(x, self.mlp.fc1.weight).relu(), self.mlp.fc2.weight)
+
+    with pytest.raises(ValueError, match="module '0.mlp.fc2' cannot wear a vector: Block reads its weight"):
+        ia3rt.patch(nn.Sequential(Block()), target_modules=["fc2"])
+
+
+def test_a_layer_whose_weight_is_only_looked_at_or_made_is_none_of_them():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.start()
+
+        def start(self):
+            nn.init.zeros_(self.fc2.weight)
+
+        def forward(self, layer, x):
+            return getattr(self, layer)(x.to(self.fc2.weight.dtype))
+
+    assert len(ia3rt.patch(Holder()).sites) == 1
+
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
