@@ -148,7 +148,7 @@ class IA3Layer(Wearer):
 
     def _how(self, side: Side, rows: int) -> How:
         if self.ia3_routing.backend == "torch":
-            ours = type(self).ia3_own is not None
+            ours = type(self).ia3_own is not None and type(self._parameters.get("weight")) is nn.Parameter
             where = "in a copy of its input" if side == "in" else f"in {'place in' if ours else 'a copy of'} its output"
             return How("multiplication", "", f"the module runs as it is; the vector is multiplied {where}")
         weight, _ = dense_weight(self)
