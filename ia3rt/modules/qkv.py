@@ -68,12 +68,17 @@ class IA3QKV(Wearer):
             return None
         return projection if self.ia3_module.apply_rotary_pos_emb is rotary else None
 
-    def ia3_rotated(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """q, k and v of x [batch, length, width]: scaled and rotated, [batch, heads, length, D]."""
+    def ia3_projected(self, x: Tensor) -> Tensor:
+        """The projection's output for x [batch, length, width], without the vector that `ia3_rotated` applies."""
         assert self.ia3_form is not None
-        form, routing = self.ia3_form, self.ia3_routing
+        projection: Any = self._modules[self.ia3_form.projection]
+        return projection.ia3_forward(self.ia3_routing, projection.ia3_in, None, x)  # type: ignore[no-any-return]
+
+    def ia3_rotated(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """q, k and v of the projection's output [batch, length, width]: scaled, rotated, [batch, heads, length, D]."""
+        assert self.ia3_form is not None
+        form, tables = self.ia3_form, self.ia3_routing.tables
         projection: Any = self._modules[form.projection]
-        qkv, tables = projection.ia3_forward(routing, projection.ia3_in, None, x), routing.tables
         l, sizes = tables.bank[projection.ia3_out], form.sizes(self)  # noqa: E741
         if not can_prepare(tables):
             worn = tables.mixes, tables.route
