@@ -439,7 +439,6 @@ class Runtime:
             RuntimeError: as `merge_adapter`.
         """
         self._check_open("merge", while_merged=True)
-        self._drop_ins.check()
         if adapter_names is not None or self._merged is None:
             if adapter_names is None and not self.active_adapters:
                 raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
@@ -461,10 +460,9 @@ class Runtime:
         Raises:
             ValueError: PEFT cannot hold what there is now: rows wear different mixes or a weighted one, or an adapter
                 acts at both sides of a module. Nothing has changed then.
-            RuntimeError: it was unpatched already, or other code has changed a patched module's class.
+            RuntimeError: it was unpatched already.
         """
         self._check_open("unpatch it", while_merged=True)
-        self._drop_ins.check()
         active = self._givable() if self._taken is not None else []
         if self._merged is not None:
             self.unmerge_adapter()

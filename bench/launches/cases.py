@@ -56,7 +56,7 @@ def _activation() -> Case:
     mlp, gate, up = model["mlp"], _row(INNER), _row(INNER)
     return (
         "activation",
-        lambda: mlp.ia3_activate(gate, up, "silu", tables),  # type: ignore[operator]
+        lambda: mlp.ia3_activate(tables, 0, gate, up, "silu"),  # type: ignore[operator]
         lambda: ops.activation(gate, up, l, mixes, route, "silu"),
     )
 

@@ -1,11 +1,18 @@
-"""Calling a module without nn.Module's hop, where nothing hangs on it: a tenth of a small layer's time on a CPU."""
+"""Calling a module without nn.Module's hop, where nothing hangs on it: a tenth of a small layer's time on a CPU.
+
+And computing what its forward does past that, so that the result is ours to write on.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+
+_linear_forward = nn.Linear.forward
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -22,12 +29,54 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+def own_linear(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What nn.Linear's forward computes for x, where that is torch's own; None where the layer has to run.
+
+    The result is nobody else's: it may be overwritten. A tensor of another library in the weight's place computes by
+    that library's code, which may return anything.
+    """
+    parameters = layer.__dict__["_parameters"]
+    weight = parameters.get("weight")  # missing where pruning or a parametrization puts another in its place
+    if (type(weight) is nn.Parameter or type(weight) is Tensor) and nn.Linear.forward is _linear_forward:
+        return F.linear(x, weight, parameters["bias"])
+    return None
+
+
+def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | None:
+    """What computes as a class's forward does, with a result that may be overwritten; None where nothing here does.
+
+    It gives None for a layer that has to run, as `own_linear`.
+    """
+    if cls is nn.Linear:
+        return own_linear
+    known = getattr(cls, "forward", None)
+    code, expected = getattr(known, "__code__", None), _conv1d.__code__
+    if code is None or (code.co_code, code.co_names) != (expected.co_code, expected.co_names):
+        return None
+
+    def own_conv1d(layer: nn.Module, x: Tensor) -> Tensor | None:
+        parameters = layer.__dict__["_parameters"]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if type(weight) is not nn.Parameter or bias is None or cls.forward is not known:  # type: ignore[attr-defined]
+            return None
+        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+
+    return own_conv1d
+
+
+def _conv1d(self, x):  # type: ignore[no-untyped-def]
+    """The forward of transformers' Conv1D, as its source is written."""
+    size_out = x.size()[:-1] + (self.nf,)  # noqa: RUF005
+    x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+    x = x.view(size_out)
+    return x
+
+
 def linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     """layer(x), and whether nothing else can have seen the result, so that it may be overwritten."""
     # A compiler goes past nn.Module itself, and would check at each call that there still are no hooks.
     if type(layer) is nn.Linear and not torch.compiler.is_compiling() and is_bare(layer):
-        parameters = layer.__dict__["_parameters"]
-        weight = parameters.get("weight")  # missing where another library put a tensor of its own in its place
-        if weight is not None:
-            return F.linear(x, weight, parameters["bias"]), True
+        y = own_linear(layer, x)
+        if y is not None:
+            return y, True
     return layer(x), False

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.site import Side, Site
+from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.pair import pair_layers
-from ia3rt.modules.wearer import Wearer, is_altered, place, unwrap, wrap
-from ia3rt.modules.wearers import wearer_of
+from ia3rt.modules.reached import Reached
+from ia3rt.modules.readers import call_layers
+from ia3rt.modules.wearer import Wearer, place, unwrap, wrap
+from ia3rt.modules.wearers import wearers_of
 from ia3rt.routing.routing import Routing
 
 _SIDES: tuple[Side, ...] = ("in", "out")
@@ -29,6 +33,8 @@ class DropIns:
         self._model = model
         self._routing = routing
         self._follow = follow
+        self._hooks: list[RemovableHandle] = []
+        self._reached = Reached()
 
     def place(self, sites: Iterable[Site]) -> None:
         """Makes the modules that apply `sites` drop-ins, and no others, whatever was there before.
@@ -37,46 +43,49 @@ class DropIns:
 
         Raises:
             ValueError: a module is another runtime's drop-in, or of a class that lets no other be made of it.
-            RuntimeError: as `check`.
         """
         sites = list(sites)
-        self.check()
         modules = dict(self._model.named_modules())
         wearing: dict[nn.Module, dict[Side, int]] = {}
         for position, site in enumerate(sites):
-            module, mixin = wearer_of(modules, site, self._routing.backend)
-            if not isinstance(module, Wearer):
-                try:
-                    wrap(module, mixin, self._routing, self._follow)
-                except TypeError as error:  # what Python and metaclasses raise
-                    kind = type(module).__name__
-                    raise ValueError(
-                        f"{site.path!r} cannot be patched, as no class can be made of {kind}: {error}"
-                    ) from error
-                self._routing.composes |= not mixin.is_fused(module)
-            elif not self._is_ours(module):
-                raise ValueError(
-                    f"{site.path!r} is patched already, as a part of the model that was given to patch() by itself: "
-                    "unpatch() its Runtime first"
-                )
-            wearing.setdefault(module, {})[site.side] = position
+            for module, mixin in wearers_of(modules, site, self._routing.backend):
+                self._wrap(module, mixin, site)
+                wearing.setdefault(module, {})
+            wearing[modules[site.path]][site.side] = position
+            self._routing.composes |= not IA3Layer.is_fused(modules[site.path])
         for module in modules.values():
             if self._is_ours(module) and module not in wearing:
                 unwrap(module)
         for module, positions in wearing.items():
-            for side in _SIDES:
+            for side in _SIDES if isinstance(module, IA3Layer) else ():
                 place(module, side, positions.get(side))
+        paths = [site.path for site in sites]
         if self._routing.backend == "triton":
-            pair_layers(modules, (site.path for site in sites))
+            pair_layers(modules, paths)
+        self._see_that_they_are_reached(modules, paths)
 
-    def check(self) -> None:
-        """Raises RuntimeError where other code has changed a drop-in's class, so that it cannot be given back."""
-        for path, module in self._model.named_modules():
-            if self._is_ours(module) and is_altered(module):
-                raise RuntimeError(
-                    f"module {path!r} is a {type(module).__name__} now, which other code made of ia3rt's "
-                    f"{type(module).__base__.__name__}: undo that first"  # type: ignore[union-attr]
-                )
+    def _wrap(self, module: nn.Module, mixin: type[Wearer], site: Site) -> None:
+        if not isinstance(module, Wearer):
+            try:
+                wrap(module, mixin, self._routing, self._follow)
+            except TypeError as error:  # what Python and metaclasses raise
+                kind = type(module).__name__
+                raise ValueError(
+                    f"{site.path!r} cannot be patched, as no class can be made of {kind}: {error}"
+                ) from error
+        elif not self._is_ours(module):
+            raise ValueError(
+                f"{site.path!r} is patched already, as a part of the model that was given to patch() by itself: "
+                "unpatch() its Runtime first"
+            )
+
+    def _see_that_they_are_reached(self, modules: Mapping[str, nn.Module], paths: list[str]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._reached.place(modules, paths)
+        self._hooks = call_layers(modules, paths)
+        if paths:
+            self._hooks.append(self._model.register_forward_pre_hook(self._reached.before_forward, prepend=True))
 
     def _is_ours(self, module: nn.Module) -> bool:
         return isinstance(module, Wearer) and module.ia3_routing is self._routing

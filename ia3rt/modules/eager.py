@@ -10,11 +10,12 @@ from torch import Tensor
 _PIECE = 1 << 18
 
 
-def scale_output_(y: Tensor, scale: Tensor) -> Tensor:
+def scale_(y: Tensor, scale: Tensor) -> Tensor:
     """Scales `y` in place and returns it.
 
     Args:
-        y: [..., width], any floating dtype, fresh from the module: nothing else may hold it.
+        y: [..., width], any floating dtype, computed by the caller: what another module returns may be its input, a
+            buffer of its own or a view that autograd forbids to write on, and belongs to whoever else holds it.
         scale: float32, broadcasts over y: [width] where all rows wear one mix.
     """
     if scale.dim() == 1 and (y.dtype is scale.dtype or y.numel() <= _PIECE):
@@ -23,8 +24,8 @@ def scale_output_(y: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def scale_input(x: Tensor, scale: Tensor) -> Tensor:
-    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments as `scale_output_`."""
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments as `scale_`."""
     if x.dtype == scale.dtype:
         return x * scale
     out = x.clone(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from ia3rt.adapters.site import Side, Site
+from ia3rt.adapters.site import Site
 from ia3rt.modules.wearer import How, Wearer
 from ia3rt.routing.route import Backend
 from ia3rt.routing.routing import Routing
@@ -95,12 +95,8 @@ def explain(model: nn.Module, rows: int = 1) -> Explanation:
         raise ValueError("the model is not patched: call ia3rt.patch(model) first")
     routing: Routing = wearers[0].ia3_routing
     found: dict[int, How] = {}
-    sides: tuple[Side, ...] = ("in", "out")
-    for module in wearers:
-        for side in sides:
-            position = vars(module)[f"ia3_{side}"]
-            if position is not None:
-                found[position] = module.ia3_how(side, rows)
+    for module in wearers:  # those around a layer come before it, and say what they take over
+        found = module.ia3_hows(rows) | found
     sites = list(routing.bank.sites.values())
     entries = (SiteExplanation(sites[position], routing.backend, *how) for position, how in sorted(found.items()))
     return Explanation(tuple(entries), rows)

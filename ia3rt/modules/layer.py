@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+import inspect
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ia3rt import ops
 from ia3rt.adapters.site import Side
 from ia3rt.modules import eager
 from ia3rt.modules.autocast import autocast
+from ia3rt.modules.bare import is_bare, own_forward
 from ia3rt.modules.prepared import Prepared, can_prepare, has_parameters
-from ia3rt.modules.quantised import Quantised
 from ia3rt.modules.sites import module_widths
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.modules.weights import dense_weight, quantised_weight
 from ia3rt.routing.tables import MixTables
 from ia3rt.routing.worn import Worn
+
+_Positions: TypeAlias = "tuple[int | None, int | None]"
+"""Of the vectors at a layer's input and output in the bank; None where none acts."""
 
 
 class JointLaunch(Protocol):
@@ -35,48 +41,76 @@ class JointLaunch(Protocol):
 
 
 class IA3Layer(Wearer):
-    """A linear layer whose input and output are scaled.
+    """A linear layer whose input and output are scaled, whoever calls it.
 
     Attributes:
         ia3_pair: what computes this layer and another in one launch, on the Triton backend; None where it is alone.
-        ia3_prepared: what it launches, on the Triton backend, as long as its weight and the bank stay.
+        ia3_prepared: what it launches, on the Triton backend, as long as its weight and the bank stay; by the positions
+            of the vectors that are applied.
+        ia3_own: what computes as the original class's forward does, past it, with a result that may be overwritten.
+        ia3_input: how that forward calls its input.
     """
 
     ia3_pair: JointLaunch | None = None
-    ia3_prepared: Prepared | None = None
-    _is_linear: ClassVar[bool]
+    ia3_prepared: dict[_Positions, Prepared | None]
+    ia3_own: ClassVar[Callable[[nn.Module, Tensor], Tensor | None] | None]
+    ia3_input: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
         """Looks at the original class once, when the drop-in class is made."""
         super().__init_subclass__()
-        cls._is_linear = original_class(cls) is nn.Linear
+        original: Any = original_class(cls)
+        cls.ia3_own = own_forward(original)
+        cls.ia3_input = next(islice(inspect.signature(original.forward).parameters, 1, None), "input")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """s_out ∘ layer(s_in ∘ x); the layer's bias is scaled too (Liu et al. 2022)."""
-        routing = self.ia3_routing
-        worn = routing.now()
-        if routing.backend == "triton":
-            fused = self._by_kernel(x, worn)
+        if x is None:
+            x = kwargs.pop(type(self).ia3_input)
+        if args or kwargs:  # of a layer with more to it: by its own forward alone
+            return self.ia3_forward(self.ia3_routing.now(), self.ia3_in, self.ia3_out, x, (args, kwargs))
+        return self.ia3_forward(self.ia3_routing.now(), self.ia3_in, self.ia3_out, x)
+
+    def ia3_forward(
+        self,
+        worn: Worn,
+        l_in: int | None,
+        l_out: int | None,
+        x: Tensor,
+        rest: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> Tensor:
+        """`forward` with the vectors at these positions: who applies the other itself says None for it."""
+        if x.is_nested:
+            return self._by_padding(worn, l_in, l_out, x)
+        if rest is None and self.ia3_routing.backend == "triton" and (l_in is not None or l_out is not None):
+            fused = self._by_kernel(worn, (l_in, l_out), x)
             if fused is not None:
                 return fused
-        if self.ia3_in is not None:
-            scale = self.ia3_scale(self.ia3_in, x, worn)
-            x = x if scale is None else eager.scale_input(x, scale)
-        parameters = self._parameters
-        weight = parameters.get("weight") if self._is_linear else None
-        # What nn.Linear does, but for the ways that nn.Module goes to find its weight: they cost more than the scale.
-        y = super().forward(x, *args, **kwargs) if weight is None else F.linear(x, weight, parameters["bias"])
-        if self.ia3_out is not None:
-            scale = self.ia3_scale(self.ia3_out, y, worn)
-            if scale is not None:
-                eager.scale_output_(y, scale)
-        return y
+        if l_in is not None:
+            s_in = self.ia3_scale(l_in, x, worn)
+            x = x if s_in is None else eager.scaled(x, s_in)
+        own = type(self).ia3_own
+        if own is not None and rest is None:
+            y = own(self, x)
+            if y is not None:  # ours to write on
+                s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
+                return y if s_out is None else eager.scale_(y, s_out)
+        args, kwargs = rest or ((), {})
+        y = super().forward(x, *args, **kwargs)
+        s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
+        return y if s_out is None else eager.scaled(y, s_out)
 
-    def _by_kernel(self, x: Tensor, worn: Worn) -> Tensor | None:
-        """The result by the Triton backend; None where no kernel fits, or nothing is scaled."""
-        if self.ia3_in is None and self.ia3_out is None:
-            return None
-        if worn.by_row and not self.ia3_is_row_major(x, worn):
+    def _by_padding(self, worn: Worn, l_in: int | None, l_out: int | None, x: Tensor) -> Tensor:
+        """The result for a nested tensor, as nn.TransformerEncoder makes of padded rows: there a scale has no place."""
+        lengths = [len(row) for row in x.unbind()]
+        y = self.ia3_forward(worn, l_in, l_out, x.to_padded_tensor(0.0))
+        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)])
+
+    def _by_kernel(self, worn: Worn, positions: _Positions, x: Tensor) -> Tensor | None:
+        """The result by the Triton backend; None where no kernel fits."""
+        if worn.by_row and not all(
+            position is None or self.ia3_is_row_major(position, x, worn) for position in positions
+        ):
             return None
         tables = worn.tables
         if self.ia3_pair is not None:
@@ -84,22 +118,29 @@ class IA3Layer(Wearer):
             if y is not None:
                 return y
         if can_prepare(tables):
-            prepared = self.ia3_prepared
+            prepared = self.ia3_prepared.get(positions)
             if prepared is None or not prepared.fits(tables):
-                prepared = self.ia3_prepared = self._prepare(tables)
+                prepared = self.ia3_prepared[positions] = self._prepare(tables, positions)
             if prepared is not None:
                 return prepared.call(tables, x)  # type: ignore[no-any-return]
+        vectors = (None if position is None else tables.bank[position] for position in positions)
+        mixed = *vectors, tables.mixes, tables.route
         weight, bias = dense_weight(self)
         if weight is not None:
-            return ops.linear(*autocast(x, weight, bias), *self._vectors(tables))  # type: ignore[no-any-return]
+            return ops.linear(*autocast(x, weight, bias), *mixed)  # type: ignore[no-any-return]
         quantised = quantised_weight(self)
-        return None if quantised is None else self._fused_quantised(x, quantised, tables)
+        if quantised is None:
+            return None
+        x, bias = autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]
+        return ops.linear_quantised(  # type: ignore[no-any-return]
+            x, *quantised[:4], bias, *mixed, quantised.kind, quantised.group_size
+        )
 
-    def _prepare(self, tables: MixTables) -> Prepared | None:
+    def _prepare(self, tables: MixTables, positions: _Positions) -> Prepared | None:
         weight, bias = dense_weight(self)
         if weight is None or not has_parameters(self):
             return None
-        l_in, l_out, _, _ = self._vectors(tables)
+        l_in, l_out = (None if position is None else tables.bank[position] for position in positions)
         return Prepared(tables, (self,), ops.linear, weight=weight, bias=bias, l_in=l_in, l_out=l_out)
 
     @classmethod
@@ -107,10 +148,15 @@ class IA3Layer(Wearer):
         """Whether its weight is one that the kernels read."""
         return dense_weight(module)[0] is not None or quantised_weight(module) is not None
 
-    def ia3_how(self, side: Side, rows: int) -> How:
+    def ia3_hows(self, rows: int) -> dict[int, How]:
         """As `forward` chooses."""
+        sides: tuple[tuple[Side, int | None], ...] = (("in", self.ia3_in), ("out", self.ia3_out))
+        return {position: self._how(side, rows) for side, position in sides if position is not None}
+
+    def _how(self, side: Side, rows: int) -> How:
         if self.ia3_routing.backend == "torch":
-            where = "in place in its output" if side == "out" else "in a copy of its input"
+            ours = type(self).ia3_own is not None and type(self._parameters.get("weight")) is nn.Parameter
+            where = "in a copy of its input" if side == "in" else f"in {'place in' if ours else 'a copy of'} its output"
             return How("multiplication", "", f"the module runs as it is; the vector is multiplied {where}")
         weight, _ = dense_weight(self)
         quantised = quantised_weight(self)
@@ -146,14 +192,7 @@ class IA3Layer(Wearer):
         tables = self.ia3_routing.now().tables
         return bool(Routing.of(tables.mixes, tables.route, rows).per_row)
 
-    def _fused_quantised(self, x: Tensor, weight: Quantised, tables: MixTables) -> Tensor:
-        stored, (x, bias) = weight[:4], autocast(x, getattr(self, "bias", None))  # type: ignore[assignment]
-        return ops.linear_quantised(  # type: ignore[no-any-return]
-            x, *stored, bias, *self._vectors(tables), weight.kind, weight.group_size
-        )
 
-    def _vectors(self, tables: MixTables) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        """What the kernels read of the bank for input and output, the mixes, and the route."""
-        l_in = None if self.ia3_in is None else tables.bank[self.ia3_in]
-        l_out = None if self.ia3_out is None else tables.bank[self.ia3_out]
-        return l_in, l_out, tables.mixes, tables.route
+def is_as_patched(layer: nn.Module | None) -> TypeGuard[IA3Layer]:
+    """Whether `layer` is a drop-in and calling it is calling our forward, so that another may do what it does."""
+    return getattr(type(layer), "forward", None) is IA3Layer.forward and is_bare(layer)  # type: ignore[arg-type]

@@ -12,17 +12,29 @@ from ia3rt.modules import bare
 from ia3rt.modules.wearer import Wearer, original_class
 from ia3rt.modules.weights import dense_weight
 
-# What the kernel computes, by the class of the activation module; transformers' and torch's names.
-KINDS: dict[str, str] = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
+_KINDS: dict[str, dict[str, str]] = {
+    "torch.nn.modules.activation": {"SiLU": "silu", "ReLU": "relu"},
+    "transformers.activations": {
+        "SiLUActivation": "silu",
+        "GELUActivation": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh",
+        "QuickGELUActivation": "quick_gelu",
+        "ReLUSquaredActivation": "relu2",
+    },
 }
+
+
+def kind_of(activation: nn.Module | None) -> str | None:
+    """What the kernel computes for an activation, of a class of torch's or transformers' own; None for any other."""
+    cls = type(activation)
+    of_module = _KINDS.get(cls.__module__)
+    return None if of_module is None else of_module.get(cls.__name__)
+
+
+def is_of_a_library(activation: nn.Module) -> bool:
+    """Whether an activation is one of torch's or transformers', which return what is new, or their argument itself."""
+    return type(activation).__module__ in _KINDS
 
 
 class Form(NamedTuple):
@@ -55,11 +67,6 @@ class Form(NamedTuple):
         if len(self.first) == 1:
             return gate, None, ours
         return gate, bare.linear(modules[self.first[1]], x)[0], ours  # type: ignore[arg-type]
-
-    def finish(self, mlp: nn.Module, h: Tensor) -> Tensor:
-        """The MLP's result, from what its second matrix multiplies."""
-        y, _ = bare.linear(mlp._modules[self.down], h)  # type: ignore[arg-type]
-        return getattr(mlp, self.after)(y) if self.after else y
 
     def first_matrices(self, mlp: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, ...] | None:
         """The weight and bias of the one, and of the other; None where the modules have to run, as in another dtype."""

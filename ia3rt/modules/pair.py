@@ -57,7 +57,8 @@ class Pair:
             return waiting.y if waiting is not None and fits else None
         if waiting is not None:
             self.in_order = False  # nobody came for it: computing ahead is in vain in this model
-        if not self.in_order:
+        # Pruning and parametrizations make a weight for each call of their layer: not one to compute with ahead of it.
+        if not self.in_order or not (has_parameters(self._first) and has_parameters(self._second)):
             return None
         y, y_second = self._compute(x, tables)
         ahead[self] = _Ahead(y_second, x, _version(x))
@@ -65,7 +66,7 @@ class Pair:
 
     def _compute(self, x: Tensor, tables: MixTables) -> tuple[Tensor, Tensor]:
         layers = (self._first, self._second)
-        if can_prepare(tables) and all(map(has_parameters, layers)):
+        if can_prepare(tables):
             prepared = self._prepared
             if prepared is None or not prepared.fits(tables):
                 (weight_a, bias_a), (weight_b, bias_b) = map(dense_weight, layers)

@@ -121,7 +121,7 @@ def _phi3(self, hidden_states, position_embeddings, attention_mask, cache=None, 
 
 def _phi3_worn(self, hidden_states, position_embeddings, attention_mask, cache=None, past_key_values=None, **kwargs):
     cache = past_key_values if cache is None else cache  # its earlier name, which transformers still takes
-    query, key, value = self.ia3_rotated(self.qkv_proj(hidden_states), position_embeddings)
+    query, key, value = self.ia3_rotated(self.ia3_projected(hidden_states), position_embeddings)
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
     window = getattr(self.config, "sliding_window", None)
@@ -173,7 +173,7 @@ def _gpt_neox(self, hidden_states, attention_mask, layer_past=None, position_emb
 
 
 def _gpt_neox_worn(self, hidden_states, attention_mask, layer_past=None, position_embeddings=None, **kwargs):
-    query, key, value = self.ia3_rotated(self.query_key_value(hidden_states), position_embeddings)
+    query, key, value = self.ia3_rotated(self.ia3_projected(hidden_states), position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
     output, weights = self.ia3_attend(query, key, value, attention_mask, **kwargs)

@@ -9,6 +9,8 @@ from torch import nn
 
 from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
 from ia3rt.modules.quantised import is_gptq
+from ia3rt.modules.readers import reader_of
+from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.wearer import original_class
 
 # Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
@@ -147,7 +149,11 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
             f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D and GPTQ's "
             "layers do"
         )
-    if "forward" in vars(modules[path]) and "_old_forward" not in vars(modules[path]):
+    reader = reader_of(modules, path)
+    if reader is not None:
+        name = type(reader).__name__
+        raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
+    if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, widths[0 if side == "in" else 1])
 
@@ -155,7 +161,8 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleNames) -> list[str]:
     if names == "all-linear":
         head = _asked(model, "get_output_embeddings")
-        return [path for path, module in modules.items() if module_widths(module) and module is not head]
+        linear = [path for path, module in modules.items() if module_widths(module) and module is not head]
+        return [path for path in linear if reader_of(modules, path) is None]
     return [path for path in modules if path and name_matches(path, names)]
 
 
@@ -186,8 +193,9 @@ def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> Ite
                 if siblings <= children:
                     chosen.update(dict.fromkeys(wearers, side))
         for name, _ in module.named_children():
-            if name in chosen:
-                yield f"{parent}.{name}" if parent else name, chosen[name]
+            path = f"{parent}.{name}" if parent else name
+            if name in chosen and reader_of(modules, path) is None:
+                yield path, chosen[name]
 
 
 def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:

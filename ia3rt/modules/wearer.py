@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side
 from ia3rt.modules.offloading import execution_device
+from ia3rt.modules.set_forward import is_class_forward
 from ia3rt.routing.layout import Layout, Unknown
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.worn import Worn
@@ -46,6 +48,7 @@ class Wearer(nn.Module):
     ia3_out: int | None
     ia3_layouts: dict[int, Layout | Unknown]
     ia3_follow: Callable[[torch.device], None]
+    ia3_original: ClassVar[type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the bank follow `model.to(device)`."""
@@ -64,29 +67,17 @@ class Wearer(nn.Module):
         """
         return worn.composed.scale(position) if not worn.by_row else self.ia3_routing.by_row(self, position, x, worn)
 
-    def ia3_is_row_major(self, x: Tensor, worn: Worn) -> bool:
-        """Whether x lies as the kernels read it where rows wear different mixes.
+    def ia3_is_row_major(self, position: int, x: Tensor, worn: Worn) -> bool:
+        """Whether x, at a site, lies as the kernels read it where rows wear different mixes.
 
         Raises:
             ValueError: it is not known whose each element of x is.
         """
-        position = self.ia3_out if self.ia3_in is None else self.ia3_in
-        assert position is not None
         return self.ia3_routing.is_row_major(self, position, x, worn)
 
-    @classmethod
-    def is_fused(cls, module: nn.Module) -> bool:
-        """Whether a kernel applies the vectors of `module` on the Triton backend."""
+    def ia3_hows(self, rows: int) -> dict[int, How]:
+        """What applies the vectors that this module applies, by position, for so many rows: see explanation.py."""
         raise NotImplementedError
-
-    def ia3_how(self, side: Side, rows: int) -> How:
-        """What applies the vector at `side` for so many rows: see explanation.py."""
-        raise NotImplementedError
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether other code gave a drop-in a class that it made of the drop-in's, as fully_shard and parametrize do."""
-    return isinstance(module, Wearer) and "ia3_original" not in vars(type(module))
 
 
 def computing_tensor(module: nn.Module) -> Tensor:
@@ -150,25 +141,44 @@ def _mixin_in_front(metaclass: type[type]) -> type[type]:
 
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
-    object.__setattr__(module, "__class__", patched_class(mixin, type(module)))  # whatever its own __setattr__ forbids
+    _become(module, patched_class(mixin, type(module)))
     vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None, ia3_layouts={})
-    _redirect(module)
 
 
 def place(module: nn.Module, side: Side, position: int | None) -> None:
-    """Says which of the bank's sites scales `module` at `side`; None for none."""
-    vars(module)[f"ia3_{side}"] = position
+    """Says which of the bank's sites scales the layer `module` at `side`; None for none."""
+    vars(module).update({f"ia3_{side}": position, "ia3_prepared": {}})
 
 
 def unwrap(module: nn.Module) -> None:
-    """Makes `module` what it was before `wrap`."""
-    object.__setattr__(module, "__class__", original_class(type(module)))
+    """Makes `module` what it was before `wrap`, but for what other code made of its class since."""
+    _become(module, _given_back(type(module)))
     for name in [name for name in vars(module) if name.startswith("ia3_")]:
         del vars(module)[name]
-    _redirect(module)
 
 
-def _redirect(module: nn.Module) -> None:
-    # accelerate's device_map hooks keep the forward they replaced; they have to call the class's present one.
-    if "_old_forward" in vars(module):
-        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+def _given_back(cls: type) -> type:
+    """The class without the drop-in's: one that torch.nn.utils.parametrize or FSDP made of it is made of the original.
+
+    It is one and the same for all modules of a class.
+    """
+    if not issubclass(cls, Wearer):
+        return cls
+    if "ia3_original" in vars(cls):
+        return original_class(cls)
+    if cls not in _unpatched:
+        held = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        name = cls.__name__.replace(f"IA3{original_class(cls).__name__}", original_class(cls).__name__)
+        _unpatched[cls] = type(name, tuple(map(_given_back, cls.__bases__)), held)
+    return _unpatched[cls]
+
+
+_unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    # accelerate's device_map hooks keep the forward they replaced: where that is the class's, they have to call the
+    # present class's. One that other code had set on the module is not the class's, and stays.
+    if is_class_forward(vars(module).get("_old_forward"), module):
+        vars(module)["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    object.__setattr__(module, "__class__", cls)  # whatever its own __setattr__ forbids

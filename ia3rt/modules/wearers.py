@@ -1,4 +1,4 @@
-"""Which module applies a site's vector, and the drop-in that it becomes."""
+"""Which modules apply a site's vector, and the drop-ins that they become."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from ia3rt.modules import mlp_forms, qkv_forms
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.mlp import IA3MLP
 from ia3rt.modules.qkv import IA3QKV
+from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.route import Backend
 
 
-def wearer_of(modules: Mapping[str, nn.Module], site: Site, backend: Backend) -> tuple[nn.Module, type[Wearer]]:
-    """The module that applies a site's vector, and its drop-in.
+def wearers_of(
+    modules: Mapping[str, nn.Module], site: Site, backend: Backend
+) -> tuple[tuple[nn.Module, type[Wearer]], ...]:
+    """The modules that apply a site's vector, with their drop-ins: the site's layer first, which wears it.
 
-    It is the MLP around a second matrix, on the Triton backend the attention around a projection of q, k and v, and
-    else the layer itself. A forward set on the instance is not hidden, unless it is accelerate's, which calls on.
+    And one that spares it a pass, where there is one: the MLP around a second matrix, and on the Triton backend the
+    attention around a projection of q, k and v; unless other code set a forward on that, which runs in its place.
     """
-    layer = modules[site.path]
+    layer = modules[site.path], IA3Layer
     parent, _, name = site.path.rpartition(".")
     around = modules[parent]
-    if "forward" in vars(around) and "_old_forward" not in vars(around):
-        return layer, IA3Layer
+    if not keeps_class_forward(around):
+        return (layer,)
     if site.side == "in":
         form = mlp_forms.form_of(around)
-        return (around, IA3MLP) if form is not None and form.down == name else (layer, IA3Layer)
+        return (layer, (around, IA3MLP)) if form is not None and form.down == name else (layer,)
     attention = qkv_forms.form_of(around) if backend == "triton" else None
-    return (around, IA3QKV) if attention is not None and attention.projection == name else (layer, IA3Layer)
+    return (layer, (around, IA3QKV)) if attention is not None and attention.projection == name else (layer,)

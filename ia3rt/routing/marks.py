@@ -88,8 +88,14 @@ class Marks(TorchDispatchMode):
 
     def _note(self, out: Tensor, twin: Tensor, by_numbers: bool) -> None:
         """Keeps the twin of a result."""
-        if self._has_twin(out) or out.shape != twin.shape or _address(out) is None:
+        if self._has_twin(out) or _address(out) is None or out.is_nested != twin.is_nested:
             return  # a view of what has one, or written in place
+        if out.is_nested:
+            storage = out.untyped_storage()
+            self._twins[storage.data_ptr()] = StorageWeakRef(storage), twin.untyped_storage()  # type: ignore[no-untyped-call]
+            return
+        if out.shape != twin.shape:
+            return
         if out.is_floating_point():
             self._give_twin(out).copy_(twin if by_numbers else torch.where(twin == out, out, torch.nan))
         elif not by_numbers and not out.is_complex():
@@ -110,6 +116,9 @@ class Marks(TorchDispatchMode):
         storage = self._twins[x.untyped_storage().data_ptr()][1]
         with torch.no_grad():
             empty = torch.empty(0, dtype=x.dtype, device=x.device)
+            if x.is_nested:
+                sizes = x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
+                return torch._nested_view_from_buffer(empty.set_(storage), *sizes)
             return empty.set_(storage, x.storage_offset(), x.size(), x.stride())
 
     def _give_twin(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def test_large_tensors_go_by_pieces_to_the_same_result(dtype, shape, rows):
     scale = torch.rand(shape[-1]) if rows == 1 else torch.rand(rows, *[1] * (len(shape) - 2), shape[-1])
     expected = (x.double() * scale.double()).to(torch.float32).to(dtype)
     kept = x.clone()
-    assert torch.equal(eager.scale_input(x, scale), expected)
+    assert torch.equal(eager.scaled(x, scale), expected)
     assert torch.equal(x, kept)
-    assert eager.scale_output_(x, scale) is x
+    assert eager.scale_(x, scale) is x
     assert torch.equal(x, expected)

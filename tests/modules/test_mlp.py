@@ -23,7 +23,7 @@ def test_the_mlps_of_each_family_are_recognised_and_right(name, backend):
     inputs = [site for site in runtime.sites if site.side == "in"]
     wearers = [module for module in runtime.model.modules() if isinstance(module, IA3MLP)]
     assert len(wearers) == len(inputs) == 2
-    assert all(not isinstance(runtime.model.get_submodule(site.path), IA3Layer) for site in inputs)
+    assert all(isinstance(runtime.model.get_submodule(site.path), IA3Layer) for site in inputs)
     check(runtime, make(name))
 
 

@@ -205,6 +205,6 @@ def test_a_gptq_layer_moves_and_is_explained() -> None:
     model.to(DEVICE)  # it has buffers only
     layer = model.model.layers[0].self_attn.k_proj
     assert isinstance(layer, IA3Layer)
-    assert layer.ia3_how("out", 4).kernel == "linear_quantised"
+    assert layer.ia3_out is not None and layer.ia3_hows(4)[layer.ia3_out].kernel == "linear_quantised"
     runtime.unpatch()
     assert type(layer) is QuantLinear

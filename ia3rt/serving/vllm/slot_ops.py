@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ia3rt import reference
-from ia3rt.modules.eager import scale_output_
+from ia3rt.modules.eager import scale_
 from ia3rt.ops._dispatch import backend, device_of
 from ia3rt.ops._op import custom_op
 
@@ -37,7 +37,7 @@ def scale_slots_(y: Tensor, table: Tensor, index: Tensor, active: Tensor, mixes:
         with device_of(y):
             scale(rows, table, mixes, index[: len(rows)], out=rows)
     else:
-        scale_output_(rows, table.index_select(0, index[: len(rows)]))
+        scale_(rows, table.index_select(0, index[: len(rows)]))
 
 
 @scale_slots_.register_fake
@@ -83,7 +83,7 @@ def linear_slots(
         with device_of(x):
             y = linear(rows, weight, bias, None, table, mixes, index[: len(rows)])
     else:
-        y = scale_output_(F.linear(rows, weight, bias), table.index_select(0, index[: len(rows)]))
+        y = scale_(F.linear(rows, weight, bias), table.index_select(0, index[: len(rows)]))
     scaled: Tensor = y.view(*x.shape[:-1], len(weight))
     return scaled
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ia3rt.modules.eager import scale_output_
+from ia3rt.modules.eager import scale_
 from ia3rt.ops import backend
 from ia3rt.serving.vllm.slot_ops import activation_slots, linear_slots, scale_slots_, scaled_slots
 from ia3rt.serving.vllm.slots import TokenSlots
@@ -96,7 +96,7 @@ class SlotTable:
         tokens = y.shape[-2]
         if tokens > self.rows.shape[0]:
             for start, stop, row in self._slots.runs:
-                scale_output_(y[..., start:stop, self._columns], self.rows[row, self._columns])
+                scale_(y[..., start:stop, self._columns], self.rows[row, self._columns])
             return
         # Decoding: tokens wear the same step after step, so their rows, no more numbers than the table has, are kept.
         # To take only some columns would take longer than to multiply all.
