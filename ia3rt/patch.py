@@ -101,7 +101,7 @@ def _patch_plain(
 def _adopt(runtime: Runtime, taken: TakenOver) -> None:
     try:
         for name, vectors in taken.vectors.items():
-            runtime.add_adapter(name, vectors, taken.configs[name])
+            runtime.add_adapter(name, vectors, taken.configs[name], taken.modules[name])
         if taken.active:
             runtime.set_adapter(taken.active)
     except ValueError:

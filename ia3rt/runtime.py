@@ -15,7 +15,11 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.site import ModuleNames, Site, SiteKey, name_matches
+from ia3rt.modules import brought
+from ia3rt.modules.brought import Brought
+from ia3rt.modules.chosen import check_route
 from ia3rt.modules.merge import MergedWeights, merge
+from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.pair import pair_layers
 from ia3rt.modules.sites import site_of
 from ia3rt.modules.wearer import Wearer, place, unwrap, wrap
@@ -52,6 +56,7 @@ class Runtime:
         self._excluded = excluded
         self._extends = extends
         self._routing = Routing(bank, backend, fuses_gate_up)
+        self._own = OwnModules(model, self._routing)
         self._merged: tuple[MergedWeights, Route] | None = None
         self._place_sites()
         self._routing.refresh()
@@ -91,7 +96,10 @@ class Runtime:
         subfolder: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Loads a PEFT IA³ checkpoint. It is worn once `set_adapter` or `route` says so.
+        """Loads an IA³ checkpoint of PEFT's or AdapterHub's. It is worn once `set_adapter` or `route` says so.
+
+        Its own modules (modules_to_save, such as a classification head, and saved embeddings) are worn with its
+        vectors. docs/files.md says what is loaded and what is refused.
 
         Args:
             path_or_hub_id: a folder, or a repository's id on the Hugging Face Hub.
@@ -105,8 +113,8 @@ class Runtime:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: the name is taken, the checkpoint is damaged or of another PEFT type, or it does not fit the
-                model. Nothing has changed then.
+            ValueError: the name is taken, the checkpoint is damaged or of another kind, or it does not fit the model.
+                Nothing has changed then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("load an adapter")
@@ -114,10 +122,17 @@ class Runtime:
         self._bank.check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
         vectors = {self._site(name, key): vector for key, vector in checkpoint.vectors.items()}
-        self._add(name, vectors, checkpoint.config)
+        own = brought.of_file(self.model, name, checkpoint)
+        self._add(name, vectors, checkpoint.config, own)
         return name
 
-    def add_adapter(self, name: str, vectors: Vectors | None = None, config: Mapping[str, Any] | None = None) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        vectors: Vectors | None = None,
+        config: Mapping[str, Any] | None = None,
+        modules: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Adds an adapter from tensors, or a new one to train.
 
         Args:
@@ -125,21 +140,27 @@ class Runtime:
             vectors: by module path where that module has one site, else by (path, "in") or (path, "out"); each of
                 the site's width, in any shape. Sites left out count as ones. None makes an adapter of ones at all
                 sites: it changes nothing until it is trained.
-            config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type.
+            config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type. Of the
+                modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
+                "score" for SEQ_CLS and TOKEN_CLS, "qa_outputs" for QUESTION_ANS), the adapter gets its own, which begin
+                as the model's.
+            modules: by path, the state_dict() of a module that the adapter brings its own of.
 
         Raises:
-            ValueError: the name is taken, a vector does not fit its site or is not finite, or the model lacks a site.
-                Nothing has changed then.
+            ValueError: the name is taken, a vector or a module does not fit the model or is not finite, or the model
+                lacks a site or a module. Nothing has changed then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("add an adapter")
         self._bank.check_name(name)
+        own = brought.to_train(self.model, name, modules or {}, config or {})
         if vectors is None:
-            vectors = {site.key: torch.ones(site.width) for site in self.sites}
+            outside = [site for site in self.sites if own.owner(site.path) is None]
+            vectors = {site.key: torch.ones(site.width) for site in outside}
         sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
-        self._add(name, dict(sited), dict(config or {}))
+        self._add(name, dict(sited), dict(config or {}), own)
 
     def add_weighted_adapter(
         self,
@@ -167,24 +188,26 @@ class Runtime:
         self._bank.check_name(adapter_name)
         weights = None if weights is None else tuple(weights)
         mix = self._bank.resolve(Mix(tuple(adapters), weights, combination_type))
-        self._add(adapter_name, composed_vectors(self._bank, mix), {})
+        self._add(adapter_name, composed_vectors(self._bank, mix), {}, self._own.states(dict.fromkeys(mix.adapters)))
 
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
-        """Makes the vectors of adapters parameters of the model, and freezes everything else, until `end_training`.
+        """Makes what adapters have parameters of the model, and freezes everything else, until `end_training`.
 
         They are found by any optimizer over `model.parameters()`, by `transformers.Trainer`, and in the model's
-        checkpoints, as `ia3_out_<name>` and `ia3_in_<name>` of the modules where they act. All rows wear the adapters'
-        product, unless the rows wear one of them already; `set_adapter` and `route` go on as before, and other adapters
-        in a mix stay as they are.
+        checkpoints: vectors as `ia3_out_<name>` and `ia3_in_<name>` of the modules where they act, an adapter's own
+        modules as `ia3_own_<name>_…` of the model's. Saved embeddings are not trained, as in PEFT. All rows wear the
+        adapters' product, unless the rows wear one of them already; `set_adapter` and `route` go on as before, and
+        other adapters in a mix stay as they are.
 
         Args:
             adapter_names: loaded adapters, or new ones (`add_adapter(name)`).
 
         Returns:
-            The parameters, float32 [width] each.
+            The parameters: the vectors, float32 [width] each, and those of the adapters' own modules.
 
         Raises:
-            ValueError: an adapter is unknown, the bank's dtype is not float32, or a name is in the way.
+            ValueError: an adapter is unknown, they cannot be combined, the bank's dtype is not float32, or a name is in
+                the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -194,9 +217,15 @@ class Runtime:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         mix = self._bank.resolve(Mix(names))
-        trained = self._routing.trained = TrainedAdapters(self.model, self._bank, mix.adapters)
+        trained = TrainedAdapters(self.model, self._bank, mix.adapters)
+        try:
+            own = self._own.train(trained.adapters)
+        except ValueError:
+            trained.end()
+            raise
+        self._routing.trained = trained
         self._routing.wear(self._routing.route if trained.are_worn(self._routing.route.mixes) else Route((mix,)))
-        return trained.parameters
+        return [*trained.parameters, *own]
 
     def end_training(self) -> None:
         """Ends what `train_adapter` began: the adapters keep what they learned, and the model's parameters are its own.
@@ -206,6 +235,7 @@ class Runtime:
         """
         if self._routing.trained is None:
             raise RuntimeError("no adapters are trained: there is nothing to end")
+        self._own.end_training()
         self._routing.trained.end()
         self._routing.trained = None
         self._routing.refresh()
@@ -222,6 +252,7 @@ class Runtime:
         if self._routing.trained is not None and adapter in self._routing.trained.adapters:
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._routing.drop(self._bank.remove(adapter_name))
+        self._own.drop(adapter)
 
     def save_adapter(self, adapter_name: str, path: str | Path) -> None:
         """Writes an adapter as a PEFT checkpoint, which PEFT loads too.
@@ -237,7 +268,8 @@ class Runtime:
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
-        write_checkpoint(path, self._bank.vectors(adapter), paths, config)
+        own = self._own.states((adapter,))
+        write_checkpoint(path, self._bank.vectors(adapter), paths, config, own.states, own.embeddings)
 
     def set_adapter(self, adapter_name: MixLike) -> None:
         """Makes all rows of every batch wear one mix, until the next `set_adapter` or `route`.
@@ -266,9 +298,10 @@ class Runtime:
                 with their padding; what a row generates wears the mix of its last token.
 
         Raises:
-            ValueError: an adapter is unknown, a mix or the index is not valid, or rows of an adapter act inside the
-                experts of a mixture, where rows are no longer the batch's. A route whose rows are not the batch's is
-                an error of the forward, before anything runs.
+            ValueError: an adapter is unknown, a mix or the index is not valid, rows of an adapter act inside the
+                experts of a mixture, where rows are no longer the batch's, or tokens of a row would go through
+                different modules of their adapters', or rows through different saved embeddings. A route
+                whose rows are not the batch's is an error of the forward, before anything runs.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
@@ -285,8 +318,10 @@ class Runtime:
                         f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
                         "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
                     )
+        route = _indexed(Route.by_row(resolved), len(resolved), index)
+        check_route(route)
         before = self._routing.route
-        self._routing.wear(_indexed(Route.by_row(resolved), len(resolved), index))
+        self._routing.wear(route)
         return self._restoring(before)
 
     @contextmanager
@@ -303,7 +338,9 @@ class Runtime:
             yield
 
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
-        """Multiplies a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
+        """Writes a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
+
+        Vectors are multiplied in, and an adapter's own modules replace the model's.
 
         Args:
             adapter_names: what to merge; None merges what all rows wear now.
@@ -319,7 +356,14 @@ class Runtime:
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
         mix = route.mixes[0] if adapter_names is None else self._bank.resolve(Mix.of(adapter_names))
-        self._merged = merge(self.model, self._bank, mix), route
+        with self._own.lifted():
+            merged = merge(self.model, self._bank, mix)
+            try:
+                self._own.merge(dict.fromkeys(mix.adapters), merged)
+            except BaseException:
+                merged.unmerge()
+                raise
+        self._merged = merged, route
         self._routing.wear(Route((self._bank.resolve(BASE),)))
 
     def unmerge_adapter(self) -> None:
@@ -346,6 +390,7 @@ class Runtime:
             self.unmerge_adapter()
         if self._routing.trained is not None:
             self.end_training()
+        self._own.end()
         for module in self.model.modules():
             if isinstance(module, Wearer):
                 unwrap(module)
@@ -369,13 +414,24 @@ class Runtime:
         if self._merged is not None:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
 
-    def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any]) -> None:
+    def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:
+        for site in vectors:
+            owner = own.owner(site.path)
+            if owner is not None:
+                raise ValueError(
+                    f"adapter {name!r} has a vector at {site} and its own module {owner!r} there, which wears none: "
+                    "leave one of them out"
+                )
+        built = self._own.build(name, own)
         table = self._bank.table
-        self._bank.add(name, vectors, config)
+        config = brought.with_names(config, own)
+        adapter = self._bank.add(name, vectors, config, frozenset(built), frozenset(own.embeddings))
         if self._bank.table is not table:
-            self._place_sites()
+            with self._own.lifted():
+                self._place_sites()
             self._tie()
             self._routing.refresh()
+        self._own.keep(adapter, built)
 
     def _place_sites(self) -> None:
         modules = dict(self.model.named_modules())

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3rt.adapters.checkpoint import CONFIG_NAME, read_checkpoint
+from ia3rt.adapters.checkpoint import read_checkpoint
+from ia3rt.adapters.folder import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,6 @@ def _read(folder: Path) -> Served:
     if isinstance(config, dict) and config.get("peft_type") == "LORA":
         ranks = [config["r"], *config.get("rank_pattern", {}).values()]
         return Served(folder.name, folder.absolute(), frozenset(), 0, max(ranks))
-    vectors = read_checkpoint(folder).vectors  # which refuses other kinds
+    vectors = read_checkpoint(folder).vectors_alone(folder.name)  # which refuses other kinds
     modules = frozenset(path.rpartition(".")[2] for path, _ in vectors)
     return Served(folder.name, folder.absolute(), modules, sum(vector.numel() for vector in vectors.values()))

@@ -1,0 +1,117 @@
+"""Which of several modules each row of a batch goes through: the model's own, or one that its adapter brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Adapter, ResolvedMix
+from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.routing.route import Route, Routing
+
+
+class Choice:
+    """What the rows of one route go through, in the place of one module.
+
+    Attributes:
+        modules: the distinct ones; None is the model's own.
+        index: int64 [rows] on the CPU, which of `modules` each row goes through; None where all go through the first.
+    """
+
+    def __init__(self, modules: tuple[nn.Module | None, ...], index: Tensor | None) -> None:
+        self.modules = modules
+        self.index = index
+        self._gathered: dict[tuple[torch.device, int], tuple[tuple[Tensor, ...], Tensor]] = {}
+
+    @outside_inference_mode
+    def gathered(self, device: torch.device, repeats: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The rows of each of `modules`, and where each row is once these stand one behind another.
+
+        Args:
+            device: where to.
+            repeats: how often each row of the route stands in the batch, next to itself.
+
+        Returns:
+            For each of `modules`, int64 [its rows]; and int64 [rows * repeats].
+        """
+        key = device, repeats
+        if key not in self._gathered:
+            assert self.index is not None
+            index = self.index.repeat_interleave(repeats)
+            rows = [(index == slot).nonzero().flatten() for slot in range(len(self.modules))]
+            self._gathered[key] = tuple(each.to(device) for each in rows), torch.cat(rows).argsort().to(device)
+        return self._gathered[key]
+
+
+def worn(routing: Routing) -> tuple[Route, int]:
+    """What the rows of the forward at hand wear, and how often each row of the route stands in its batch."""
+    return routing.route, routing.expand or 1
+
+
+@outside_inference_mode
+def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
+    """What each row of a route goes through at the module at `path`.
+
+    Args:
+        route: what the rows wear.
+        path: the module's.
+        own: the adapters' own, of those that have one.
+
+    Raises:
+        ValueError: as `check_route`.
+    """
+    modules = [_module(mix, own) for mix in route.mixes]
+    if route.index is None:
+        return Choice((modules[0],), None)
+    used = [modules[slot] for slot in _used(route.index)]
+    distinct = list({id(module): module for module in used}.values())
+    if len(distinct) == 1:
+        return Choice((distinct[0],), None)
+    if route.by_token:
+        raise ValueError(_by_token(path))
+    place = {id(module): slot for slot, module in enumerate(distinct)}
+    return Choice(tuple(distinct), torch.tensor([place[id(modules[mix])] for mix in route.index.tolist()]))
+
+
+def check_route(route: Route) -> None:
+    """Checks that a route's rows can go through their adapters' own modules.
+
+    Raises:
+        ValueError: tokens of one row would go through different ones, or rows through different saved embeddings.
+    """
+    if route.index is None:
+        return
+    mixes = [route.mixes[slot] for slot in _used(route.index)]
+    owners = {path: _owners(path, mixes) for mix in mixes for adapter in mix.adapters for path in adapter.modules}
+    for path, by_mix in sorted(owners.items()):
+        if len(set(by_mix)) == 1:
+            continue
+        for adapter in by_mix:
+            if adapter is not None and path in adapter.embeddings:
+                raise ValueError(
+                    f"adapter {adapter.name!r} has saved embeddings at {path!r}: they are the vocabulary of the whole "
+                    "model, its size included, so they are worn by all rows (set_adapter) or by none"
+                )
+        if route.by_token:
+            raise ValueError(_by_token(path))
+
+
+def _used(index: Tensor) -> list[int]:
+    return sorted(set(index.flatten().tolist()))
+
+
+def _owners(path: str, mixes: list[ResolvedMix]) -> list[Adapter | None]:
+    return [next((adapter for adapter in mix.adapters if path in adapter.modules), None) for mix in mixes]
+
+
+def _module(mix: ResolvedMix, own: Mapping[Adapter, nn.Module]) -> nn.Module | None:
+    return next((own[adapter] for adapter in mix.adapters if adapter in own), None)
+
+
+def _by_token(path: str) -> str:
+    return (
+        f"adapters of this route have their own module {path!r}: a row goes through one of them, so it can be routed "
+        "by row and not by token"
+    )

@@ -1,0 +1,193 @@
+"""A module in whose place rows go through their adapters' own: the same object, by a class made from its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.site import Side
+from ia3rt.modules.chosen import Choice, choose, worn
+from ia3rt.modules.wearer import How, Wearer
+from ia3rt.routing.route import Route, Routing
+
+
+class OwnOfOne:
+    """The adapters' own of one of the model's modules.
+
+    Attributes:
+        path: the module's.
+        cls: its class without `Swapping`.
+        own: by adapter.
+        in_training: of each parameter that is trained, its name in the model's module, and the part of the adapter's
+            own that holds it, by name.
+        runs_whole: whether vectors or own modules act within the model's: they know the rows of the whole batch only.
+    """
+
+    def __init__(self, path: str, cls: type[nn.Module], routing: Routing) -> None:
+        self.path = path
+        self.cls = cls
+        self.own: dict[Adapter, nn.Module] = {}
+        self.in_training: list[tuple[str, nn.Module, str]] = []
+        self.runs_whole = False
+        self._routing = routing
+        self._chosen: tuple[Route, Choice] | None = None
+
+    def choice(self) -> Choice:
+        """What the rows of the forward at hand go through."""
+        route, _ = worn(self._routing)
+        chosen = self._chosen
+        if chosen is None or chosen[0] is not route:
+            chosen = self._chosen = route, choose(route, self.path, self.own)
+        return chosen[1]
+
+    def forget(self) -> None:
+        """Chooses anew, after `own` has changed."""
+        self._chosen = None
+
+    def repeats(self, rows: int, of_route: int) -> int:
+        """How often each row of the route stands in a batch of `rows`.
+
+        Raises:
+            ValueError: the batch's rows are not the route's.
+        """
+        _, expand = worn(self._routing)
+        if rows not in (of_route, of_route * expand):
+            raise ValueError(
+                f"rows of the batch wear adapters with different modules {self.path!r}, but it got {rows} rows, and "
+                f"the route has {of_route}: what row each is, is not known. Let all rows wear one adapter (set_adapter)"
+            )
+        return rows // of_route
+
+    def follow(self, module: nn.Module) -> None:
+        """Takes trained parameters as they stand in the model: load_state_dict(assign=True) puts others there."""
+        for name, part, last in self.in_training:
+            part._parameters[last] = module._parameters[name]
+
+
+class Swapping(nn.Module):
+    """Mixed into the class of a module of which adapters have their own.
+
+    Attributes:
+        ia3_own: which these are.
+    """
+
+    ia3_own: OwnOfOne
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module that each row's adapter has gives for it; the model's own where it has none."""
+        held = self.ia3_own
+        if held.in_training:
+            held.follow(self)
+        choice = held.choice()
+        if choice.index is not None:
+            return self._by_row(held, choice, args, kwargs)
+        own = choice.modules[0]
+        return self._models(*args, **kwargs) if own is None else own.forward(*args, **kwargs)
+
+    def _models(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        if issubclass(self.ia3_own.cls, Wearer):
+            return plain(self).forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _by_row(self, held: OwnOfOne, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        x = _only_tensor(held.path, (*args, *kwargs.values()))
+        assert choice.index is not None
+        rows, places = choice.gathered(x.device, held.repeats(x.shape[0], len(choice.index)))
+        parts = []
+        for module, each in zip(choice.modules, rows, strict=True):
+            run: Callable[..., Any] = self._models if module is None else module.forward
+            if module is None and held.runs_whole:
+                parts.append(_rows_of(held.path, run(*args, **kwargs), x.shape[0]).index_select(0, each))
+                continue
+            some = x.index_select(0, each)
+            given = tuple(some if value is x else value for value in args)
+            named = {name: some if value is x else value for name, value in kwargs.items()}
+            parts.append(_rows_of(held.path, run(*given, **named), len(each)))
+        return torch.cat(parts).index_select(0, places)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Lets the adapters' own follow `model.to(…)`."""
+        for own in self.ia3_own.own.values():
+            own._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Any:
+        """Lets the adapters' own follow `model.train()` and `model.eval()`."""
+        for own in self.ia3_own.own.values():
+            own.train(mode)
+        return super().train(mode)
+
+
+class SwappingWearer(Swapping):
+    """The same for a module that wears vectors."""
+
+    def ia3_how(self, side: Side, rows: int) -> How:
+        """As the module does without this class."""
+        return plain(self).ia3_how(side, rows)  # type: ignore[operator, no-any-return]
+
+
+def plain(module: Swapping) -> nn.Module:
+    """The module by its class without `Swapping`: what that does depends on what class it is. It shares all it has."""
+    held = module.ia3_own
+    same = held.cls.__new__(held.cls)
+    object.__setattr__(same, "__dict__", vars(module))
+    return same
+
+
+_swapping: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def lay(module: nn.Module, held: OwnOfOne) -> None:
+    """Turns `module` into one in whose place its rows go through their adapters' own."""
+    cls = held.cls = type(module)
+    if cls not in _swapping:
+        mixin = SwappingWearer if issubclass(cls, Wearer) else Swapping
+        doc = f"{cls.__name__} that adapters have their own of."
+        _swapping[cls] = type(f"Own{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": doc})
+    module.__class__ = _swapping[cls]
+    vars(module)["ia3_own"] = held
+    held.runs_whole = any(isinstance(part, (Wearer, Swapping)) for part in module.modules() if part is not module)
+    held.runs_whole |= issubclass(cls, Wearer)
+    _redirect(module)
+
+
+def lift(module: nn.Module) -> None:
+    """Makes `module` what it was before `lay`."""
+    module.__class__ = vars(module).pop("ia3_own").cls
+    _redirect(module)
+
+
+def _redirect(module: nn.Module) -> None:
+    # accelerate's device_map hooks keep the forward they replaced; they have to call the class's present one.
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def _only_tensor(path: str, values: tuple[Any, ...]) -> Tensor:
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    others = [value for value in values if not isinstance(value, (Tensor, bool, int, float, str, type(None)))]
+    if len(tensors) != 1 or others or not tensors[0].dim():
+        got = ", ".join(type(value).__name__ for value in values)
+        raise ValueError(
+            f"rows of the batch wear adapters with different modules {path!r}, but it takes ({got}): only one that "
+            "takes a single tensor, with the rows as its dimension 0, can differ by row. Let all rows wear one adapter "
+            "(set_adapter)"
+        )
+    return tensors[0]
+
+
+def _rows_of(path: str, y: Any, rows: int) -> Tensor:
+    if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != rows:
+        got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(
+            f"rows of the batch wear adapters with different modules {path!r}, but it gives {got} for {rows} rows: "
+            "only one that gives a tensor, with the rows as its dimension 0, can differ by row. Let all rows wear one "
+            "adapter (set_adapter)"
+        )
+    return y
