@@ -156,6 +156,7 @@ class OwnModules:
             ValueError: one has another number of rows than the model's, or shares its weight with what stays.
         """
         states = self.states(adapters).states
+        written: set[int] = set()  # tied embeddings are one tensor, of which the first content has to be remembered
         for path, state in states.items():
             module = self._model.get_submodule(path)
             tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -169,7 +170,9 @@ class OwnModules:
                         f"cannot merge the own {path!r}: its {name!r} is {tuple(value.shape)}, the model's "
                         f"{tuple(tensors[name].shape)}; call model.resize_token_embeddings({len(value)}) before patch()"
                     )
-                saved.replace(tensors[name], value)
+                if id(tensors[name]) not in written:
+                    saved.replace(tensors[name], value)
+                    written.add(id(tensors[name]))
 
     def end(self) -> None:
         """Gives the model's modules back."""
