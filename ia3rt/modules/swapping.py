@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -80,6 +81,12 @@ class Swapping(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module that each row's adapter has gives for it; the model's own where it has none."""
+        if torch.compiler.is_compiling():
+            # What rows go through is looked up by adapter: traced, it would be compiled again for each of them.
+            return _untraced()(self, *args, **kwargs)
+        return self._swapped(*args, **kwargs)
+
+    def _swapped(self, *args: Any, **kwargs: Any) -> Any:
         held = self.ia3_own
         if held.in_training:
             held.follow(self)
@@ -122,6 +129,11 @@ class Swapping(nn.Module):
         for own in self.ia3_own.own.values():
             own.train(mode)
         return super().train(mode)
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    return torch.compiler.disable(Swapping._swapped)  # not at the top: it imports torch's compiler
 
 
 class SwappingWearer(Swapping):
