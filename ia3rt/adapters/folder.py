@@ -62,7 +62,7 @@ def find_file(folder: Path, names: tuple[str, ...]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{folder} holds {CONFIG_NAME}, but neither {' nor '.join(names)} beside it: the adapter's numbers are missing"
+        f"{folder} holds neither {' nor '.join(names)} beside its {CONFIG_NAME}: the adapter's numbers are missing"
     )
 
 

@@ -55,10 +55,12 @@ def of_file(model: nn.Module, name: str, checkpoint: Checkpoint) -> Brought:
         if is_named:
             continue
         if path not in _embeddings(model):
+            has = any(path == known for known, _ in model.named_modules())
+            whose = "other ones than the model's" if has else f"a module that {type(model).__name__} lacks"
             raise ValueError(
-                f"adapter {name!r} comes with weights for {path!r} ({', '.join(state)}), other ones than the model's: "
-                "they are no IA³ vectors, modules_to_save in its config does not name that module, and it is no "
-                "embedding of the model. If they were trained with it, name it there"
+                f"adapter {name!r} comes with weights for {path!r} ({', '.join(state)}), {whose}: they are no IA³ "
+                "vectors, modules_to_save in its config does not name that module, and it is no embedding of the "
+                "model. If they were trained with it, name it there"
             )
         brought.embeddings.add(path)
     for path in sorted(brought.embeddings):
@@ -118,6 +120,8 @@ def _by_module(model: nn.Module, name: str, brought: Brought) -> Brought:
     single = Brought({}, {paths.get(path, path) for path in brought.embeddings})
     for path, state in brought.states.items():
         known = single.states.setdefault(paths.get(path, path), state)
+        if known is state:
+            continue
         if known.keys() != state.keys() or not all(torch.equal(known[each], state[each]) for each in state):
             raise ValueError(
                 f"adapter {name!r} has its own {path!r} and another {paths[path]!r}, which are one module of the model"

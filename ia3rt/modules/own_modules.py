@@ -142,7 +142,8 @@ class OwnModules:
             held.follow(module)
             for name, part, last in held.in_training:
                 delattr(module, name)
-                part._parameters[last].requires_grad_(False)  # type: ignore[union-attr]
+                parameter = part.get_parameter(last)
+                parameter.requires_grad, parameter.grad = False, None
             held.in_training.clear()
 
     def merge(self, adapters: Iterable[Adapter], saved: MergedWeights) -> None:

@@ -133,7 +133,9 @@ class Swapping(nn.Module):
 
 @functools.cache
 def _untraced() -> Callable[..., Any]:
-    return torch.compiler.disable(Swapping._swapped)  # not at the top: it imports torch's compiler
+    # Not at the module's top: it imports torch's compiler.
+    untraced: Callable[..., Any] = torch.compiler.disable(Swapping._swapped)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 class SwappingWearer(Swapping):
