@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3rt.modules.swapping import Swapping, lift
 from ia3rt.modules.wearer import Wearer, unwrap
 
 
@@ -39,6 +40,8 @@ def copied(model: nn.Module, name: str, path: str, state: Mapping[str, Tensor], 
     for part in made.modules():
         for trained in [each for each in part._parameters if each.startswith("ia3_")]:
             del part._parameters[trained]
+        if isinstance(part, Swapping):
+            lift(part)
         if isinstance(part, Wearer):
             unwrap(part)
     for tensor_name, tensor in state.items():

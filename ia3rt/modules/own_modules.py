@@ -15,7 +15,8 @@ from ia3rt.modules.brought import Brought
 from ia3rt.modules.chosen import worn
 from ia3rt.modules.copied import copied, own_state, sharing, tensors_of
 from ia3rt.modules.merge import MergedWeights
-from ia3rt.modules.swapping import OwnOfOne, lay, lift
+from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
+from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.route import Routing
 
 
@@ -42,9 +43,8 @@ class OwnModules:
             ValueError: one does not fit the model.
         """
         built: dict[str, nn.Module] = {}
-        with self.lifted():
-            for path, state in brought.states.items():
-                built[path] = copied(self._model, name, path, state, path in brought.embeddings)
+        for path, state in brought.states.items():
+            built[path] = copied(self._model, name, path, state, path in brought.embeddings)
         for path in brought.states:
             outer = next((each for each in brought.states if path.startswith(f"{each}.")), None)
             if outer is not None:
@@ -60,26 +60,26 @@ class OwnModules:
             own.train(self._model.get_submodule(path).training)
             if path in adapter.embeddings and _rows(own) != _rows(self._model.get_submodule(path)):
                 self._resized[adapter] = path
-        with self.lifted():
-            for path, own in built.items():
-                if path not in self._held:
-                    module = self._model.get_submodule(path)
-                    self._held[path] = OwnOfOne(path, type(module), self._routing)
-                self._held[path].own[adapter] = own
-                self._held[path].forget()
+        for path, own in built.items():
+            if path in self._held:
+                self._held[path].add(adapter, own)
+            else:
+                module = self._model.get_submodule(path)
+                held = self._held[path] = OwnOfOne(path, type(module), self._routing)
+                held.add(adapter, own)
+                lay(module, held)
+        self._look_within()
         if self._resized and self._hook is None:
             self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter's own modules."""
-        if not adapter.modules:
-            return
-        with self.lifted():
-            for path in adapter.modules:
-                del self._held[path].own[adapter]
-                self._held[path].forget()
-                if not self._held[path].own:
-                    del self._held[path]
+        for path in adapter.modules:
+            self._held[path].remove(adapter)
+            if not self._held[path].own:
+                lift(self._model.get_submodule(path))
+                del self._held[path]
+        self._look_within()
         self._resized.pop(adapter, None)
         self._unhook()
 
@@ -103,9 +103,9 @@ class OwnModules:
         try:
             yield
         finally:
-            # From the inside out: a module has to know of those within it.
-            for path in sorted(self._held, key=lambda path: -path.count(".")):
-                lay(self._model.get_submodule(path), self._held[path])
+            for path, held in self._held.items():
+                lay(self._model.get_submodule(path), held)
+            self._look_within()
 
     def train(self, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
         """Makes the own modules of adapters parameters of the model, until `end_training`; saved embeddings stay.
@@ -182,6 +182,13 @@ class OwnModules:
         self._held.clear()
         self._resized.clear()
         self._unhook()
+
+    def _look_within(self) -> None:
+        """Tells modules whether vectors or own modules act within them, after that has changed."""
+        for path, held in self._held.items():
+            _, *parts = self._model.get_submodule(path).modules()
+            acts = any(isinstance(part, (Wearer, Swapping)) for part in parts)
+            held.runs_whole = acts or issubclass(held.cls, Wearer)
 
     def _unhook(self) -> None:
         if self._hook is not None and not self._resized:

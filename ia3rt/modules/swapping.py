@@ -32,7 +32,7 @@ class OwnOfOne:
     def __init__(self, path: str, cls: type[nn.Module], routing: Routing) -> None:
         self.path = path
         self.cls = cls
-        self.own: dict[Adapter, nn.Module] = {}
+        self.own: Mapping[Adapter, nn.Module] = {}
         self.in_training: list[tuple[str, nn.Module, str]] = []
         self.runs_whole = False
         self._routing = routing
@@ -46,8 +46,14 @@ class OwnOfOne:
             chosen = self._chosen = route, choose(route, self.path, self.own)
         return chosen[1]
 
-    def forget(self) -> None:
-        """Chooses anew, after `own` has changed."""
+    def add(self, adapter: Adapter, own: nn.Module) -> None:
+        """Adds an adapter's own. What is there already goes on being worn meanwhile, in other threads too."""
+        self.own = {**self.own, adapter: own}
+        self._chosen = None
+
+    def remove(self, adapter: Adapter) -> None:
+        """Forgets an adapter's own."""
+        self.own = {other: own for other, own in self.own.items() if other is not adapter}
         self._chosen = None
 
     def repeats(self, rows: int, of_route: int) -> int:
@@ -164,16 +170,15 @@ def lay(module: nn.Module, held: OwnOfOne) -> None:
         mixin = SwappingWearer if issubclass(cls, Wearer) else Swapping
         doc = f"{cls.__name__} that adapters have their own of."
         _swapping[cls] = type(f"Own{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": doc})
-    module.__class__ = _swapping[cls]
     vars(module)["ia3_own"] = held
-    held.runs_whole = any(isinstance(part, (Wearer, Swapping)) for part in module.modules() if part is not module)
-    held.runs_whole |= issubclass(cls, Wearer)
+    module.__class__ = _swapping[cls]
     _redirect(module)
 
 
 def lift(module: nn.Module) -> None:
     """Makes `module` what it was before `lay`."""
-    module.__class__ = vars(module).pop("ia3_own").cls
+    module.__class__ = vars(module)["ia3_own"].cls
+    del vars(module)["ia3_own"]
     _redirect(module)
 
 

@@ -16,6 +16,7 @@ import torch
 from heads import KINDS, adapted, model_of, output, randomize, saved, targets_of, token_ids
 from torch import nn
 from transformers import LlamaForCausalLM
+from where import DEVICE
 
 import ia3rt
 
@@ -267,6 +268,39 @@ def test_nothing_is_compiled_again_for_another_adapter(tmp_path: Path) -> None:
         assert torch.equal(output(compiled, IDS), output(model, IDS))
         counted.append(len(graphs))
     assert counted[1:] == counted[:1] * 9
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("path", ["model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"])
+def test_what_other_adapters_wear_at_an_own_layer_stays(backend: Any, path: str) -> None:
+    """Where a layer is one of a pair of one launch, or of an MLP whose vector is fused: those go past the module."""
+    model = model_of("an lm_head").to(DEVICE)
+    runtime = ia3rt.patch(model, backend=backend)
+    torch.manual_seed(3)
+    shape = model.get_submodule(path).weight.shape
+    runtime.add_adapter("vectors", {site.key: torch.rand(site.width) + 0.5 for site in runtime.sites})
+    elsewhere = {site.key: torch.rand(site.width) + 0.5 for site in runtime.sites if site.path != path}
+    weight = torch.randn(shape)
+    alone: dict[str | None, torch.Tensor] = {}
+    for name in ("vectors", None):
+        runtime.set_adapter(name)
+        alone[name] = output(model, IDS.to(DEVICE))
+    runtime.add_adapter("own", elsewhere, modules={path: {"weight": weight}})
+    runtime.set_adapter("own")
+    alone["own"] = output(model, IDS.to(DEVICE))
+    changed = model_of("an lm_head")
+    changed.load_state_dict({**changed.state_dict(), f"{path}.weight": weight})
+    right = ia3rt.patch(changed.to(DEVICE), backend=backend)
+    right.add_adapter("own", elsewhere)
+    right.set_adapter("own")
+    torch.testing.assert_close(alone["own"], output(changed, IDS.to(DEVICE)), rtol=1e-4, atol=1e-4)
+    for name in ("vectors", None):
+        runtime.set_adapter(name)
+        torch.testing.assert_close(output(model, IDS.to(DEVICE)), alone[name], rtol=1e-4, atol=1e-4)
+    with runtime.route(["own", "vectors", None]):
+        rows = output(model, IDS.to(DEVICE))
+    for row, name in enumerate(["own", "vectors", None]):
+        torch.testing.assert_close(rows[row], alone[name][row], rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_of_vectors_and_own_of_one_module_goes_by_row() -> None:
