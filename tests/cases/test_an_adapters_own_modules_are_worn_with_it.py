@@ -77,7 +77,7 @@ def test_two_that_have_their_own_cannot_be_combined(loaded: Any) -> None:
 
 
 def test_one_that_has_its_own_is_combined_with_one_that_has_not(loaded: Any) -> None:
-    """As in PEFT, where both are active then."""
+    """What several active adapters mean in PEFT is compared below, by what is taken over."""
     runtime, model, _ = loaded
     vectors = {site.key: torch.full((site.width,), 0.5) for site in runtime.sites}
     runtime.add_adapter("half", vectors)
@@ -128,6 +128,25 @@ def test_a_peft_models_are_taken_over(kind: str) -> None:
     runtime.set_adapter(None)
     assert torch.equal(output(runtime.model, IDS), base)
     assert names_of_classes(runtime.unpatch()) == names_of_classes(model_of(kind))
+
+
+def test_several_active_ones_are_taken_over(kind: str) -> None:
+    """In PEFT one with its own modules and one without can be active at once."""
+    wrapped = adapted(model_of(kind), kind, 1, "a")
+    task, names = wrapped.peft_config["a"].task_type, targets_of(kind)
+    plain = peft.IA3Config(**(names or dict(target_modules=["k_proj"], feedforward_modules=[])))
+    wrapped.peft_config["plain"] = plain
+    wrapped.base_model.inject_adapter(wrapped.base_model.model, "plain")
+    wrapped.base_model.set_adapter(["a", "plain"])
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if name.endswith(".plain"):
+                parameter.uniform_(0.5, 1.5)
+    right = output(wrapped.eval(), IDS)
+    assert task is not None
+    runtime = ia3rt.patch(wrapped, **names)
+    assert runtime.active_adapters == ["a", "plain"]
+    assert torch.equal(output(runtime.model, IDS), right)
 
 
 def test_a_merge_writes_it_over_the_models_and_back(loaded: Any, kind: str) -> None:
