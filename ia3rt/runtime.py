@@ -207,8 +207,8 @@ class Runtime:
             The parameters: the vectors, float32 [width] each, and those of the adapters' own modules.
 
         Raises:
-            ValueError: an adapter is unknown, they cannot be combined, the bank's dtype is not float32, or a name is in
-                the way.
+            ValueError: an adapter is unknown, no row wears one and they cannot be combined, the bank's dtype is not
+                float32, or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -217,15 +217,18 @@ class Runtime:
         if not adapter_names:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        mix = self._bank.resolve(Mix(names))
-        trained = TrainedAdapters(self.model, self._bank, mix.adapters)
+        adapters = [self._bank.resolve(Mix((name,))).adapters[0] for name in names]
+        route = self._routing.route
+        if not any(adapter in mix.adapters for mix in route.mixes for adapter in adapters):
+            route = Route((self._bank.resolve(Mix(names)),))
+        trained = TrainedAdapters(self.model, self._bank, adapters)
         try:
             own = self._own.train(trained.adapters)
         except ValueError:
             trained.end()
             raise
         self._routing.trained = trained
-        self._routing.wear(self._routing.route if trained.are_worn(self._routing.route.mixes) else Route((mix,)))
+        self._routing.wear(route)
         return [*trained.parameters, *own]
 
     def end_training(self) -> None:

@@ -19,6 +19,7 @@ ADAPTERHUB_HEAD_NAMES = (HUB_HEAD_SAFETENSORS_NAME, HUB_HEAD_PICKLE_NAME)
 FILE_NAMES = (CONFIG_NAME, *PEFT_NAMES, *ADAPTERHUB_NAMES, *ADAPTERHUB_HEAD_NAMES)
 """All files of an adapter that are read, PEFT's and AdapterHub's."""
 
+_MODEL_NAME = "config.json"
 _MOST_NAMED = 5  # subfolders in one message
 
 
@@ -47,7 +48,7 @@ def local_folder(
     if given.is_dir():
         folder = given / (subfolder or "")
         if not (folder / CONFIG_NAME).is_file():
-            raise FileNotFoundError(_without_adapter(str(path_or_hub_id), subfolder, list(_here(given))))
+            raise FileNotFoundError(_without_adapter(str(path_or_hub_id), subfolder, list(_here(given, subfolder))))
         return folder
     return _download(str(path_or_hub_id), revision, subfolder, token)
 
@@ -87,12 +88,14 @@ def _download(repo: str, revision: str | None, subfolder: str | None, token: str
     return found
 
 
-def _here(folder: Path) -> Iterator[str]:
-    """The files that matter in a folder and two levels of folders inside, as the Hub lists a repository's."""
-    for pattern in ("*", "*/*", "*/*/*"):
-        for file in sorted(folder.glob(pattern)):
-            if file.name in (*FILE_NAMES, "config.json") and file.is_file():
-                yield file.relative_to(folder).as_posix()
+def _here(folder: Path, subfolder: str | None) -> Iterator[str]:
+    """The files that matter in a folder, and adapters down to two levels inside, as the Hub lists a repository's."""
+    for place in dict.fromkeys((folder, folder / (subfolder or ""))):
+        for name in (*FILE_NAMES, _MODEL_NAME):
+            if (place / name).is_file():
+                yield (place / name).relative_to(folder).as_posix()
+    for pattern in (f"*/{CONFIG_NAME}", f"*/*/{CONFIG_NAME}"):
+        yield from (file.relative_to(folder).as_posix() for file in sorted(folder.glob(pattern)))
 
 
 def _without_adapter(given: str, subfolder: str | None, files: list[str]) -> str:
@@ -111,6 +114,6 @@ def _without_adapter(given: str, subfolder: str | None, files: list[str]) -> str
     weights = [name for name in FILE_NAMES if name in beside]
     if weights:
         return f"{says}, though it holds {weights[0]}: the two belong together, copy the {CONFIG_NAME} beside it"
-    if "config.json" in beside:
-        return f"{says}, but a model: its config.json is one's"
+    if _MODEL_NAME in beside:
+        return f"{says}, but a model: it holds a {_MODEL_NAME}"
     return says

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3rt.adapters.checkpoint import read_checkpoint
+from ia3rt.adapters.checkpoint import read_checkpoint, read_config
 from ia3rt.adapters.folder import CONFIG_NAME
 
 
@@ -45,11 +44,8 @@ def find_adapters(folder: Path) -> list[Served]:
 
 
 def _read(folder: Path) -> Served:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}") from error
-    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+    config = read_config(folder / CONFIG_NAME)
+    if config.get("peft_type") == "LORA":
         ranks = [config["r"], *config.get("rank_pattern", {}).values()]
         return Served(folder.name, folder.absolute(), frozenset(), 0, max(ranks))
     vectors = read_checkpoint(folder).vectors_alone(folder.name)  # which refuses other kinds
