@@ -313,6 +313,10 @@ def test_nothing_is_compiled_again_for_another_adapter(tmp_path: Path) -> None:
         assert torch.equal(output(compiled, IDS), output(model, IDS))
         counted.append(len(graphs))
     assert counted[1:] == counted[:1] * 9
+    for worn in (["0", "1", None], ["2", "1", "1"], [None, None, "3"]):
+        with runtime.route(worn):
+            assert torch.equal(output(compiled, IDS), output(model, IDS))
+    assert len(graphs) <= counted[0] + 1  # one for vectors by row
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
