@@ -81,7 +81,7 @@ def check_route(route: Route) -> None:
     Raises:
         ValueError: tokens of one row would go through different ones, or rows through different saved embeddings.
     """
-    if route.index is None:
+    if route.index is None or not any(adapter.modules for mix in route.mixes for adapter in mix.adapters):
         return
     mixes = [route.mixes[slot] for slot in _used(route.index)]
     owners = {path: _owners(path, mixes) for mix in mixes for adapter in mix.adapters for path in adapter.modules}

@@ -32,7 +32,6 @@ class OwnModules:
         self._model = model
         self._routing = routing
         self._held: dict[str, OwnOfOne] = {}
-        self._frozen: list[nn.Parameter] = []
         self._resized: dict[Adapter, str] = {}
         self._hook: RemovableHandle | None = None
 
