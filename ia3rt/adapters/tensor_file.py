@@ -20,13 +20,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is damaged, or something else than its name says.
     """
-    content = file.read_bytes()
-    if not content:
+    with file.open("rb") as opened:
+        begin = opened.read(32)
+    if not begin:
         raise ValueError(f"{file} is damaged: it is empty, 0 bytes")
-    if content.startswith(b"version https://git-lfs"):
+    if begin.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file} is damaged: it is a pointer of Git LFS and not the file itself; run `git lfs pull`")
     if file.suffix == ".safetensors":
-        return _safetensors(file, content)
+        return _safetensors(file, file.read_bytes())
     return _pickle(file)
 
 

@@ -141,10 +141,8 @@ def _is_as(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> bool:
         own = own_state(model.get_submodule(path))
     except AttributeError:
         return False
-    return all(
-        name in own and own[name].shape == tensor.shape and torch.equal(own[name].cpu(), tensor.to(own[name].dtype))
-        for name, tensor in state.items()
-    )
+    same = (name in own and not own[name].is_meta and own[name].shape == each.shape for name, each in state.items())
+    return all(same) and all(torch.equal(own[name].cpu(), each.to(own[name].dtype)) for name, each in state.items())
 
 
 def _embeddings(model: nn.Module) -> set[str]:

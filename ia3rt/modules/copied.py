@@ -76,6 +76,11 @@ def _check(name: str, path: str, own: Mapping[str, Tensor], state: Mapping[str, 
         theirs, ours = tuple(tensor.shape), tuple(own[tensor_name].shape)
         if type(own[tensor_name]) not in (Tensor, nn.Parameter) or _is_packed(own[tensor_name], tensor):
             raise ValueError(f"{where} cannot be one like the model's, whose {tensor_name!r} is quantised")
+        if own[tensor_name].is_meta:
+            raise ValueError(
+                f"{where} cannot be one like the model's, whose {tensor_name!r} is not in memory: it is offloaded, or "
+                "has no weights yet. Load the model without offloading that module"
+            )
         if theirs != ours and not (resizes and theirs[1:] == ours[1:] and len(theirs) == len(ours)):
             hint = "" if theirs[1:] != ours[1:] else ": load the model with as many rows there (num_labels=… of a head)"
             raise ValueError(f"{where} has {tensor_name!r} of shape {theirs}, the model's is {ours}{hint}")

@@ -414,6 +414,16 @@ def test_an_own_module_that_does_not_fit_is_refused(modules: Any, message: str) 
     _unchanged(runtime, model, before, [])
 
 
+def test_an_offloaded_module_is_refused() -> None:
+    """Its weights are on the meta device between forwards: what was put there would be lost."""
+    model = model_of("a linear head")
+    runtime = ia3rt.patch(model)
+    model.score.to("meta")
+    with pytest.raises(ValueError, match="whose 'weight' is not in memory: it is offloaded"):
+        runtime.add_adapter("a", modules={"score": {"weight": torch.ones(3, 32)}})
+    assert runtime.adapters == []
+
+
 def test_a_head_is_not_loaded_into_a_model_without_it(tmp_path: Path) -> None:
     saved("a linear head", tmp_path, SEEDS, IDS)
     model = model_of("an lm_head")
