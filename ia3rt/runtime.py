@@ -59,7 +59,6 @@ class Runtime:
         self._own = OwnModules(model, self._routing)
         self._merged: tuple[MergedWeights, Route] | None = None
         self._place_sites()
-        self._pair()
         self._routing.refresh()
         generation.install(model, self._routing)
         self._hooks: list[RemovableHandle] | None = [
@@ -257,8 +256,6 @@ class Runtime:
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._routing.drop(self._bank.remove(adapter_name))
         self._own.drop(adapter)
-        if adapter.modules:
-            self._pair()
 
     def save_adapter(self, adapter_name: str, path: str | Path) -> None:
         """Writes an adapter as a PEFT checkpoint, which PEFT loads too.
@@ -438,8 +435,6 @@ class Runtime:
             self._tie()
             self._routing.refresh()
         self._own.keep(adapter, built)
-        if built or self._bank.table is not table:
-            self._pair()
 
     def _place_sites(self) -> None:
         modules = dict(self.model.named_modules())
@@ -449,10 +444,8 @@ class Runtime:
                 wrap(module, mixin, self._routing, self._follow)
                 self._routing.composes |= not mixin.is_fused(module)
             place(module, site.side, position)
-
-    def _pair(self) -> None:
-        if self.backend == "triton":  # a layer that some rows go past, through their adapters' own, has no pair
-            pair_layers(dict(self.model.named_modules()), (site.path for site in self.sites))
+        if self.backend == "triton":
+            pair_layers(modules, (site.path for site in self.sites))
 
     def _follow(self, device: torch.device) -> None:
         if device != self._bank.table.device:

@@ -121,9 +121,7 @@ def saved_paths(names: Collection[str], paths: Iterable[str]) -> list[str]:
 def _plain(keys: Iterable[str]) -> list[str]:
     """The keys as they are below PEFT's wrapper, without what other wrappers put into them."""
     plain = [".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in keys]
-    prefixed = any(PREFIX in f".{key}" for key in plain)
-    # Below PEFT's prefix, `module` is a module of the model's own.
-    while plain and all(key.startswith(_DDP) for key in plain) and (not prefixed or not plain[0].startswith(PREFIX)):
+    while plain and all(key.startswith(_DDP) for key in plain):  # below PEFT's prefix it is a module of the model's own
         plain = [key.removeprefix(_DDP) for key in plain]
     return [key.removeprefix(PREFIX) for key in plain]
 
