@@ -13,16 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
+from ia3rt.modules import brought
+from ia3rt.modules.brought import Brought
+from ia3rt.modules.chosen import check_route
 from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
+from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation
@@ -79,6 +83,7 @@ class Runtime:
         self._routing.attach(model)
         self._shared = shared_modules(model)
         self._drop_ins = DropIns(model, self._routing, self._follow)
+        self._own = OwnModules(model, self._routing)
         self._merged: MergedWeights | None = None
         self._hooks: list[RemovableHandle] | None = []
         self.is_unclaimed = False
@@ -124,7 +129,7 @@ class Runtime:
 
         Returns:
             Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one;
-            and its `config`.
+            its `config`; and its own `modules`, as `add_adapter` takes them.
 
         Raises:
             ValueError: it is unknown.
@@ -132,7 +137,9 @@ class Runtime:
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
         self._sync()
         vectors = {site.key: vector.detach().clone() for site, vector in self._bank.vectors(adapter).items()}
-        return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config))
+        states = self._own.states((adapter,)).states
+        own = {path: {each: x.detach().clone() for each, x in state.items()} for path, state in states.items()}
+        return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config), own)
 
     def load_adapter(
         self,
@@ -143,7 +150,10 @@ class Runtime:
         subfolder: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Loads a PEFT IA³ checkpoint. It is worn once `set_adapter` or `route` says so.
+        """Loads an IA³ checkpoint of PEFT's or AdapterHub's. It is worn once `set_adapter` or `route` says so.
+
+        Its own modules (modules_to_save, such as a classification head, and saved embeddings) are worn with its
+        vectors. docs/files.md says what is loaded and what is refused.
 
         Args:
             path_or_hub_id: a folder, or a repository's id on the Hugging Face Hub.
@@ -157,8 +167,8 @@ class Runtime:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: the name is taken, the checkpoint is damaged or of another PEFT type, or it does not fit the
-                model. Nothing has changed then.
+            ValueError: the name is taken, the checkpoint is damaged or of another kind, or it does not fit the model.
+                Nothing has changed then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("load an adapter")
@@ -166,12 +176,17 @@ class Runtime:
         self._bank.check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
         vectors = {self._site(name, key): vector for key, vector in checkpoint.vectors.items()}
-        self._add(name, vectors, checkpoint.config)
+        own = brought.of_file(self.model, name, checkpoint)
+        self._add(name, vectors, checkpoint.config, own)
         return name
 
     @_alone
     def add_adapter(
-        self, name: str, vectors: VectorsLike | None = None, config: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        vectors: VectorsLike | None = None,
+        config: Mapping[str, Any] | None = None,
+        modules: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Adds an adapter from tensors, or a new one to train.
 
@@ -180,26 +195,32 @@ class Runtime:
             vectors: by module path where that module has one site, else by (path, "in") or (path, "out"); each of
                 the site's width, in any shape. Sites left out count as ones. None makes an adapter of ones at all
                 sites: it changes nothing until it is trained.
-            config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type.
+            config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type. Of the
+                modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
+                "score" for SEQ_CLS and TOKEN_CLS, "qa_outputs" for QUESTION_ANS), the adapter gets its own, which begin
+                as the model's.
+            modules: by path, the state_dict() of a module that the adapter brings its own of.
 
         Raises:
-            ValueError: the name is taken, a vector does not fit its site or is not finite, or the model lacks a site.
-                Nothing has changed then.
+            ValueError: the name is taken, a vector or a module does not fit the model or is not finite, or the model
+                lacks a site or a module. Nothing has changed then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("add an adapter")
         self._bank.check_name(name)
+        own = brought.to_train(self.model, name, modules or {}, config or {})
         if vectors is None:
             if not self.sites:
                 raise ValueError(
                     f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
                     "vectors, or name the modules in patch(target_modules=…)"
                 )
-            vectors = {site.key: torch.ones(site.width) for site in self.sites}
+            outside = [site for site in self.sites if own.owner(site.path) is None]
+            vectors = {site.key: torch.ones(site.width) for site in outside}
         sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
-        self._add(name, dict(sited), dict(config or {}))
+        self._add(name, dict(sited), dict(config or {}), own)
 
     @_alone
     def add_weighted_adapter(
@@ -229,26 +250,27 @@ class Runtime:
         weights = None if weights is None else tuple(weights)
         mix = self._bank.resolve(Mix(tuple(adapters), weights, combination_type))
         self._sync()
-        self._add(adapter_name, composed_vectors(self._bank, mix), {})
+        self._add(adapter_name, composed_vectors(self._bank, mix), {}, self._own.states(dict.fromkeys(mix.adapters)))
 
     @_alone
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
-        """Makes the vectors of adapters parameters of the model, and freezes everything else, until `end_training`.
+        """Makes what adapters have parameters of the model, and freezes everything else, until `end_training`.
 
         They are found by any optimizer over `model.parameters()`, by `transformers.Trainer`, and in the model's
-        checkpoints, as `ia3_out_<name>` and `ia3_in_<name>` of the modules where they act. All rows wear the adapters'
-        product, unless the rows wear one of them already; `set_adapter` and `route` go on as before, and other adapters
-        in a mix stay as they are.
+        checkpoints: vectors as `ia3_out_<name>` and `ia3_in_<name>` of the modules where they act, an adapter's own
+        modules as `ia3_own_<name>_…` of the model's. Saved embeddings are not trained, as in PEFT. All rows wear the
+        adapters' product, unless the rows wear one of them already; `set_adapter` and `route` go on as before, and
+        other adapters in a mix stay as they are.
 
         Args:
             adapter_names: loaded adapters, or new ones (`add_adapter(name)`).
 
         Returns:
-            The parameters, float32 [width] each.
+            The parameters: the vectors, float32 [width] each, and those of the adapters' own modules.
 
         Raises:
-            ValueError: an adapter is unknown or acts at an offloaded module, the bank's dtype is not float32, or a name
-                is in the way.
+            ValueError: an adapter is unknown or acts at an offloaded module, no row wears one and they cannot be
+                combined, or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -257,14 +279,23 @@ class Runtime:
         if not adapter_names:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        mix = self._bank.resolve(Mix(names))
-        self._check_trainable(mix)
-        trained = self._routing.trained = TrainedAdapters(self.model, self._bank, mix.adapters)
-        if trained.are_worn(self._routing.route.mixes):
+        adapters = [self._bank.resolve(Mix((name,))).adapters[0] for name in names]
+        self._check_trainable(adapters)
+        mixes = self._routing.route.mixes
+        are_worn = any(adapter in mix.adapters for mix in mixes for adapter in adapters)
+        route = None if are_worn else Route((self._bank.resolve(Mix(names)),))
+        trained = TrainedAdapters(self.model, self._bank, adapters)
+        try:
+            own = self._own.train(trained.adapters)
+        except ValueError:
+            trained.end()
+            raise
+        self._routing.trained = trained
+        if route is None:
             self._routing.refresh()
         else:
-            self._routing.wear_everywhere(Route((mix,)))
-        return trained.parameters
+            self._routing.wear_everywhere(route)
+        return [*trained.parameters, *own]
 
     @_alone
     def end_training(self) -> None:
@@ -275,6 +306,7 @@ class Runtime:
         """
         if self._routing.trained is None:
             raise RuntimeError("no adapters are trained: there is nothing to end")
+        self._own.end_training()
         self._routing.trained.end()
         self._routing.trained = None
         self._routing.refresh()
@@ -292,6 +324,7 @@ class Runtime:
         if self._routing.trained is not None and adapter in self._routing.trained.adapters:
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._routing.drop(self._bank.remove(adapter_name))
+        self._own.drop(adapter)
 
     def save_adapter(self, adapter_name: str, path: str | Path) -> None:
         """Writes an adapter as a PEFT checkpoint, which PEFT loads too.
@@ -308,7 +341,8 @@ class Runtime:
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
-        write_checkpoint(path, self._bank.vectors(adapter), paths, config)
+        own = self._own.states((adapter,))
+        write_checkpoint(path, self._bank.vectors(adapter), paths, config, own.states, own.embeddings)
 
     @_alone
     def set_adapter(self, adapter_name: MixLike) -> None:
@@ -346,10 +380,11 @@ class Runtime:
                 None where the text says so, by its image tokens.
 
         Raises:
-            ValueError: an adapter is unknown, a mix, the index or images are not valid, or rows of an adapter act
-                inside the experts of a mixture, where rows are no longer the batch's. A route whose rows are not the
-                batch's is an error of the forward, before anything runs; a layer where it is not known whose each
-                element of its input is, is one when it is reached.
+            ValueError: an adapter is unknown, a mix, the index or images are not valid, rows of an adapter act inside
+                the experts of a mixture, where rows are no longer the batch's, or tokens of a row would go through
+                different modules of their adapters', or rows through different saved embeddings. A route whose rows
+                are not the batch's is an error of the forward, before anything runs; a layer where it is not known
+                whose each element of its input is, is one when it is reached.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
@@ -367,6 +402,7 @@ class Runtime:
                         "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
                     )
         route = _indexed(Route.by_row(resolved), len(resolved), index)
+        check_route(route)
         _check_images(images, 0 if route.index is None else len(route.index))
         before = self._routing.wear_here(route, images)
         return self._restoring(before)
@@ -385,7 +421,9 @@ class Runtime:
 
     @_alone
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
-        """Multiplies a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
+        """Writes a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
+
+        Vectors are multiplied in, and an adapter's own modules replace the model's.
 
         While merged, a further call multiplies a further mix in. As in PEFT, an adapter that is merged already is not
         merged again, with a warning.
@@ -401,12 +439,14 @@ class Runtime:
         self._check_open("merge", while_merged=True)
         if self._routing.trained is not None:
             raise RuntimeError("cannot merge while adapters are trained: call end_training() first")
-        weights = self._merged or MergedWeights(self.model, self._bank)
+        weights = self._merged or MergedWeights(self.model, self._bank, self._own.merge)
         route = self._routing.chosen
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
         mix = route.mixes[0].mix if adapter_names is None else Mix.of(adapter_names)
-        weights.merge(self._bank.resolve(weights.without_merged(mix)))
+        resolved = self._bank.resolve(weights.without_merged(mix))
+        with self._own.lifted():
+            weights.merge(resolved)
         if self._merged is None:
             self._merged = weights
             self._routing.cover()
@@ -493,8 +533,8 @@ class Runtime:
         if self._merged is not None and not while_merged:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
 
-    def _check_trainable(self, mix: ResolvedMix) -> None:
-        for adapter in mix.adapters:
+    def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
             for site in adapter.sites:
                 if execution_device(self.model.get_submodule(site.path)) is not None:
                     raise ValueError(
@@ -505,9 +545,10 @@ class Runtime:
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self
         self._drop_ins.place(self.sites)
+        self._own.begin()
         self._routing.refresh()
         generation.install(self.model, self._routing)
-        self._hooks = []
+        self._hooks = [self.model.register_forward_pre_hook(self._own.before_forward, with_kwargs=True)]
         for module in self.model.modules():
             if module is self.model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
                 begin = self._routing.before_forward if module is self.model else self._routing.before_part
@@ -516,6 +557,7 @@ class Runtime:
                 self._hooks += [before, after]
 
     def _uninstall(self) -> None:
+        self._own.end()
         self._drop_ins.place(())
         generation.uninstall(self.model)
         for hook in self._hooks or ():
@@ -525,7 +567,7 @@ class Runtime:
 
     def _adopt(self, taken: TakenOver) -> None:
         for name, vectors in taken.vectors.items():
-            self.add_adapter(name, vectors, taken.configs.get(name))
+            self.add_adapter(name, vectors, taken.configs.get(name), taken.modules.get(name))
         if taken.active:
             self.set_adapter(taken.active)
 
@@ -544,21 +586,33 @@ class Runtime:
         return list(mix.adapters)
 
     @_alone
-    def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any]) -> None:
+    def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:
+        for site in vectors:
+            owner = own.owner(site.path)
+            if owner is not None:
+                raise ValueError(
+                    f"adapter {name!r} has a vector at {site} and its own module {owner!r} there, which wears none: "
+                    "leave one of them out"
+                )
+        built = self._own.build(name, own)
+        config = brought.with_names(config, own)
         table, grown = self._bank.table, False
         try:
             with self._bank.all_or_nothing():
-                self._bank.add(name, vectors, config)
+                adapter = self._bank.add(name, vectors, config, frozenset(built), frozenset(own.embeddings))
                 grown = self._bank.table is not table
                 if grown:
                     self._place_sites()
+                self._own.keep(adapter, built)
+            self._routing.probing.forget()
         except BaseException:
             if grown:
                 self._place_sites()
             raise
 
     def _place_sites(self) -> None:
-        self._drop_ins.place(self.sites)
+        with self._own.lifted():
+            self._drop_ins.place(self.sites)
         self._tie()
         self._routing.refresh()
 
@@ -600,7 +654,8 @@ class Runtime:
         if side not in ("in", "out"):
             raise ValueError(f"adapter {name!r} has a vector at side {side!r} of {path!r}: sides are 'in' and 'out'")
         try:
-            site = site_of(dict(self.model.named_modules()), path, side)
+            with self._own.lifted():
+                site = site_of(dict(self.model.named_modules()), path, side)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
         self._targets.check(self.model, site, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +26,8 @@ class Adapter:
         row: its row of the bank.
         sites: where it acts; everywhere else its row is ones.
         config: the adapter_config.json it came with, empty where it came from none.
+        modules: the paths of the model's modules of which it has its own; rows that wear it go through its own.
+        embeddings: which of them are saved embeddings, the whole vocabulary of the model that it was trained on.
         free: the bank's free rows, to which its row goes when nothing holds it any more.
     """
 
@@ -33,6 +35,8 @@ class Adapter:
     row: int
     sites: frozenset[Site]
     config: dict[str, Any] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
     free: list[int] = field(default_factory=list, repr=False)
 
     def __del__(self) -> None:
@@ -48,6 +52,33 @@ class Adapter:
     def site_in_experts(self) -> Site | None:
         """A site inside the experts of a mixture, where a batch's rows are mixed up; None where there is none."""
         return next((site for site in self.sites if "experts" in site.path.split(".")), None)
+
+
+def check_modules(adapters: Collection[Adapter]) -> None:
+    """Checks that adapters can be worn together: of each module there is one, and it wears their vectors.
+
+    Raises:
+        ValueError: two of them have their own of one module, or one has a vector within another's own.
+    """
+    for owner in adapters:
+        for path in sorted(owner.modules):
+            for adapter in adapters:
+                theirs = next((p for p in sorted(adapter.modules) if _is_within(p, path)), None)
+                if theirs is not None and adapter is not owner:
+                    raise ValueError(
+                        f"adapters {owner.name!r} and {adapter.name!r} each have their own module {theirs!r}: a row "
+                        "can go through one of them only, so they cannot be combined"
+                    )
+                site = next((site for site in adapter.sites if _is_within(site.path, path)), None)
+                if site is not None:
+                    raise ValueError(
+                        f"adapter {adapter.name!r} acts at {site}, within {path!r}, where adapter {owner.name!r} has "
+                        "its own module, which wears no vector: they cannot be combined"
+                    )
+
+
+def _is_within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
 
 
 class ResolvedMix(NamedTuple):
@@ -113,6 +144,7 @@ class Bank:
                 loaded = ", ".join(repr(known) for known in self.adapters) or "none"
                 raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {loaded})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
+        check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         if weights is not None and (rest := 1.0 - sum(weights)):
             if mix.combination_type == "delta":
@@ -167,7 +199,14 @@ class Bank:
         return [*self.sites.values(), *(site for site in vectors if site.key not in self.sites)]
 
     @outside_inference_mode
-    def add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any] | None = None) -> Adapter:
+    def add(
+        self,
+        name: str,
+        vectors: Mapping[Site, Tensor],
+        config: dict[str, Any] | None = None,
+        modules: frozenset[str] = frozenset(),
+        embeddings: frozenset[str] = frozenset(),
+    ) -> Adapter:
         """Makes an adapter resident: one copy into a free row. Either all of it happens or nothing.
 
         The table is another tensor afterwards where a row or a column had to be added.
@@ -186,7 +225,9 @@ class Bank:
                 piece.copy_(numbers)
         else:
             self.table[index].copy_(row)
-        self.adapters[name] = Adapter(name, index, frozenset(vectors), dict(config or {}), self._free)
+        self.adapters[name] = Adapter(
+            name, index, frozenset(vectors), dict(config or {}), modules, embeddings, self._free
+        )
         return self.adapters[name]
 
     @contextmanager

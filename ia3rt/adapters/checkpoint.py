@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ia3rt.adapters import adapterhub
+from ia3rt.adapters.folder import CONFIG_NAME, PEFT_NAMES, SAFETENSORS_NAME, find_file, local_folder
+from ia3rt.adapters.keys import PREFIX, SUFFIX, modules_to_save, saved_paths, sort_keys
 from ia3rt.adapters.site import Side, Site, SiteKey, name_matches
-
-CONFIG_NAME = "adapter_config.json"
-SAFETENSORS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_SUFFIX = ".ia3_l"
+from ia3rt.adapters.tensor_file import read_tensors
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An IA³ adapter as a file holds it.
+    """An IA³ adapter as its files hold it.
 
     Attributes:
         vectors: by module path and side, as stored: [1, in_features] or [out_features, 1].
-        config: the adapter_config.json.
+        config: the adapter_config.json; of an AdapterHub adapter, what PEFT's would say.
+        modules: the adapter's own modules, such as a classification head: their tensors by module path, then by name.
+        unnamed: which of `modules` modules_to_save does not name, as it does not name saved embeddings.
+        written_by: the library whose format the files have.
     """
 
     vectors: dict[SiteKey, Tensor]
     config: dict[str, Any]
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unnamed: frozenset[str] = frozenset()
+    written_by: Literal["PEFT", "AdapterHub"] = "PEFT"
+
+    def vectors_alone(self, name: str) -> dict[SiteKey, Tensor]:
+        """The vectors, for who can wear nothing else.
+
+        Args:
+            name: the adapter's, for the error.
+
+        Raises:
+            ValueError: there is more to wear than vectors.
+        """
+        if self.modules:
+            raise ValueError(
+                f"adapter {name!r} has its own {', '.join(map(repr, self.modules))} beside its vectors: a server wears "
+                "vectors only; ia3rt.patch(model) wears both"
+            )
+        return self.vectors
 
 
 def read_checkpoint(
@@ -43,7 +60,7 @@ def read_checkpoint(
     subfolder: str | None = None,
     token: str | bool | None = None,
 ) -> Checkpoint:
-    """Reads an IA³ checkpoint that PEFT or `write_checkpoint` wrote. Nothing in it is executed.
+    """Reads an IA³ checkpoint that PEFT, `write_checkpoint` or AdapterHub wrote. Nothing in it is executed.
 
     Args:
         path_or_hub_id: a folder, or the id of a repository on the Hugging Face Hub.
@@ -53,37 +70,48 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: there is no adapter_config.json, or no weights beside it.
-        ValueError: the adapter is of another PEFT type, or its files are damaged or hold something else.
+        ValueError: the adapter is of another kind, or its files are damaged or hold something else.
     """
     folder = local_folder(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
-    config = _read_config(folder / CONFIG_NAME)
-    return Checkpoint(_read_vectors(folder, config), config)
-
-
-def local_folder(
-    path_or_hub_id: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """The folder that holds an adapter's files, downloaded where it is no folder here; arguments as `read_checkpoint`.
-
-    Raises:
-        FileNotFoundError: it is neither a folder nor a repository that the Hub gave.
-    """
-    if Path(path_or_hub_id).is_dir():
-        return Path(path_or_hub_id) / (subfolder or "")
-    return _download(str(path_or_hub_id), revision, subfolder, token)
+    config = read_config(folder / CONFIG_NAME)
+    if adapterhub.is_config(config):
+        vectors, modules = adapterhub.read(folder, config)
+        return Checkpoint(vectors, adapterhub.as_peft(config), modules, frozenset(), "AdapterHub")
+    kind = config.get("peft_type")
+    if kind is None:
+        raise ValueError(f"{folder / CONFIG_NAME} says no peft_type: it is no PEFT adapter's, and no AdapterHub one's")
+    if kind != "IA3":
+        raise ValueError(f"{folder} is a PEFT adapter of type {kind!r}: ia3rt runs IA3 adapters")
+    file = find_file(folder, PEFT_NAMES)
+    contents = sort_keys(read_tensors(file), config, str(file))
+    return Checkpoint(contents.vectors, config, contents.modules, frozenset(contents.unnamed))
 
 
 def is_ia3(folder: Path) -> bool:
     """Whether a folder's adapter_config.json says that it holds an IA³ adapter."""
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_config(folder / CONFIG_NAME)
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("peft_type") == "IA3"
+    return config.get("peft_type") == "IA3" or (adapterhub.is_config(config) and adapterhub.is_ia3(config))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """An adapter_config.json.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    text = file.read_bytes()
+    if not text.strip():
+        raise ValueError(f"{file} is damaged: it is empty")
+    try:
+        config = json.loads(text.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(config).__name__} and no names with values")
+    return config
 
 
 def write_checkpoint(
@@ -91,6 +119,8 @@ def write_checkpoint(
     vectors: Mapping[Site, Tensor],
     module_names: Collection[str],
     config: Mapping[str, Any],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    unnamed: Collection[str],
 ) -> None:
     """Writes a checkpoint that PEFT's `from_pretrained` and `read_checkpoint` load.
 
@@ -99,9 +129,12 @@ def write_checkpoint(
         vectors: [width] each.
         module_names: the names of all the model's modules, so that the config's names match these sites only.
         config: what the config says besides the sites: base_model_name_or_path, task_type and so on.
+        modules: the adapter's own modules, as in `Checkpoint`.
+        unnamed: which of them are saved embeddings, and not for modules_to_save.
 
     Raises:
-        ValueError: a module wears an input and an output vector, which PEFT's format cannot say.
+        ValueError: a module wears an input and an output vector, or modules_to_save would mean another module too:
+            PEFT's format cannot say that.
     """
     sides: dict[str, Side] = {}
     for site in vectors:
@@ -115,9 +148,12 @@ def write_checkpoint(
     target = shortest_names(list(sides), module_names, sides)
     names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
-        f"{_PREFIX}{site.path}{_SUFFIX}": vector.cpu().reshape((1, -1) if site.side == "in" else (-1, 1)).clone()
+        f"{PREFIX}{site.path}{SUFFIX}": vector.cpu().reshape((1, -1) if site.side == "in" else (-1, 1)).clone()
         for site, vector in vectors.items()
     }
+    for module, state in modules.items():
+        tensors.update({f"{PREFIX}{module}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})
+    to_save = _names_to_save([module for module in modules if module not in unnamed], module_names, config)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     written = {
@@ -126,90 +162,24 @@ def write_checkpoint(
         "target_modules": sorted(target),
         "feedforward_modules": sorted({names[module] for module in feedforward}),
         "exclude_modules": None,
+        "modules_to_save": to_save or None,
         "inference_mode": True,
     }
     save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _download(repo: str, revision: str | None, subfolder: str | None, token: str | bool | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    inside = f"{subfolder}/" if subfolder else ""
-    patterns = [inside + name for name in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME)]
-    try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, token=token)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo!r} is neither a folder here nor an adapter that the Hugging Face Hub gave: {error}"
-        ) from error
-    return Path(folder) / (subfolder or "")
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} holds no {CONFIG_NAME}: it is not a PEFT adapter")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "IA3":
-        raise ValueError(f"{file.parent} is a PEFT adapter of type {kind!r}: ia3rt runs IA3 adapters")
-    return dict(config)
-
-
-def _read_vectors(folder: Path, config: Mapping[str, Any]) -> dict[SiteKey, Tensor]:
-    file = folder / SAFETENSORS_NAME
-    if not file.is_file():
-        file = folder / PICKLE_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds neither {SAFETENSORS_NAME} nor {PICKLE_NAME}")
-    tensors = _read_tensors(file)
-    others = [key for key in tensors if not key.endswith(_SUFFIX)]
+def _names_to_save(modules: list[str], module_names: Collection[str], config: Mapping[str, Any]) -> list[str]:
+    """What modules_to_save is to say, so that PEFT finds `modules` and nothing else."""
+    names = list(modules_to_save(config))
+    if set(modules) <= set(saved_paths(names, module_names)):
+        return names  # as the config had it: what it names besides holds no tensors, or is not there
+    others = set(saved_paths(modules, module_names)) - set(modules)
     if others:
         raise ValueError(
-            f"{file} holds {others[0]!r}, which is no IA³ vector: ia3rt cannot run an adapter with modules_to_save"
+            f"cannot save an own module at {modules}: PEFT compares endings, and would take {sorted(others)} too"
         )
-    if not tensors:
-        raise ValueError(f"{file} holds no vectors")
-    vectors: dict[SiteKey, Tensor] = {}
-    for key, tensor in tensors.items():
-        path = key.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        vectors[path, _side(path, tensor, config)] = tensor
-    return vectors
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.name == SAFETENSORS_NAME:
-            # Four times as fast as mapping so small a file; in an order that does not change from one load to the next.
-            return dict(sorted(load(file.read_bytes()).items()))
-        # weights_only: a pickle that would run code is refused, never run.
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{file} is damaged or is no {file.suffix} file of tensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} holds no mapping of names to tensors")
-    return tensors
-
-
-def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
-    # The shape says what was trained. The config can be wrong: in PEFT the first adapter on a module fixes its side
-    # for all later ones.
-    if not tensor.is_floating_point():
-        raise ValueError(f"the vector at {path!r} is of dtype {tensor.dtype}: expected a floating point one")
-    if tensor.dim() == 2 and tensor.shape[0] == 1 and tensor.shape[1] != 1:
-        return "in"
-    if tensor.dim() == 2 and tensor.shape[1] == 1 and tensor.shape[0] != 1:
-        return "out"
-    if tensor.numel() == 1:
-        return "in" if name_matches(path, config.get("feedforward_modules") or ()) else "out"
-    raise ValueError(
-        f"the vector at {path!r} has shape {tuple(tensor.shape)}: PEFT's linear layers have [1, in_features] or "
-        "[out_features, 1]"
-    )
+    return modules
 
 
 def shortest_names(modules: list[str], module_names: Iterable[str], sides: Mapping[str, Side]) -> list[str]:

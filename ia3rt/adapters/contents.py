@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -34,8 +34,10 @@ class AdapterContents:
         name: what it is called.
         vectors: [width] each, detached, in the bank's dtype and on its device.
         config: the adapter_config.json it came with, or what `add_adapter` was given.
+        modules: the tensors of the modules that it has its own of, by path, then by name in the module.
     """
 
     name: str
     vectors: Vectors
     config: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)

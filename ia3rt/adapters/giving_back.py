@@ -20,6 +20,12 @@ def check_givable(taken: TakenOver, adapters: Sequence[AdapterContents]) -> None
     """Raises ValueError where PEFT's layers cannot hold an adapter: their vectors are attributes, all at one side."""
     sides: dict[str, Side] = {path: _side(layer) for path, layer in taken.layers.items()}
     for adapter in adapters:
+        held = {path for path, wrapper in taken.wrappers.items() if adapter.name in wrapper.modules_to_save}
+        if adapter.modules and held != set(adapter.modules):
+            raise ValueError(
+                f"adapter {adapter.name!r} has its own {sorted(adapter.modules)}, of which the PeftModel that was "
+                f"patched has {sorted(held) or 'none'} of it: save_adapter() and delete_adapter() it before unpatch()"
+            )
         if "." in adapter.name or hasattr(nn.ParameterDict, adapter.name):
             raise ValueError(
                 f"PEFT's layers cannot hold an adapter named {adapter.name!r}, as names of parameters have no dots and "
@@ -73,6 +79,13 @@ def _fill(taken: TakenOver, adapters: Sequence[AdapterContents], active: Sequenc
     for adapter in adapters:
         if adapter.name not in taken.peft_configs:
             _inject(taken, adapter, names)
+    for path, wrapper in taken.wrappers.items():
+        for name in [name for name in wrapper.modules_to_save if name not in now]:
+            del wrapper.modules_to_save[name]
+        for name, own in wrapper.modules_to_save.items():
+            with torch.no_grad():
+                for each, tensor in own.state_dict().items():
+                    tensor.copy_(now[name].modules[path][each])
     layers: dict[Any, str] = {}
     for path, layer in ia3_layers(taken.model):
         layers.setdefault(layer, path)
@@ -156,6 +169,9 @@ def _activate(
             for name in KEPT_IN_MODEL:
                 vars(taken.model).pop(name, None)
         return
+    for own in taken.wrappers.values():
+        if not unchanged:
+            own.set_adapter([name for name in active if name in own.modules_to_save][:1])
     wrapper = taken.owner
     if not unchanged:
         wrapper.base_model.active_adapter = active[0] if len(active) == 1 else list(active)

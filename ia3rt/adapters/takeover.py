@@ -26,9 +26,11 @@ class TakenOver:
         owner: what it was given as: the PeftModel, or the model itself where its adapters have none.
         model: the base model.
         vectors: by adapter, its vectors by module path and side, as PEFT's layers hold them.
+        modules: by adapter, the tensors of its own modules (modules_to_save), by path, then by name.
         configs: by adapter, what its adapter_config.json would hold.
         active: the adapters whose product all layers wear; empty where they wear none.
         layers: PEFT's layers, by each path at which one stands.
+        wrappers: PEFT's modules around those that adapters have their own of, by path.
         dtypes: what each of them computed in.
         peft_configs: PEFT's own table of its adapters' configs.
     """
@@ -36,9 +38,11 @@ class TakenOver:
     owner: Any
     model: nn.Module
     vectors: dict[str, dict[SiteKey, Tensor]]
+    modules: dict[str, dict[str, dict[str, Tensor]]]
     configs: dict[str, dict[str, Any]]
     active: list[str]
     layers: dict[str, Any]
+    wrappers: dict[str, Any]
     dtypes: dict[nn.Module, torch.dtype]
     peft_configs: dict[str, Any]
     _kept: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +60,8 @@ class TakenOver:
             vars(self.owner.base_model).setdefault("peft_config", self.peft_configs)
         for path, layer in self.layers.items():
             _put(self.model, path, layer.base_layer)
+        for path, wrapper in self.wrappers.items():
+            _put(self.model, path, wrapper.original_module)
         for name in self._kept:
             del vars(self.model)[name]
         refuse(self.owner)
@@ -71,6 +77,8 @@ class TakenOver:
         vars(self.model).update(self._kept)
         for path, layer in self.layers.items():
             _put(self.model, path, layer)
+        for path, wrapper in self.wrappers.items():
+            _put(self.model, path, wrapper)
 
 
 def base_model(model: Any) -> nn.Module:
@@ -85,7 +93,7 @@ def take_over(model: Any) -> TakenOver | None:
     Changes nothing yet. None where it is neither.
 
     Raises:
-        ValueError: an adapter is not IA³ or has modules_to_save, an adapter is merged, a layer's vector is offloaded,
+        ValueError: an adapter is not IA³, an adapter is merged, a layer's vector is offloaded,
             or layers differ in which adapters act, so that no mix says it.
     """
     base = base_model(model)
@@ -105,7 +113,14 @@ def take_over(model: Any) -> TakenOver | None:
                 vectors.setdefault(name, {})[key] = _vector(path, layer, name)
     configs = {name: _jsonable(config.to_dict()) for name, config in model.peft_config.items()}
     dtypes = {layer: layer.weight.dtype for layer in layers.values()}
-    return TakenOver(model, base, vectors, configs, _active(layers), layers, dtypes, model.peft_config)
+    wrappers = dict(own_module_wrappers(base))
+    modules: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in vectors}
+    for path, wrapper in wrappers.items():
+        for name, own in wrapper.modules_to_save.items():
+            modules[name][path] = {each: tensor.clone() for each, tensor in own.state_dict().items()}
+    active = _active(layers)
+    _check_own(wrappers, active)
+    return TakenOver(model, base, vectors, modules, configs, active, layers, wrappers, dtypes, model.peft_config)
 
 
 def _has_adapters_of_its_own(model: nn.Module) -> bool:
@@ -128,13 +143,30 @@ def ia3_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
+def own_module_wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's modules around those that adapters have their own of (modules_to_save), by path."""
+    for path, module in model.named_modules():
+        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            yield path, module
+
+
+def _check_own(wrappers: dict[str, Any], active: list[str]) -> None:
+    """Raises ValueError where a wrapper runs another adapter's module than the layers' vectors are of."""
+    for path, wrapper in wrappers.items():
+        runs = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
+        should = [name for name in active if name in wrapper.modules_to_save]
+        if runs != should:
+            raise ValueError(
+                f"PEFT's layers have {active} active, and {path!r} runs the module of {runs or 'no adapter'}: make "
+                "them alike first (set_adapter())"
+            )
+
+
 def _check_configs(configs: dict[str, Any]) -> None:
     for name, config in configs.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "IA3":
             raise ValueError(f"adapter {name!r} is of type {kind}: ia3rt takes over IA3 adapters only")
-        if config.modules_to_save:
-            raise ValueError(f"adapter {name!r} has modules_to_save={config.modules_to_save}, which ia3rt cannot run")
 
 
 def _vector(path: str, layer: Any, name: str) -> Tensor:
@@ -171,6 +203,12 @@ def _times(count: int) -> str:
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def _original(wrapper: Any) -> nn.Module:
+    """The base model's own module under one of PEFT's: a layer's, or one of modules_to_save."""
+    original: nn.Module = wrapper.original_module if hasattr(wrapper, "modules_to_save") else wrapper.get_base_layer()
+    return original
 
 
 def _jsonable(config: dict[str, Any]) -> dict[str, Any]:

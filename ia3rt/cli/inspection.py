@@ -40,7 +40,12 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     ("BERT-shaped encoder (BERT, RoBERTa)", r"(.+\.)?encoder\.layer\.N\.(attention|intermediate|output)\..+"),
 )
 _KEY_VALUE = {"k_proj", "v_proj", "k", "v", "key", "value"}
+_EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"}
 _FUSED = {"qkv_proj", "c_attn", "query_key_value"}
+_ADAPTERHUB = (
+    "all its vectors act at outputs and scale the bias too, in its forward as in ia3rt; only its merge_adapter() "
+    "leaves the bias as it is"
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,27 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class OwnModule:
+    """A module that an adapter brings its own of.
+
+    Attributes:
+        path: the module's in the model.
+        what: what it is, in words.
+        tensors: the names and shapes of what it holds, such as `weight 3 × 32`.
+        numbers: how many numbers it holds.
+        bytes: what these take, as stored.
+        not_finite: how many are NaN or infinite.
+    """
+
+    path: str
+    what: str
+    tensors: str
+    numbers: int
+    bytes: int
+    not_finite: int
+
+
+@dataclass(frozen=True)
 class Description:
     """What `ia3rt inspect` says about a checkpoint.
 
@@ -114,6 +140,8 @@ class Description:
         dtypes: the names of the stored dtypes, sorted.
         fit: which models the checkpoint fits.
         config: its adapter_config.json.
+        modules: what it brings besides vectors, by path.
+        written_by: the library whose format it has.
     """
 
     groups: tuple[VectorGroup, ...]
@@ -124,11 +152,13 @@ class Description:
     dtypes: tuple[str, ...]
     fit: Fit
     config: Mapping[str, Any]
+    modules: tuple[OwnModule, ...]
+    written_by: str
 
     @property
     def is_finite(self) -> bool:
         """Whether no number is NaN or infinite."""
-        return self.statistics.not_finite == 0
+        return self.statistics.not_finite == 0 and not any(module.not_finite for module in self.modules)
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -143,6 +173,8 @@ def describe(checkpoint: Checkpoint) -> Description:
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         fit=find_fit(checkpoint.vectors),
         config=checkpoint.config,
+        modules=tuple(_own_module(path, checkpoint) for path in sorted(checkpoint.modules)),
+        written_by=checkpoint.written_by,
     )
 
 
@@ -167,7 +199,30 @@ def render(description: Description, name: str) -> RenderableType:
         description: what `describe` returned.
         name: what to call the checkpoint: its path, or its id on the Hub.
     """
-    return Group(_summary(description, name), Text(), _table(description))
+    parts: list[RenderableType] = [_summary(description, name), Text(), _table(description)]
+    if description.modules:
+        parts += [Text(), _modules_table(description)]
+    return Group(*parts)
+
+
+def _own_module(path: str, checkpoint: Checkpoint) -> OwnModule:
+    state = checkpoint.modules[path]
+    if checkpoint.written_by == "AdapterHub":
+        what = "the head that was saved with it"
+    elif path not in checkpoint.unnamed:
+        what = "its own, by modules_to_save"
+    elif path.rpartition(".")[2] in _EMBEDDINGS:
+        what = "saved embeddings"
+    else:
+        what = "not named by modules_to_save"
+    return OwnModule(
+        path=path,
+        what=what,
+        tensors=", ".join(f"{name} {' × '.join(f'{n:,}' for n in each.shape)}" for name, each in state.items()),
+        numbers=sum(tensor.numel() for tensor in state.values()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        not_finite=sum(int((~tensor.isfinite()).sum()) for tensor in state.values()),
+    )
 
 
 def _groups(vectors: Mapping[SiteKey, Tensor]) -> tuple[VectorGroup, ...]:
@@ -226,6 +281,10 @@ def _summary(description: Description, name: str) -> Table:
     grid.add_row("fits", Text(fit.family))
     grid.add_row("", Text(", ".join(_sizes(fit))))
     grid.add_row("holds", Text(f"{counts}, {' and '.join(description.dtypes)}"))
+    if description.modules:
+        grid.add_row("", Text(f"and its own {', '.join(module.path for module in description.modules)}"))
+    if description.written_by != "PEFT":
+        grid.add_row("format", Text(f"{description.written_by}'s; {_ADAPTERHUB}"))
     return grid
 
 
@@ -250,6 +309,28 @@ def _table(description: Description) -> Table:
         cells = (f"{group.width:,}", f"× {group.vectors}", *_cells(group.statistics))
         alarm = () if description.is_finite else (_alarming(group.statistics),)
         table.add_row(Text(group.name), group.side, *cells, *alarm)
+    return table
+
+
+def _modules_table(description: Description) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("own module", "what it is", "tensors"):
+        table.add_column(title, overflow="fold")
+    for title in ("numbers", "bytes"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if not description.is_finite:
+        table.add_column("NaN/inf", justify="right", no_wrap=True)
+    for module in description.modules:
+        cells: list[RenderableType] = [
+            Text(module.path),
+            module.what,
+            Text(module.tensors),
+            f"{module.numbers:,}",
+            f"{module.bytes:,}",
+        ]
+        if not description.is_finite:
+            cells.append(Text(f"{module.not_finite:,}", style="bold red" if module.not_finite else ""))
+        table.add_row(*cells)
     return table
 
 

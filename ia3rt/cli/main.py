@@ -101,7 +101,9 @@ def serve(
 
 @app.command()
 def inspect(
-    adapter: Annotated[str, typer.Argument(metavar="PATH_OR_HUB_ID", help="A PEFT IA³ checkpoint.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="PATH_OR_HUB_ID", help="An IA³ checkpoint of PEFT's or AdapterHub's.")
+    ],
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="The Hub repository's branch, tag or commit.")
     ] = None,
@@ -109,7 +111,7 @@ def inspect(
         str | None, typer.Option(metavar="NAME", help="The folder inside that holds the adapter.")
     ] = None,
 ) -> None:
-    """Describe an IA³ adapter: its vectors, how far they are from 1, and which models they fit.
+    """Describe an IA³ adapter: its vectors, how far they are from 1, which models they fit, and what else it brings.
 
     Loads no model. Exits with 1 if a number is NaN or infinite.
     """

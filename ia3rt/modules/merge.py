@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import SiteKey
 from ia3rt.modules.offloading import execution_device
@@ -21,13 +21,24 @@ class MergedWeights:
     """The mixes that are multiplied into a model's weights, and the weights as they were.
 
     Unmerging copies the originals back, since no division gives them back.
+
+    Args:
+        model: the model.
+        bank: the adapters.
+        write_own: writes adapters' own modules over the model's, by the function that it is given.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        write_own: Callable[[Collection[Adapter], Callable[[str, Tensor, Tensor], None]], None],
+    ) -> None:
         self._model = model
         self._bank = bank
+        self._write_own = write_own
         self._mixes: list[ResolvedMix] = []
-        self._originals: dict[nn.Parameter, Tensor] = {}
+        self._originals: dict[Tensor, Tensor] = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -82,6 +93,7 @@ class MergedWeights:
                 scales[site.key] = scales[site.key] * vector if site.key in scales else vector
         for path in dict.fromkeys(path for path, _ in scales):
             self._write_layer(path, scales.get((path, "in")), scales.get((path, "out")))
+        self._write_own(dict.fromkeys(adapter for mix in mixes for adapter in mix.adapters), self._replace)
 
     def _write_layer(self, path: str, s_in: Tensor | None, s_out: Tensor | None) -> None:
         layer = self._model.get_submodule(path)

@@ -141,7 +141,7 @@ def _mixin_in_front(metaclass: type[type]) -> type[type]:
 
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
-    _become(module, patched_class(mixin, type(module)))
+    become(module, patched_class(mixin, type(module)))
     vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None, ia3_layouts={})
 
 
@@ -152,7 +152,7 @@ def place(module: nn.Module, side: Side, position: int | None) -> None:
 
 def unwrap(module: nn.Module) -> None:
     """Makes `module` what it was before `wrap`, but for what other code made of its class since."""
-    _become(module, _given_back(type(module)))
+    become(module, _given_back(type(module)))
     for name in [name for name in vars(module) if name.startswith("ia3_")]:
         del vars(module)[name]
 
@@ -176,7 +176,8 @@ def _given_back(cls: type) -> type:
 _unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
-def _become(module: nn.Module, cls: type) -> None:
+def become(module: nn.Module, cls: type) -> None:
+    """Gives a module another class."""
     # accelerate's device_map hooks keep the forward they replaced: where that is the class's, they have to call the
     # present class's. One that other code had set on the module is not the class's, and stays.
     if is_class_forward(vars(module).get("_old_forward"), module):

@@ -49,6 +49,10 @@ class Probing:
                 forward.image_marks.mark(x, min(_ROW, len(images) - 1))
             forward.image_marks.__enter__()  # type: ignore[no-untyped-call]
 
+    def forget(self) -> None:
+        """Lets the next forward of each kind be looked at again, as layers came to wear something."""
+        self._kinds.clear()
+
     def is_new(self, names: tuple[str, ...]) -> bool:
         """Whether a compiler asks for the first time of forwards with these inputs."""
         if ("compiled", names) in self._kinds:
@@ -65,8 +69,8 @@ class Probing:
             self._kinds.add(forward.kind)
         forward.marks = forward.image_marks = None
 
-    def layout(self, layer: nn.Module, position: int, x: Tensor, worn: Worn, forward: Forward | None) -> Layout:
-        """Where the rows are in an input of a layer, or in its output.
+    def layout(self, layer: nn.Module, where: int | str, x: Tensor, worn: Worn, forward: Forward | None) -> Layout:
+        """Where the rows are in an input of a layer, or in its output; `where` that is, is for the error.
 
         Raises:
             ValueError: it is not known.
@@ -86,14 +90,16 @@ class Probing:
                 if not layout.images
                 else f"its dimension {layout.dim} goes over the images, and it is known of {count} which row has them"
             )
-        raise ValueError(self._refusal(position, x, layout))
+        if layout is None:
+            self._kinds.clear()  # one that is reached by chance: the next forward is looked at again
+        raise ValueError(self._refusal(where, x, layout))
 
     def is_known(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the layout of such an input was seen."""
         return isinstance(layer.ia3_layouts.get(x.dim()), Layout)  # type: ignore[operator, union-attr]
 
-    def _refusal(self, position: int, x: Tensor, layout: Unknown | None) -> str:
-        site = list(self._bank.sites.values())[position]
+    def _refusal(self, where: int | str, x: Tensor, layout: Unknown | None) -> str:
+        site = where if isinstance(where, str) else list(self._bank.sites.values())[where]
         reason = layout.reason if layout else "no forward of rows with different adapters has reached it yet"
         return (
             f"the rows wear different adapters, and it is not known whose each element of the tensor "

@@ -158,6 +158,19 @@ class Routing:
         layout = self.probing.layout(layer, position, x, worn, forward)
         return spread(scale, layout, x, worn)
 
+    def layout(self, module: nn.Module, where: str, x: Tensor) -> Layout:
+        """Where the rows of the forward at hand are in x, an input of `module`.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        return self.probing.layout(module, where, x, self.now(), self.forward())
+
+    def see_rows(self, module: nn.Module, where: str, x: Tensor) -> None:
+        """Sees where they are, in a forward that is looked at; what is not known there is an error when it is asked."""
+        with suppress(ValueError):
+            self.layout(module, where, x)
+
     def is_row_major(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> bool:
         """Whether the elements of x lie row by row, or token by token, as the kernels read them.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3rt.adapters.checkpoint import CONFIG_NAME, read_checkpoint
+from ia3rt.adapters.checkpoint import read_checkpoint, read_config
+from ia3rt.adapters.folder import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,10 @@ def find_adapters(folder: Path) -> list[Served]:
 
 
 def _read(folder: Path) -> Served:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}") from error
-    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+    config = read_config(folder / CONFIG_NAME)
+    if config.get("peft_type") == "LORA":
         ranks = [config["r"], *config.get("rank_pattern", {}).values()]
         return Served(folder.name, folder.absolute(), frozenset(), 0, max(ranks))
-    vectors = read_checkpoint(folder).vectors  # which refuses other kinds
+    vectors = read_checkpoint(folder).vectors_alone(folder.name)  # which refuses other kinds
     modules = frozenset(path.rpartition(".")[2] for path, _ in vectors)
     return Served(folder.name, folder.absolute(), modules, sum(vector.numel() for vector in vectors.values()))

@@ -157,7 +157,7 @@ def _rewrite(folder, change):
         (_no_mapping, ValueError, "holds no mapping of names to tensors"),
         (_lora, ValueError, "of type 'LORA': ia3rt runs IA3 adapters"),
         (_bad_json, ValueError, "adapter_config.json is damaged"),
-        (_modules_to_save, ValueError, "'base_model.model.score.weight', which is no IA³ vector"),
+        (_modules_to_save, ValueError, "weights for 'score' .weight., a module that LlamaForCausalLM lacks"),
         (_odd_shape, ValueError, r"at 'model.layers.0.*' has shape \(2, 3\)"),
         (_integers, ValueError, "of dtype torch.int32: expected a floating point one"),
         (_empty, ValueError, "holds no vectors"),
@@ -200,6 +200,9 @@ def test_a_hub_id_is_downloaded_with_what_was_asked(folder, monkeypatch):
         "token": "secret",
         "allow_patterns": [
             f"{folder.name}/{file}"
-            for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+            for file in (
+                *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+                *("adapter.safetensors", "pytorch_adapter.bin", "model_head.safetensors", "pytorch_model_head.bin"),
+            )
         ],
     }

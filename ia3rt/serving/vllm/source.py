@@ -63,11 +63,11 @@ class Source:
 
         Raises:
             FileNotFoundError: a folder is not there.
-            ValueError: a file is damaged, an adapter acts at no site, or two of them have other widths at one.
+            ValueError: a file is damaged, an adapter has more than vectors, or two of them have other widths at one.
         """
         bank = Bank([], torch.device("cpu"), torch.float32, len(self.folders))
         for name, folder in self.folders.items():
-            read = read_checkpoint(folder).vectors
+            read = read_checkpoint(folder).vectors_alone(name)
             known = bank.sites
             vectors = {known.get(key) or Site(*key, tensor.numel()): tensor for key, tensor in read.items()}
             bank.add(name, vectors)

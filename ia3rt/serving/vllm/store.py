@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ia3rt.adapters.checkpoint import CONFIG_NAME, PICKLE_NAME, SAFETENSORS_NAME, local_folder, read_checkpoint
+from ia3rt.adapters.checkpoint import read_checkpoint
+from ia3rt.adapters.folder import FILE_NAMES, local_folder
 
 DIGEST_LENGTH = 32
 
@@ -30,16 +31,12 @@ def store(adapter: str | Path, root: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: it is no IA³ adapter, or a damaged one; nothing is stored then.
+        ValueError: it is no IA³ adapter, a damaged one, or has more than vectors; nothing is stored then.
     """
     source = local_folder(adapter)
     if source.parent == root and source.is_dir():
         return source
-    files = {
-        name: (source / name).read_bytes()
-        for name in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME)
-        if (source / name).is_file()
-    }
+    files = {name: (source / name).read_bytes() for name in FILE_NAMES if (source / name).is_file()}
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name} {len(content)}\n".encode() + content)
@@ -51,7 +48,7 @@ def store(adapter: str | Path, root: Path) -> Path:
     try:
         for name, content in files.items():
             (made / name).write_bytes(content)
-        read_checkpoint(made)
+        read_checkpoint(made).vectors_alone(str(adapter))
         os.replace(made, target)  # whole or not at all, whoever else stores it now
     except OSError:
         if not target.is_dir():

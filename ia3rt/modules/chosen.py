@@ -1,0 +1,114 @@
+"""Which of several modules each row of a batch goes through: the model's own, or one that its adapter brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Adapter, ResolvedMix
+from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.routing.route import Route
+
+
+class Choice:
+    """What the rows of one route go through, in the place of one module.
+
+    Attributes:
+        modules: the distinct ones; None is the model's own.
+        index: int64 [rows] on the CPU, which of `modules` each row goes through; None where all go through the first.
+    """
+
+    def __init__(self, modules: tuple[nn.Module | None, ...], index: Tensor | None) -> None:
+        self.modules = modules
+        self.index = index
+        self._gathered: dict[torch.device, tuple[tuple[Tensor, ...], Tensor]] = {}
+
+    @outside_inference_mode
+    def gathered(self, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+        """On a device, the rows of each of `modules`, and where each row is once these stand one behind another.
+
+        Returns:
+            For each of `modules`, int64 [its rows]; and int64 [rows].
+        """
+        if device not in self._gathered:
+            index = self.index
+            assert index is not None
+            rows = [(index == slot).nonzero().flatten() for slot in range(len(self.modules))]
+            self._gathered[device] = tuple(each.to(device) for each in rows), torch.cat(rows).argsort().to(device)
+        return self._gathered[device]
+
+
+@outside_inference_mode
+def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
+    """What each row of a route goes through at the module at `path`.
+
+    Args:
+        route: what the rows wear.
+        path: the module's.
+        own: the adapters' own, of those that have one.
+
+    Raises:
+        ValueError: as `check_route`.
+        RuntimeError: an adapter was deleted while this forward wears it.
+    """
+    for mix in route.mixes:
+        for adapter in mix.adapters:
+            if path in adapter.modules and adapter not in own:
+                raise RuntimeError(
+                    f"adapter {adapter.name!r}, which has its own {path!r}, was deleted while a forward wears it"
+                )
+    modules = [_module(mix, own) for mix in route.mixes]
+    if route.index is None:
+        return Choice((modules[0],), None)
+    used = [modules[slot] for slot in _used(route.index)]
+    distinct = list({id(module): module for module in used}.values())
+    if len(distinct) == 1:
+        return Choice((distinct[0],), None)
+    if route.by_token:
+        raise ValueError(_by_token(path))
+    place = {id(module): slot for slot, module in enumerate(distinct)}
+    return Choice(tuple(distinct), torch.tensor([place[id(modules[mix])] for mix in route.index.tolist()]))
+
+
+def check_route(route: Route) -> None:
+    """Checks that a route's rows can go through their adapters' own modules.
+
+    Raises:
+        ValueError: tokens of one row would go through different ones, or rows through different saved embeddings.
+    """
+    if route.index is None or not any(adapter.modules for mix in route.mixes for adapter in mix.adapters):
+        return
+    mixes = [route.mixes[slot] for slot in _used(route.index)]
+    owners = {path: _owners(path, mixes) for mix in mixes for adapter in mix.adapters for path in adapter.modules}
+    for path, by_mix in sorted(owners.items()):
+        if len(set(by_mix)) == 1:
+            continue
+        for adapter in by_mix:
+            if adapter is not None and path in adapter.embeddings:
+                raise ValueError(
+                    f"adapter {adapter.name!r} has saved embeddings at {path!r}: they are the vocabulary of the whole "
+                    "model, its size included, so they are worn by all rows (set_adapter) or by none"
+                )
+        if route.by_token:
+            raise ValueError(_by_token(path))
+
+
+def _used(index: Tensor) -> list[int]:
+    return sorted(set(index.flatten().tolist()))
+
+
+def _owners(path: str, mixes: list[ResolvedMix]) -> list[Adapter | None]:
+    return [next((adapter for adapter in mix.adapters if path in adapter.modules), None) for mix in mixes]
+
+
+def _module(mix: ResolvedMix, own: Mapping[Adapter, nn.Module]) -> nn.Module | None:
+    return next((own[adapter] for adapter in mix.adapters if adapter in own), None)
+
+
+def _by_token(path: str) -> str:
+    return (
+        f"adapters of this route have their own module {path!r}: a row goes through one of them, so it can be routed "
+        "by row and not by token"
+    )

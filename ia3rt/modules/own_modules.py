@@ -1,0 +1,220 @@
+"""The modules that adapters bring with their vectors: kept, worn, trained, merged and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Adapter
+from ia3rt.modules.brought import Brought
+from ia3rt.modules.copied import copied, own_state, sharing, tensors_of
+from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
+from ia3rt.modules.wearer import Wearer
+from ia3rt.routing.routing import Routing
+
+
+class OwnModules:
+    """All adapters' own modules of one patched model. The model's parameters do not have them, until they are trained.
+
+    Args:
+        model: the model.
+        routing: what its rows wear.
+    """
+
+    def __init__(self, model: nn.Module, routing: Routing) -> None:
+        self._model = model
+        self._routing = routing
+        self._held: dict[str, OwnOfOne] = {}
+        self._resized: dict[Adapter, str] = {}
+
+    def build(self, name: str, brought: Brought) -> dict[str, nn.Module]:
+        """Makes an adapter's own modules, by path; `keep` makes them worn.
+
+        Raises:
+            ValueError: one does not fit the model.
+        """
+        built: dict[str, nn.Module] = {}
+        for path, state in brought.states.items():
+            built[path] = copied(self._model, name, path, state, path in brought.embeddings)
+        for path in brought.states:
+            outer = next((each for each in brought.states if path.startswith(f"{each}.")), None)
+            if outer is not None:
+                raise ValueError(
+                    f"adapter {name!r} has its own {outer!r} and its own {path!r} in it: bring the outer one"
+                )
+        self._tie(brought, built)
+        return built
+
+    def keep(self, adapter: Adapter, built: Mapping[str, nn.Module]) -> None:
+        """Lets rows that wear `adapter` go through its own modules."""
+        for path, own in built.items():
+            own.train(self._model.get_submodule(path).training)
+            if path in adapter.embeddings and _rows(own) != _rows(self._model.get_submodule(path)):
+                self._resized[adapter] = path
+        for path, own in built.items():
+            if path in self._held:
+                self._held[path].add(adapter, own)
+            else:
+                module = self._model.get_submodule(path)
+                held = self._held[path] = OwnOfOne(path, type(module), self._routing)
+                held.add(adapter, own)
+                lay(module, held)
+        self._look_within()
+
+    def drop(self, adapter: Adapter) -> None:
+        """Forgets an adapter's own modules."""
+        for path in adapter.modules:
+            self._held[path].remove(adapter)
+        self._resized.pop(adapter, None)
+
+    def states(self, adapters: Iterable[Adapter]) -> Brought:
+        """The tensors of these adapters' own modules, as they are now."""
+        brought = Brought()
+        for adapter in adapters:
+            for path in sorted(adapter.modules):
+                held = self._held[path]
+                if held.in_training:
+                    held.follow(self._model.get_submodule(path))
+                brought.states[path] = own_state(held.own[adapter])
+            brought.embeddings |= adapter.embeddings
+        return brought
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """A context in which the model's modules have the classes that they have without these."""
+        for path in self._held:
+            lift(self._model.get_submodule(path))
+        try:
+            yield
+        finally:
+            for path, held in self._held.items():
+                lay(self._model.get_submodule(path), held)
+            self._look_within()
+
+    def train(self, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
+        """Makes the own modules of adapters parameters of the model, until `end_training`; saved embeddings stay.
+
+        They stand in the model's module as `ia3_own_<adapter>_<name in the module>`, with dots as underscores.
+
+        Raises:
+            ValueError: such a name is taken.
+        """
+        found: list[tuple[OwnOfOne, nn.Module, str, nn.Module, str, nn.Parameter]] = []
+        for adapter in sorted(adapters, key=lambda adapter: adapter.row):
+            for path in sorted(adapter.modules - adapter.embeddings):
+                own, module = self._held[path].own[adapter], self._model.get_submodule(path)
+                places = {id(part): prefix for prefix, part in own.named_modules()}
+                for part, last, parameter in tensors_of(own):
+                    place = f"{places[id(part)]}.{last}".lstrip(".")
+                    name = f"ia3_own_{adapter.name}_{place}".replace(".", "_")
+                    if hasattr(module, name) or any(module is m and name == n for _, m, n, *_ in found):
+                        raise ValueError(
+                            f"adapter {adapter.name!r} cannot be trained: {path!r} has a {name!r} already; give the "
+                            "adapter another name"
+                        )
+                    found.append((self._held[path], module, name, part, last, parameter))
+        for held, module, name, part, last, parameter in found:
+            parameter.requires_grad = True
+            module.register_parameter(name, parameter)
+            held.in_training.append((name, part, last))
+        return list({id(parameter): parameter for *_, parameter in found}.values())
+
+    def end_training(self) -> None:
+        """Ends what `train` began: the own modules keep what they learned."""
+        for path, held in self._held.items():
+            module = self._model.get_submodule(path)
+            held.follow(module)
+            for name, part, last in held.in_training:
+                delattr(module, name)
+                parameter = part.get_parameter(last)
+                parameter.requires_grad, parameter.grad = False, None
+            held.in_training.clear()
+
+    def merge(self, adapters: Collection[Adapter], replace: Callable[[str, Tensor, Tensor], None]) -> None:
+        """Writes adapters' own modules over the model's, for export, while these are `lifted`.
+
+        Args:
+            adapters: whose.
+            replace: (the module's path, a tensor of the model's, its new content) writes it, and remembers the old one.
+
+        Raises:
+            ValueError: two adapters have their own of one module; or one has another number of rows than the model's,
+                or shares its weight with what stays.
+        """
+        owners: dict[str, str] = {}
+        for adapter in adapters:
+            for path in sorted(adapter.modules):
+                if owners.setdefault(path, adapter.name) != adapter.name:
+                    raise ValueError(
+                        f"cannot merge adapter {adapter.name!r}: it has its own {path!r}, and so has "
+                        f"{owners[path]!r}, which is merged"
+                    )
+        states = self.states(adapters).states
+        written: set[int] = set()  # tied embeddings are one tensor, of which the first content has to be remembered
+        for path, state in states.items():
+            module = self._model.get_submodule(path)
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for other in sharing(self._model, path):
+                theirs = states.get(other, {}).get("weight")
+                if theirs is None or not torch.equal(theirs, state["weight"]):
+                    raise ValueError(f"cannot merge the own {path!r}: the model's shares its weight with {other!r}")
+            for name, value in state.items():
+                if tensors[name].shape != value.shape:
+                    raise ValueError(
+                        f"cannot merge the own {path!r}: its {name!r} is {tuple(value.shape)}, the model's "
+                        f"{tuple(tensors[name].shape)}; call model.resize_token_embeddings({len(value)}) before patch()"
+                    )
+                if id(tensors[name]) not in written:
+                    replace(path, tensors[name], value)
+                    written.add(id(tensors[name]))
+
+    def begin(self) -> None:
+        """Takes `end` back."""
+        for path, held in self._held.items():
+            lay(self._model.get_submodule(path), held)
+        self._look_within()
+
+    def end(self) -> None:
+        """Gives the model's modules back."""
+        for path in self._held:
+            lift(self._model.get_submodule(path))
+
+    def _look_within(self) -> None:
+        """Tells modules whether vectors or own modules act within them, after that has changed."""
+        for path, held in self._held.items():
+            _, *parts = self._model.get_submodule(path).modules()
+            acts = any(isinstance(part, (Wearer, Swapping)) for part in parts)
+            held.runs_whole = acts or issubclass(held.cls, Wearer)
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pre-hook: models divide their logits by the vocabulary's size of their config for a loss."""
+        if not self._resized or kwargs.get("labels") is None:
+            return
+        for mix in self._routing.route.mixes:
+            for adapter in mix.adapters:
+                if adapter in self._resized:
+                    path = self._resized[adapter]
+                    rows = _rows(self._held[path].own[adapter])
+                    raise ValueError(
+                        f"adapter {adapter.name!r} has {rows} saved embeddings, and the model, which computes a loss "
+                        f"by its own number, has {_rows(model.get_submodule(path))}: call "
+                        f"model.resize_token_embeddings({rows}) before patch()"
+                    )
+
+    def _tie(self, brought: Brought, built: Mapping[str, nn.Module]) -> None:
+        """Lets saved embeddings that are one tensor share their memory."""
+        first: dict[int, nn.Parameter] = {}
+        for path in brought.embeddings:
+            weight = brought.states[path].get("weight")
+            if weight is not None:
+                part = built[path]
+                part._parameters["weight"] = first.setdefault(weight.data_ptr(), part._parameters["weight"])  # type: ignore[arg-type]
+
+
+def _rows(module: nn.Module) -> int:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return len(weight)

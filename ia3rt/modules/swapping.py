@@ -1,0 +1,215 @@
+"""A module in whose place rows go through their adapters' own: the same object, by a class made from its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Adapter
+from ia3rt.modules.chosen import Choice, choose
+from ia3rt.modules.wearer import How, Wearer, become
+from ia3rt.routing.route import Route
+from ia3rt.routing.routing import Routing
+
+
+class OwnOfOne:
+    """The adapters' own of one of the model's modules.
+
+    Attributes:
+        path: the module's.
+        cls: its class without `Swapping`.
+        own: by adapter.
+        in_training: of each parameter that is trained, its name in the model's module, and the part of the adapter's
+            own that holds it, by name.
+        runs_whole: whether vectors or own modules act within the model's: they know the rows of the whole batch only.
+    """
+
+    def __init__(self, path: str, cls: type[nn.Module], routing: Routing) -> None:
+        self.path = path
+        self.cls = cls
+        self.own: Mapping[Adapter, nn.Module] = {}
+        self.in_training: list[tuple[str, nn.Module, str]] = []
+        self.runs_whole = False
+        self._routing = routing
+        self._chosen: tuple[Route, Choice] | None = None
+
+    def choice(self) -> Choice:
+        """What the rows of the forward at hand go through."""
+        route = self._routing.now().route
+        chosen = self._chosen
+        if chosen is None or chosen[0] is not route:
+            chosen = self._chosen = route, choose(route, self.path, self.own)
+        return chosen[1]
+
+    def add(self, adapter: Adapter, own: nn.Module) -> None:
+        """Adds an adapter's own. What is there already goes on being worn meanwhile, in other threads too."""
+        self.own = {**self.own, adapter: own}
+        self._chosen = None
+
+    def remove(self, adapter: Adapter) -> None:
+        """Forgets an adapter's own."""
+        self.own = {other: own for other, own in self.own.items() if other is not adapter}
+        self._chosen = None
+
+    def is_looked_at(self) -> bool:
+        """Whether it is seen in this forward where modules have their rows."""
+        forward = self._routing.forward()
+        return forward is not None and forward.marks is not None
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Lets it be known where the module has its rows, in a forward that is looked at for that."""
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and x.dim() > 1:
+                self._routing.see_rows(module, self.path, x)
+
+    def check_rows(self, module: nn.Module, x: Tensor) -> None:
+        """Raises ValueError where dimension 0 of x is not the rows of the batch, or it is not known."""
+        layout = self._routing.layout(module, f"the own modules {self.path!r}", x)
+        if layout.dim != 0 or layout.repeated or layout.images:
+            raise ValueError(
+                f"rows of the batch wear adapters with different modules {self.path!r}, and the rows are not "
+                f"dimension 0 of what it got, {tuple(x.shape)}. Let all rows wear one adapter (set_adapter)"
+            )
+
+    def follow(self, module: nn.Module) -> None:
+        """Takes trained parameters as they stand in the model: load_state_dict(assign=True) puts others there."""
+        for name, part, last in self.in_training:
+            part._parameters[last] = module._parameters[name]
+
+
+class Swapping(nn.Module):
+    """Mixed into the class of a module of which adapters have their own.
+
+    Attributes:
+        ia3_own: which these are.
+    """
+
+    ia3_own: OwnOfOne
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module that each row's adapter has gives for it; the model's own where it has none."""
+        if torch.compiler.is_compiling():
+            # What rows go through is looked up by adapter: traced, it would be compiled again for each of them.
+            return _untraced()(self, *args, **kwargs)
+        return self._swapped(*args, **kwargs)
+
+    def _swapped(self, *args: Any, **kwargs: Any) -> Any:
+        held = self.ia3_own
+        if held.in_training:
+            held.follow(self)
+        if held.is_looked_at():
+            held.see(self, args, kwargs)
+        choice = held.choice()
+        if choice.index is not None:
+            return self._by_row(held, choice, args, kwargs)
+        own = choice.modules[0]
+        return self._models(*args, **kwargs) if own is None else own.forward(*args, **kwargs)
+
+    def _models(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        if issubclass(self.ia3_own.cls, Wearer):
+            return plain(self).forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _by_row(self, held: OwnOfOne, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        x = _only_tensor(held.path, (*args, *kwargs.values()))
+        assert choice.index is not None
+        held.check_rows(self, x)
+        rows, places = choice.gathered(x.device)
+        parts = []
+        for module, each in zip(choice.modules, rows, strict=True):
+            run: Callable[..., Any] = self._models if module is None else module.forward
+            if module is None and held.runs_whole:
+                parts.append(_rows_of(held.path, run(*args, **kwargs), x.shape[0]).index_select(0, each))
+                continue
+            some = x.index_select(0, each)
+            given = tuple(some if value is x else value for value in args)
+            named = {name: some if value is x else value for name, value in kwargs.items()}
+            parts.append(_rows_of(held.path, run(*given, **named), len(each)))
+        return torch.cat(parts).index_select(0, places)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Lets the adapters' own follow `model.to(…)`."""
+        for own in self.ia3_own.own.values():
+            own._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Any:
+        """Lets the adapters' own follow `model.train()` and `model.eval()`."""
+        for own in self.ia3_own.own.values():
+            own.train(mode)
+        return super().train(mode)
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    # Not at the module's top: it imports torch's compiler.
+    untraced: Callable[..., Any] = torch.compiler.disable(Swapping._swapped)  # type: ignore[no-untyped-call]
+    return untraced
+
+
+class SwappingWearer(Swapping):
+    """The same for a module that wears vectors."""
+
+    def ia3_hows(self, rows: int) -> dict[int, How]:
+        """As the module does without this class."""
+        return plain(self).ia3_hows(rows)  # type: ignore[operator, no-any-return]
+
+
+def plain(module: Swapping) -> nn.Module:
+    """The module by its class without `Swapping`: what that does depends on what class it is. It shares all it has."""
+    held = module.ia3_own
+    same = held.cls.__new__(held.cls)
+    object.__setattr__(same, "__dict__", vars(module))
+    return same
+
+
+_swapping: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def lay(module: nn.Module, held: OwnOfOne) -> None:
+    """Turns `module` into one in whose place its rows go through their adapters' own."""
+    cls = held.cls = type(module)
+    if cls not in _swapping:
+        mixin = SwappingWearer if issubclass(cls, Wearer) else Swapping
+        doc = f"{cls.__name__} that adapters have their own of."
+        _swapping[cls] = type(f"Own{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": doc})
+    vars(module)["ia3_own"] = held
+    vars(module).setdefault("ia3_layouts", {})
+    become(module, _swapping[cls])
+
+
+def lift(module: nn.Module) -> None:
+    """Makes `module` what it was before `lay`."""
+    become(module, vars(module)["ia3_own"].cls)
+    del vars(module)["ia3_own"]
+    if not isinstance(module, Wearer):
+        del vars(module)["ia3_layouts"]
+
+
+def _only_tensor(path: str, values: tuple[Any, ...]) -> Tensor:
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    others = [value for value in values if not isinstance(value, (Tensor, bool, int, float, str, type(None)))]
+    if len(tensors) != 1 or others or not tensors[0].dim():
+        got = ", ".join(type(value).__name__ for value in values)
+        raise ValueError(
+            f"rows of the batch wear adapters with different modules {path!r}, but it takes ({got}): only one that "
+            "takes a single tensor, with the rows as its dimension 0, can differ by row. Let all rows wear one adapter "
+            "(set_adapter)"
+        )
+    return tensors[0]
+
+
+def _rows_of(path: str, y: Any, rows: int) -> Tensor:
+    if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != rows:
+        got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(
+            f"rows of the batch wear adapters with different modules {path!r}, but it gives {got} for {rows} rows: "
+            "only one that gives a tensor, with the rows as its dimension 0, can differ by row. Let all rows wear one "
+            "adapter (set_adapter)"
+        )
+    return y
