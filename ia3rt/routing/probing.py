@@ -22,11 +22,16 @@ Layouts: TypeAlias = "dict[int, Layout | Unknown]"
 
 
 class Probing:
-    """Of one model. A forward of rows that wear different mixes is the first of its kind once; it takes longer."""
+    """Of one model. A forward of rows that wear different mixes is the first of its kind once; it takes longer.
+
+    Attributes:
+        seen: how many forwards were looked at: what was known before another one may not be so after it.
+    """
 
     def __init__(self, bank: Bank) -> None:
         self._bank = bank
         self._kinds: set[object] = set()
+        self.seen = 0
 
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
@@ -38,6 +43,7 @@ class Probing:
         if kind in self._kinds:
             return
         forward.kind = kind
+        self.seen += 1
         forward.marks = Marks()
         for x in row_inputs(arguments, rows):
             forward.marks.mark(x, _ROW)

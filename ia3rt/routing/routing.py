@@ -136,8 +136,13 @@ class Routing:
         Raises:
             ValueError: it is not known whose each element of x is.
         """
-        self._check_tokens(position, worn)
         forward = self.forward()
+        key = position, x.dim(), self.probing.seen
+        if not is_traced() and (forward is None or forward.marks is None) and key in worn.spread:
+            dim, scale = worn.spread[key]
+            if x.shape[dim] == worn.rows:
+                return scale  # as in each step of decoding: the rest would take longer than the multiplication
+        self._check_tokens(position, worn)
         if forward is not None and forward.marks is not None:
             with suppress(ValueError):
                 self.probing.layout(layer, position, x, worn, forward)
@@ -156,7 +161,10 @@ class Routing:
         if self._need_no_order(layer, x, worn):
             return scale[0]
         layout = self.probing.layout(layer, position, x, worn, forward)
-        return spread(scale, layout, x, worn)
+        laid = spread(scale, layout, x, worn)
+        if worn.memory is not None and not layout.repeated and not layout.images and not is_traced():
+            worn.spread[key] = layout.dim, laid
+        return laid
 
     def layout(self, module: nn.Module, where: str, x: Tensor) -> Layout:
         """Where the rows of the forward at hand are in x, an input of `module`.

@@ -55,6 +55,8 @@ class Worn:
         composed: the mixes as torch applies them.
         tables: the mixes as the kernels read them.
         is_composed: whether that was written.
+        spread: scales as they are multiplied to inputs, by what `Routing.by_row` looks them up, with the dimension of
+            the rows.
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
     """
 
@@ -72,6 +74,7 @@ class Worn:
         self.shelf: Shelf | None = None
         self.of: Worn | None = None  # whose numbers these are
         self.is_composed = True
+        self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         self._acts: frozenset[int] | None = None
         self._kept: Worn | None = None
         self._stream = torch.cuda.current_stream().cuda_stream if tables.mixes.is_cuda else 0
