@@ -107,6 +107,7 @@ class Bank:
     Attributes:
         table: the vectors, [capacity, total_width].
         columns: the same by site, [capacity, width] each.
+        is_read_by_streams: whether forwards ran in other streams of a CUDA device than what they wear was written in.
     """
 
     @outside_inference_mode
@@ -119,6 +120,7 @@ class Bank:
         self.adapters: dict[str, Adapter] = {}
         self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
         self._free = list(range(capacity, 0, -1))
+        self.is_read_by_streams = False
         self._complements: dict[frozenset[Site], int] = {}
 
     @property
@@ -224,6 +226,8 @@ class Bank:
             for piece, numbers in zip(pieces(self.table[index]), pieces(row), strict=True):
                 piece.copy_(numbers)
         else:
+            if self.is_read_by_streams:  # a kernel of another one may still read what was in this row
+                torch.cuda.synchronize(self.table.device)
             self.table[index].copy_(row)
         self.adapters[name] = Adapter(
             name, index, frozenset(vectors), dict(config or {}), modules, embeddings, self._free

@@ -301,6 +301,11 @@ class Routing:
         """
         if is_traced():
             worn = self.now()
+            if worn.route.by_token:
+                raise ValueError(
+                    "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
+                    "given to torch.compile, or route rows"
+                )
             if worn.by_row:
                 given = {**{str(at): value for at, value in enumerate(args)}, **kwargs}
                 self._check_rows(model, worn, given)
@@ -372,9 +377,10 @@ class Routing:
             self.refresh()
             worn = self.lay(worn.route)
         if self.bank.table.is_cuda:
-            worn.order(self.bank.table.device)
             if torch.cuda.is_current_stream_capturing():
                 self.capture()
+            else:
+                worn.order(self.bank)
         if torch.is_grad_enabled():
             worn = worn.kept(self.bank)
             self._past.note(worn)

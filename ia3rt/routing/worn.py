@@ -57,6 +57,7 @@ class Worn:
         is_composed: whether that was written.
         spread: scales as they are multiplied to inputs, by what `Routing.by_row` looks them up, with the dimension of
             the rows.
+        stream: of a CUDA device, the one that the numbers were written in.
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
     """
 
@@ -77,7 +78,7 @@ class Worn:
         self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         self._acts: frozenset[int] | None = None
         self._kept: Worn | None = None
-        self._stream = torch.cuda.current_stream().cuda_stream if tables.mixes.is_cuda else 0
+        self.stream: torch.cuda.Stream | None = None
 
     def compose(self, bank: Bank) -> None:
         """Composes the mixes where only the kernels' tables were written."""
@@ -121,12 +122,13 @@ class Worn:
             kept.length, kept.tokens, kept.images, kept._acts = self.length, self.tokens, self.images, self._acts
         return self._kept
 
-    def order(self, device: torch.device) -> None:
+    def order(self, bank: Bank) -> None:
         """Lets the current stream of a CUDA device wait for the one that this was written in."""
-        here = torch.cuda.current_stream(device)
-        if here.cuda_stream == self._stream:
+        written, here = (self.of or self).stream, torch.cuda.current_stream(bank.table.device)
+        if written is None or here == written:
             return
-        here.wait_stream(torch.cuda.ExternalStream(self._stream, device=device))  # type: ignore[no-untyped-call]
+        here.wait_stream(written)
+        bank.is_read_by_streams = True
         (self.of or self).lent = True  # memory that several streams read is left to torch's allocator
         for table in (self.tables.mixes, self.tables.route, self.composed.scale(0)):
             if table.is_cuda:
@@ -169,6 +171,8 @@ class Shelf:
         memory.write(self.bank, route, self.backend, self.composes)
         worn = Worn(route, rows, memory.composed, memory.tables)
         worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
+        if self.bank.table.is_cuda:
+            worn.stream = torch.cuda.current_stream(self.bank.table.device)
         return worn
 
     def put(self, rows: int | None, memory: Memory) -> None:
