@@ -64,11 +64,11 @@ class OwnOfOne:
         """Lets it be known where the module has its rows, in a forward that is looked at for that."""
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor) and x.dim() > 1:
-                self._routing.see_rows(module, self.path, x)
+                self._routing.rows.see(module, self.path, x, self._routing.now())
 
     def check_rows(self, module: nn.Module, x: Tensor) -> None:
         """Raises ValueError where dimension 0 of x is not the rows of the batch, or it is not known."""
-        layout = self._routing.layout(module, f"the own modules {self.path!r}", x)
+        layout = self._routing.rows.layout(module, f"the own modules {self.path!r}", x, self._routing.now())
         if layout.dim != 0 or layout.repeated or layout.images:
             raise ValueError(
                 f"rows of the batch wear adapters with different modules {self.path!r}, and the rows are not "

@@ -65,7 +65,9 @@ class Wearer(nn.Module):
         Raises:
             ValueError: rows wear different mixes, and it is not known whose each element of x is.
         """
-        return worn.composed.scale(position) if not worn.by_row else self.ia3_routing.by_row(self, position, x, worn)
+        return (
+            worn.composed.scale(position) if not worn.by_row else self.ia3_routing.rows.scale(self, position, x, worn)
+        )
 
     def ia3_is_row_major(self, position: int, x: Tensor, worn: Worn) -> bool:
         """Whether x, at a site, lies as the kernels read it where rows wear different mixes.
@@ -73,7 +75,7 @@ class Wearer(nn.Module):
         Raises:
             ValueError: it is not known whose each element of x is.
         """
-        return self.ia3_routing.is_row_major(self, position, x, worn)
+        return self.ia3_routing.rows.are_major(self, position, x, worn)
 
     def ia3_hows(self, rows: int) -> dict[int, How]:
         """What applies the vectors that this module applies, by position, for so many rows: see explanation.py."""

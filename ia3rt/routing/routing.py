@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,20 +16,20 @@ from torch.utils._pytree import tree_leaves
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, made_up, main_input, named_arguments
+from ia3rt.routing.batch import cached, main_input, named_arguments
+from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.images import images_of
-from ia3rt.routing.layout import Layout
 from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.rows import RowScales
 from ia3rt.routing.traced import is_traced
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Shelf, Worn
 
-_keys = itertools.count()
 _current_task = torch._C._current_graph_task_id
 
 
@@ -44,6 +42,7 @@ class Routing:
         fuses_gate_up: whether MLPs have their first matrices and their activation in one launch.
         trained: the adapters in training, if any.
         probing: how the model lays out its rows.
+        rows: scales for rows that wear different mixes.
     """
 
     def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
@@ -58,31 +57,12 @@ class Routing:
         self._shelf = Shelf(bank, backend)
         self._past = PastForwards()
         self._begin()
-        self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
-        _routings[self._key] = self
+        self.rows = RowScales(bank, self.probing, self._shelf, self.forward)
 
     def attach(self, model: nn.Module) -> None:
         """Says which model this is of."""
         self._model = weakref.ref(model)
-
-    def see(self, names: tuple[str, ...]) -> None:
-        """Sees how the model lays out its rows, by a forward of inputs that are made up, for a compiler.
-
-        Raises:
-            ValueError: the model does not run on these.
-        """
-        model = self._model()
-        if model is None or not self.probing.is_new(names):
-            return
-        try:
-            with torch.no_grad():
-                model(**made_up(model, names, self._here().rows or 1))
-        except Exception as error:
-            raise ValueError(
-                "rows wear different adapters in a compiled model, and it is not known yet where it has its rows: "
-                "run one such forward uncompiled first, by the model that was given to torch.compile "
-                f"(a forward of inputs made up for {list(names)} failed: {error})"
-            ) from error
+        self._compiled = Compiled(model, self.probing, lambda: self.route)
 
     def _begin(self) -> None:
         base = Wearing(self._shelf.lay(Route((self.bank.resolve(BASE),))))
@@ -120,84 +100,6 @@ class Routing:
     def forward(self) -> Forward | None:
         """The forward that this context is in."""
         return None if is_traced() else self._context.forward()
-
-    def by_row(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> Tensor | None:
-        """The scale of a layer's input or output where rows wear different mixes, as it is multiplied to it.
-
-        Args:
-            layer: the module that the vector acts at.
-            position: of the site in the bank.
-            x: [..., width], what is scaled.
-            worn: what `now` gave.
-
-        Returns:
-            What broadcasts over x; None where no adapter of the route acts.
-
-        Raises:
-            ValueError: it is not known whose each element of x is.
-        """
-        forward = self.forward()
-        key = position, x.dim(), self.probing.seen
-        if not is_traced() and (forward is None or forward.marks is None) and key in worn.spread:
-            dim, scale = worn.spread[key]
-            if x.shape[dim] == worn.rows:
-                return scale  # as in each step of decoding: the rest would take longer than the multiplication
-        self._check_tokens(position, worn)
-        if forward is not None and forward.marks is not None:
-            with suppress(ValueError):
-                self.probing.layout(layer, position, x, worn, forward)
-        # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
-        if not (is_traced() and self.probing.is_known(layer, x)) and not worn.acts_at(position, self.bank):
-            return None
-        if not self.composes:  # the kernels need no composed mixes, but what is not as they read it does
-            self.composes = True
-            self.refresh()
-        worn.compose(self.bank)
-        scale = worn.composed.scale(position)
-        if scale.dim() < 2:
-            return scale
-        if x.is_meta:
-            return scale[0]  # no numbers, and nothing to see
-        if self._need_no_order(layer, x, worn):
-            return scale[0]
-        layout = self.probing.layout(layer, position, x, worn, forward)
-        laid = spread(scale, layout, x, worn)
-        if worn.memory is not None and not layout.repeated and not layout.images and not is_traced():
-            worn.spread[key] = layout.dim, laid
-        return laid
-
-    def layout(self, module: nn.Module, where: str, x: Tensor) -> Layout:
-        """Where the rows of the forward at hand are in x, an input of `module`.
-
-        Raises:
-            ValueError: it is not known.
-        """
-        return self.probing.layout(module, where, x, self.now(), self.forward())
-
-    def see_rows(self, module: nn.Module, where: str, x: Tensor) -> None:
-        """Sees where they are, in a forward that is looked at; what is not known there is an error when it is asked."""
-        with suppress(ValueError):
-            self.layout(module, where, x)
-
-    def is_row_major(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> bool:
-        """Whether the elements of x lie row by row, or token by token, as the kernels read them.
-
-        Raises:
-            ValueError: it is not known.
-        """
-        self._check_tokens(position, worn)
-        forward = self.forward()
-        if forward is not None and forward.marks is not None:
-            with suppress(ValueError):
-                self.probing.layout(layer, position, x, worn, forward)
-        if not (is_traced() and self.probing.is_known(layer, x)) and not worn.acts_at(position, self.bank):
-            return False
-        if self._need_no_order(layer, x, worn):
-            return True
-        layout = self.probing.layout(layer, position, x, worn, forward)
-        if layout.dim != 0 or layout.images:
-            return False
-        return worn.length is None or x.shape[:-1].numel() == (worn.rows or 0) * worn.length
 
     @outside_inference_mode
     def lay(self, route: Route) -> Worn:
@@ -309,7 +211,7 @@ class Routing:
             if worn.by_row:
                 given = {**{str(at): value for at, value in enumerate(args)}, **kwargs}
                 self._check_rows(model, worn, given)
-                see_at_compilation(self._key, tuple(name for name, x in given.items() if isinstance(x, Tensor)))
+                self._compiled.see(tuple(name for name, x in given.items() if isinstance(x, Tensor)))
             return
         arguments: Mapping[str, Any] | None = None
         task, outer = _current_task(), self._context.forward()
@@ -393,21 +295,14 @@ class Routing:
         if batch is None:
             return worn
         if worn.route.by_token:
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                raise ValueError(
+                    f"each token wears a mix of its own, and {type(model).__name__} has two sequences of tokens, an "
+                    "encoder's and a decoder's: route rows"
+                )
             worn = self._over_tokens(worn, batch, cached(arguments))
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)
-
-    def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
-        """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
-        return not (is_traced() and self.probing.is_known(layer, x)) and len(worn.route.mixes) == 1
-
-    def _check_tokens(self, position: int, worn: Worn) -> None:
-        if worn.route.by_token and worn.tokens is None:
-            site = list(self.bank.sites.values())[position]
-            raise ValueError(
-                f"each token wears a mix of its own, and {site} is called outside of a forward of the model, so that "
-                "it is not known which tokens these are: call the model, or route rows"
-            )
 
     def _check_rows(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> None:
         batch, index = main_input(arguments, model), worn.route.index
@@ -448,50 +343,3 @@ class Routing:
         if model is not None:
             made.attach(memo.get(id(model), model))
         return made
-
-
-_routings: weakref.WeakValueDictionary[str, Routing] = weakref.WeakValueDictionary()
-
-
-def see_at_compilation(key: str, names: tuple[str, ...]) -> bool:
-    """What a compiler takes for a constant: it calls it, and does not look into it. See `Routing.see`."""
-    _routings[key].see(names)
-    return True
-
-
-see_at_compilation._dynamo_marked_constant = True  # type: ignore[attr-defined]  # without importing the compiler
-
-
-def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
-    """Lays scales out as x is.
-
-    Args:
-        scale: [rows, width]; [mixes, width] where each token has a mix.
-        layout: where the rows are in x.
-        x: [..., width].
-        worn: what the rows wear.
-
-    Returns:
-        What broadcasts over x.
-
-    Raises:
-        ValueError: tokens have mixes, and x does not have these tokens.
-    """
-    shape = [1] * x.dim()
-    shape[-1] = scale.shape[-1]
-    if worn.tokens is not None:
-        rows, length = worn.rows or 0, worn.length or 0
-        if layout.images or x.shape[:-1].numel() != rows * length:
-            raise ValueError(f"the route is for {rows} × {length} tokens, but a layer got {tuple(x.shape[:-1])}")
-        by_token = scale.index_select(0, worn.tokens).view(rows, length, -1)
-        if layout.dim == 0:
-            return by_token.view(x.shape) if layout.repeated else by_token
-        return by_token.transpose(0, 1)
-    if layout.images:
-        scale = scale[list(worn.images or ())]
-        if len(scale) == 1:
-            return scale[0]
-    elif layout.repeated:
-        scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
-    shape[layout.dim] = scale.shape[0]
-    return scale.view(shape)

@@ -55,7 +55,7 @@ class Worn:
         composed: the mixes as torch applies them.
         tables: the mixes as the kernels read them.
         is_composed: whether that was written.
-        spread: scales as they are multiplied to inputs, by what `Routing.by_row` looks them up, with the dimension of
+        spread: scales as they are multiplied to inputs, by what `RowScales.scale` looks them up, with the dimension of
             the rows.
         stream: of a CUDA device, the one that the numbers were written in.
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.

@@ -1,0 +1,70 @@
+"""How a compiler comes to know where a model has its rows: it cannot follow them through what it reads."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ia3rt.routing.batch import made_up
+from ia3rt.routing.probing import Probing
+from ia3rt.routing.route import Route
+
+_keys = itertools.count()
+_compiled: weakref.WeakValueDictionary[str, Compiled] = weakref.WeakValueDictionary()
+
+
+class Compiled:
+    """A model that may be compiled.
+
+    Args:
+        model: the model.
+        probing: what is known of it.
+        route: gives what the next forward wears.
+    """
+
+    def __init__(self, model: nn.Module, probing: Probing, route: Callable[[], Route]) -> None:
+        self._model = weakref.ref(model)
+        self._probing = probing
+        self._route = route
+        self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
+        _compiled[self._key] = self
+
+    def see(self, names: tuple[str, ...]) -> None:
+        """Lets it be known where the model has its rows, while a compiler reads a forward with these inputs.
+
+        Raises:
+            ValueError: as `run`.
+        """
+        _run(self._key, names)
+
+    def run(self, names: tuple[str, ...]) -> None:
+        """Runs a forward of inputs that are made up, once for such names.
+
+        Raises:
+            ValueError: the model does not run on these.
+        """
+        model, index = self._model(), self._route().index
+        if model is None or index is None or not self._probing.is_new(names):
+            return
+        try:
+            with torch.no_grad():
+                model(**made_up(model, names, len(index)))
+        except Exception as error:
+            raise ValueError(
+                "rows wear different adapters in a compiled model, and it is not known yet where it has its rows: "
+                "run one such forward uncompiled first, by the model that was given to torch.compile "
+                f"(a forward of inputs made up for {list(names)} failed: {error})"
+            ) from error
+
+
+def _run(key: str, names: tuple[str, ...]) -> bool:
+    """What a compiler takes for a constant: it calls it, and does not look into it."""
+    _compiled[key].run(names)
+    return True
+
+
+_run._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as its decorator does, which imports the compiler

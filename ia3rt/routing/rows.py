@@ -1,0 +1,150 @@
+"""Scales for rows that wear different mixes, laid out as what they are multiplied to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from torch import Tensor, nn
+
+from ia3rt.adapters.bank import Bank
+from ia3rt.routing.forward import Forward
+from ia3rt.routing.layout import Layout
+from ia3rt.routing.probing import Probing
+from ia3rt.routing.traced import is_traced
+from ia3rt.routing.worn import Shelf, Worn
+
+
+class RowScales:
+    """Of one model.
+
+    Args:
+        bank: the adapters.
+        probing: how the model lays out its rows.
+        shelf: makes what is worn.
+        forward: gives the forward at hand.
+    """
+
+    def __init__(self, bank: Bank, probing: Probing, shelf: Shelf, forward: Callable[[], Forward | None]) -> None:
+        self._bank = bank
+        self._probing = probing
+        self._shelf = shelf
+        self._forward = forward
+
+    def scale(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> Tensor | None:
+        """The scale of a layer's input or output, as it is multiplied to it.
+
+        Args:
+            layer: the module that the vector acts at.
+            position: of the site in the bank.
+            x: [..., width], what is scaled.
+            worn: what the rows wear.
+
+        Returns:
+            What broadcasts over x; None where no adapter of the route acts.
+
+        Raises:
+            ValueError: it is not known whose each element of x is.
+        """
+        forward = self._forward()
+        key = position, x.dim(), self._probing.seen
+        if not is_traced() and (forward is None or forward.marks is None) and key in worn.spread:
+            dim, scale = worn.spread[key]
+            if x.shape[dim] == worn.rows:
+                return scale  # as in each step of decoding: the rest would take longer than the multiplication
+        if not self._is_scaled(layer, position, x, worn, forward):
+            return None
+        self._shelf.composes = True  # from now on; the kernels need no composed mixes
+        worn.compose(self._bank)
+        scale = worn.composed.scale(position)
+        if scale.dim() < 2:
+            return scale
+        if x.is_meta or self._need_no_order(layer, x, worn):
+            return scale[0]
+        layout = self._probing.layout(layer, position, x, worn, forward)
+        laid = spread(scale, layout, x, worn)
+        if worn.memory is not None and not layout.repeated and not layout.images and not is_traced():
+            worn.spread[key] = layout.dim, laid
+        return laid
+
+    def are_major(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> bool:
+        """Whether the elements of x lie row by row, or token by token, as the kernels read them, and are scaled.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        forward = self._forward()
+        if not self._is_scaled(layer, position, x, worn, forward):
+            return False
+        if self._need_no_order(layer, x, worn):
+            return True
+        layout = self._probing.layout(layer, position, x, worn, forward)
+        if layout.dim != 0 or layout.images:
+            return False
+        return worn.length is None or x.shape[:-1].numel() == (worn.rows or 0) * worn.length
+
+    def layout(self, module: nn.Module, where: str, x: Tensor, worn: Worn) -> Layout:
+        """Where the rows of the forward at hand are in x, an input of `module`.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        return self._probing.layout(module, where, x, worn, self._forward())
+
+    def see(self, module: nn.Module, where: int | str, x: Tensor, worn: Worn) -> None:
+        """Sees where they are, in a forward that is looked at; what is not known there is an error when it is asked."""
+        forward = self._forward()
+        if forward is not None and forward.marks is not None:
+            with suppress(ValueError):
+                self._probing.layout(module, where, x, worn, forward)
+
+    def _is_scaled(self, layer: nn.Module, position: int, x: Tensor, worn: Worn, forward: Forward | None) -> bool:
+        """Whether an adapter of the route acts; what x says of the rows is seen before that."""
+        if worn.route.by_token and worn.tokens is None:
+            site = list(self._bank.sites.values())[position]
+            raise ValueError(
+                f"each token wears a mix of its own, and {site} is called outside of a forward of the model, so that "
+                "it is not known which tokens these are: call the model, or route rows"
+            )
+        self.see(layer, position, x, worn)
+        # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
+        return (is_traced() and self._probing.is_known(layer, x)) or worn.acts_at(position, self._bank)
+
+    def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
+        """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
+        return not (is_traced() and self._probing.is_known(layer, x)) and len(worn.route.mixes) == 1
+
+
+def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
+    """Lays scales out as x is.
+
+    Args:
+        scale: [rows, width]; [mixes, width] where each token has a mix.
+        layout: where the rows are in x.
+        x: [..., width].
+        worn: what the rows wear.
+
+    Returns:
+        What broadcasts over x.
+
+    Raises:
+        ValueError: tokens have mixes, and x does not have these tokens.
+    """
+    shape = [1] * x.dim()
+    shape[-1] = scale.shape[-1]
+    if worn.tokens is not None:
+        rows, length = worn.rows or 0, worn.length or 0
+        if layout.images or x.shape[:-1].numel() != rows * length:
+            raise ValueError(f"the route is for {rows} × {length} tokens, but a layer got {tuple(x.shape[:-1])}")
+        by_token = scale.index_select(0, worn.tokens).view(rows, length, -1)
+        if layout.dim == 0:
+            return by_token.view(x.shape) if layout.repeated else by_token
+        return by_token.transpose(0, 1)
+    if layout.images:
+        scale = scale[list(worn.images or ())]
+        if len(scale) == 1:
+            return scale[0]
+    elif layout.repeated:
+        scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
+    shape[layout.dim] = scale.shape[0]
+    return scale.view(shape)
