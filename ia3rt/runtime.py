@@ -31,7 +31,7 @@ from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation
 from ia3rt.routing.composed import composed_vectors
-from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.route import Backend, Route, check_images
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
@@ -393,17 +393,9 @@ class Runtime:
         resolved = [self._bank.resolve(Mix.of(spec)) for spec in mixes]
         if not resolved:
             raise ValueError("route needs at least one row")
-        for mix in resolved:
-            for adapter in mix.adapters:
-                site = adapter.site_in_experts
-                if site is not None:
-                    raise ValueError(
-                        f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
-                        "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
-                    )
-        route = _indexed(Route.by_row(resolved), len(resolved), index)
+        route = Route.by_row(resolved, index)
+        check_images(images, route)
         check_route(route)
-        _check_images(images, 0 if route.index is None else len(route.index))
         before = self._routing.wear_here(route, images)
         return self._restoring(before)
 
@@ -549,12 +541,7 @@ class Runtime:
         self._routing.refresh()
         generation.install(self.model, self._routing)
         self._hooks = [self.model.register_forward_pre_hook(self._own.before_forward, with_kwargs=True)]
-        for module in self.model.modules():
-            if module is self.model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
-                begin = self._routing.before_forward if module is self.model else self._routing.before_part
-                before = module.register_forward_pre_hook(begin, with_kwargs=True)
-                after = module.register_forward_hook(self._routing.after_forward, always_call=True)
-                self._hooks += [before, after]
+        self._hooks += self._routing.install(self.model)
 
     def _uninstall(self) -> None:
         self._own.end()
@@ -675,19 +662,3 @@ class Runtime:
         finally:
             if self._hooks is not None:
                 self._routing.wear_again(before)
-
-
-def _check_images(images: Sequence[int] | None, rows: int) -> None:
-    if images is not None and not all(isinstance(row, int) and 0 <= row < rows for row in images):
-        raise ValueError(f"images must hold the row of each image, 0 … {rows - 1}: got {images!r}")
-
-
-def _indexed(route: Route, mixes: int, index: Tensor | None) -> Route:
-    if index is None:
-        return route
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.dim() not in (1, 2) or not index.numel():
-        raise ValueError("index must be an integer tensor of shape [batch] or [batch, tokens]")
-    if index.min() < 0 or index.max() >= mixes:
-        raise ValueError(f"index points outside of the {mixes} mixes: it must lie in 0 … {mixes - 1}")
-    assert route.index is not None
-    return Route(route.mixes, route.index[index.cpu().long()])

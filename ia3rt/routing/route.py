@@ -28,8 +28,18 @@ class Route:
     index: Tensor | None = None
 
     @classmethod
-    def by_row(cls, mixes: Sequence[ResolvedMix]) -> Route:
-        """One mix a row; rows that wear the same one share it."""
+    def by_row(cls, mixes: Sequence[ResolvedMix], where: Tensor | None = None) -> Route:
+        """One mix a row; rows that wear the same one share it.
+
+        Args:
+            mixes: each row's; with `where`, the mixes that it points to.
+            where: integer [rows] or [rows, tokens].
+
+        Raises:
+            ValueError: `where` is no such tensor or points outside of the mixes, or an adapter acts inside the experts
+                of a mixture.
+        """
+        _check_experts(mixes)
         slots: dict[tuple[object, ...], int] = {}
         distinct: list[ResolvedMix] = []
         index = []
@@ -38,9 +48,38 @@ class Route:
             if slot == len(distinct):
                 distinct.append(mix)
             index.append(slot)
-        return cls(tuple(distinct), torch.tensor(index))
+        slots_of_rows = torch.tensor(index)
+        if where is not None:
+            _check_index(where, len(mixes))
+            slots_of_rows = slots_of_rows[where.cpu().long()]
+        return cls(tuple(distinct), slots_of_rows)
 
     @property
     def by_token(self) -> bool:
         """Whether each token has a mix of its own."""
         return self.index is not None and self.index.dim() == 2
+
+
+def check_images(images: Sequence[int] | None, route: Route) -> None:
+    """Raises ValueError where `images` do not hold a row of the route each."""
+    rows = 0 if route.index is None else len(route.index)
+    if images is not None and not all(isinstance(row, int) and 0 <= row < rows for row in images):
+        raise ValueError(f"images must hold the row of each image, 0 … {rows - 1}: got {images!r}")
+
+
+def _check_index(index: object, mixes: int) -> None:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dim() not in (1, 2) or not index.numel():
+        raise ValueError("index must be an integer tensor of shape [batch] or [batch, tokens]")
+    if index.min() < 0 or index.max() >= mixes:
+        raise ValueError(f"index points outside of the {mixes} mixes: it must lie in 0 … {mixes - 1}")
+
+
+def _check_experts(mixes: Sequence[ResolvedMix]) -> None:
+    for mix in mixes:
+        for adapter in mix.adapters:
+            site = adapter.site_in_experts
+            if site is not None:
+                raise ValueError(
+                    f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
+                    "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
+                )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
@@ -58,6 +59,16 @@ class Routing:
         self._past = PastForwards()
         self._begin()
         self.rows = RowScales(bank, self.probing, self._shelf, self.forward)
+
+    def install(self, model: nn.Module) -> list[RemovableHandle]:
+        """Lets a forward of the model, and of each model inside it, bind what is worn; gives what takes that back."""
+        hooks: list[RemovableHandle] = []
+        for module in model.modules():
+            if module is model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
+                begin = self.before_forward if module is model else self.before_part
+                hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                hooks.append(module.register_forward_hook(self.after_forward, always_call=True))
+        return hooks
 
     def attach(self, model: nn.Module) -> None:
         """Says which model this is of."""
