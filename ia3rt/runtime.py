@@ -29,7 +29,7 @@ from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
-from ia3rt.routing import generation
+from ia3rt.routing import generation, hooks
 from ia3rt.routing.composed import composed_vectors
 from ia3rt.routing.route import Backend, Route, check_images
 from ia3rt.routing.routing import Routing
@@ -284,7 +284,8 @@ class Runtime:
         mixes = self._routing.route.mixes
         are_worn = any(adapter in mix.adapters for mix in mixes for adapter in adapters)
         route = None if are_worn else Route((self._bank.resolve(Mix(names)),))
-        trained = TrainedAdapters(self.model, self._bank, adapters)
+        with torch.inference_mode(False):
+            trained = TrainedAdapters(self.model, self._bank, adapters)
         try:
             own = self._own.train(trained.adapters)
         except ValueError:
@@ -496,20 +497,21 @@ class Runtime:
         """
         self._check_open("unpatch it", while_merged=True)
         active = self._givable() if self._taken is not None else []
-        if self._merged is not None:
-            self.unmerge_adapter()
-        if self._routing.trained is not None:
-            self.end_training()
         contents = [self.get_adapter(name) for name in self.adapters]
         self._uninstall()
-        if self._taken is None:
-            return self.model
         try:
-            give_back(self._taken, contents, active)
+            if self._taken is not None:
+                give_back(self._taken, contents, active)
         except BaseException:
             self._install()
             raise
-        return self._taken.owner  # type: ignore[no-any-return]
+        if self._merged is not None:
+            self.unmerge_adapter()
+        if self._routing.trained is not None:
+            self._routing.trained.end()
+            self._own.end_training()
+            self._routing.trained = None
+        return self.model if self._taken is None else self._taken.owner
 
     def __repr__(self) -> str:
         """The runtime in a line."""
@@ -541,9 +543,10 @@ class Runtime:
         self._routing.refresh()
         generation.install(self.model, self._routing)
         self._hooks = [self.model.register_forward_pre_hook(self._own.before_forward, with_kwargs=True)]
-        self._hooks += self._routing.install(self.model)
+        self._hooks += hooks.install(self.model, self._routing)
 
     def _uninstall(self) -> None:
+        self._routing.release()
         self._own.end()
         self._drop_ins.place(())
         generation.uninstall(self.model)

@@ -32,6 +32,12 @@ def check_givable(taken: TakenOver, adapters: Sequence[AdapterContents]) -> None
                 "hide nothing: before unpatch(), add_adapter() what get_adapter() gives by another name and delete it"
             )
         for path, side in adapter.vectors:
+            module = taken.model.get_submodule(path)
+            if path not in taken.layers and not isinstance(module, nn.Linear) and not hasattr(module, "nf"):
+                raise ValueError(
+                    f"adapter {adapter.name!r} acts at {path!r}, a kind of layer that PEFT does not wrap: "
+                    "save_adapter() and delete_adapter() it before unpatch()"
+                )
             if sides.setdefault(path, side) != side:
                 raise ValueError(
                     f"adapter {adapter.name!r} has a vector for the {side}put of {path!r}, where PEFT's layer has one "
@@ -97,8 +103,14 @@ def _fill(taken: TakenOver, adapters: Sequence[AdapterContents], active: Sequenc
                 given = taken.vectors.get(adapter.name, {}).get(key)
                 _write(layer.ia3_l[adapter.name], adapter.vectors[key], given)
     _activate(taken, layers, states, active)
-    for parameter in taken.model.parameters():
-        parameter.requires_grad_(trained.get(parameter, False))
+    unchanged = list(active) == taken.active
+    for name, parameter in taken.model.named_parameters():
+        if unchanged or not _is_an_adapters(name):  # else as PEFT's set_adapter makes those of the active ones
+            parameter.requires_grad_(trained.get(parameter, False))
+
+
+def _is_an_adapters(name: str) -> bool:
+    return ".ia3_l." in name or ".modules_to_save." in name
 
 
 def _remove(taken: TakenOver, name: str) -> None:

@@ -96,6 +96,10 @@ def take_over(model: Any) -> TakenOver | None:
         ValueError: an adapter is not IA³, an adapter is merged, a layer's vector is offloaded,
             or layers differ in which adapters act, so that no mix says it.
     """
+    if hasattr(type(model), "inject_adapter"):
+        raise ValueError(
+            f"{type(model).__name__} is the part of a PeftModel that holds its layers: pass the PeftModel itself"
+        )
     base = base_model(model)
     if base is model and not _has_adapters_of_its_own(model):
         return None

@@ -38,7 +38,7 @@ class MergedWeights:
         self._bank = bank
         self._write_own = write_own
         self._mixes: list[ResolvedMix] = []
-        self._originals: dict[Tensor, Tensor] = {}
+        self._originals: dict[tuple[nn.Module, str], Tensor] = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -78,10 +78,10 @@ class MergedWeights:
         self._mixes = merged
 
     def unmerge(self) -> None:
-        """Puts the original weights back, bit for bit."""
+        """Puts the original weights back, bit for bit, into what stands in their places now."""
         with torch.no_grad():
-            for parameter, original in self._originals.items():
-                parameter.copy_(original)
+            for (module, name), original in self._originals.items():
+                (module._parameters if name in module._parameters else module._buffers)[name].copy_(original)  # type: ignore[union-attr]
 
     def _write(self, mixes: Sequence[ResolvedMix]) -> None:
         self.unmerge()
@@ -130,10 +130,18 @@ class MergedWeights:
             if not parameter.isfinite().all():
                 raise ValueError(f"cannot merge into {path!r}: its own weight or bias holds a NaN or inf")
             raise ValueError(f"merging overflows {parameter.dtype} in {path!r}: export the model in a wider dtype")
-        if parameter not in self._originals:
-            self._originals[parameter] = parameter.detach().clone().cpu()
+        place = self._place(path, parameter)
+        if place not in self._originals:
+            self._originals[place] = parameter.detach().clone().cpu()
         with torch.no_grad():
             parameter.copy_(rounded)
+
+    def _place(self, path: str, tensor: Tensor) -> tuple[nn.Module, str]:
+        for module in self._model.get_submodule(path).modules():
+            for name, held in (*module._parameters.items(), *module._buffers.items()):
+                if held is tensor:
+                    return module, name
+        raise AssertionError(f"{path!r} does not hold the tensor that is written there")
 
 
 def _not_finite(bank: Bank, mix: ResolvedMix) -> str:

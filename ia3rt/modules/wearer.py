@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -56,6 +57,19 @@ class Wearer(nn.Module):
         self.ia3_follow(computing_device(self))
         return result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """With the whole model, a drop-in of its copy; else a plain module: no Runtime says what the part wears."""
+        whole = self.ia3_routing.is_copied(memo)
+        ours = {name: value for name, value in vars(self).items() if name.startswith("ia3_")}
+        if not whole:
+            memo.update((id(value), value) for value in ours.values())
+        made = memo[id(self)] = copied_as_pickle_does(self, memo)
+        if not whole:
+            for name in [name for name in made._parameters if name.startswith("ia3_")]:
+                del made._parameters[name]
+            unwrap(made)
+        return made
+
     def __init_subclass__(cls) -> None:
         """Calls no further: what a layer's class does with its subclasses is not meant for drop-in classes."""
 
@@ -80,6 +94,16 @@ class Wearer(nn.Module):
     def ia3_hows(self, rows: int) -> dict[int, How]:
         """What applies the vectors that this module applies, by position, for so many rows: see explanation.py."""
         raise NotImplementedError
+
+
+def copied_as_pickle_does(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy as copy.deepcopy makes it: by the original class's own way, where that has one."""
+    own = getattr(super(Wearer, module), "__deepcopy__", None)
+    if own is not None:
+        return own(memo)  # type: ignore[no-any-return]
+    made = memo[id(module)] = type(module).__new__(type(module))
+    made.__setstate__(copy.deepcopy(vars(module), memo))  # type: ignore[no-untyped-call]
+    return made
 
 
 def computing_tensor(module: nn.Module) -> Tensor:

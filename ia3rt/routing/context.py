@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from typing import TypeVar
 
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Memory
+
+T = TypeVar("T")
 
 
 class Captured:
@@ -30,16 +34,35 @@ class _Local(threading.local):
         self.wearing = wearing
 
 
+def _is_in_a_task() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _unset(variable: ContextVar[T], token: Token[T] | None, value: T) -> None:
+    """Makes a variable what it was before: unset where it was that, as a context keeps what is set in it."""
+    try:
+        if token is not None:
+            variable.reset(token)
+    except (ValueError, RuntimeError):  # set in a context that this one is a copy of
+        variable.set(value)
+
+
 class Context:
     """Of one model. A context has what it entered itself, and else what is worn everywhere.
 
     Attributes:
         everywhere: what contexts wear that have nothing of their own.
+        has_tasks: whether a task of an event loop ever entered something of its own.
         local: the same for compiled code: `local.wearing` is what its thread wears.
     """
 
     def __init__(self, everywhere: Wearing) -> None:
         self.everywhere = everywhere
+        self.has_tasks = False
         self.local = _Local(everywhere)
         self._wearing: ContextVar[Wearing] = ContextVar("ia3_wearing", default=everywhere)
         self._forward: ContextVar[Forward | None] = ContextVar("ia3_forward", default=None)
@@ -54,7 +77,13 @@ class Context:
 
     def wear(self, wearing: Wearing) -> None:
         """Makes it what this context wears."""
-        self._wearing.set(wearing)
+        before = self.wearing
+        if wearing is self.everywhere:
+            _unset(self._wearing, before.token, wearing)
+        else:
+            self.has_tasks = self.has_tasks or _is_in_a_task()
+            token = self._wearing.set(wearing)
+            wearing.token = before.token or token  # of the first: what takes it back leaves nothing of the model
         self.local.wearing = wearing
         captured = self._captured.get()
         if captured is not None:
@@ -77,10 +106,15 @@ class Context:
                 for rows, memory in captured.memories.items():
                     wearing.worn.write_to(memory, rows)
 
-    def enter(self, forward: Forward | None) -> None:
+    def enter(self, forward: Forward) -> None:
         """Makes it the forward that this context is in."""
-        self._forward.set(forward)
-        self.local.wearing = self.wearing if forward is None else forward.wearing
+        forward.token = self._forward.set(forward)
+        self.local.wearing = forward.wearing
+
+    def leave(self, forward: Forward) -> None:
+        """Ends what `enter` began."""
+        _unset(self._forward, forward.token, forward.outer)
+        self.local.wearing = self.wearing if forward.outer is None else forward.outer.wearing
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copied model is in no forward, and its routing makes a context of its own."""

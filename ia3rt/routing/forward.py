@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextvars import Token
+from types import FrameType
+
 from torch import nn
 
 from ia3rt.routing.marks import Marks
@@ -16,7 +19,10 @@ class Forward:
         worn: what its rows wear, from its beginning to its end.
         wearing: the same for compiled parts of the model.
         owner: the module that was called.
+        frame: of the call; what a forward is in that was interrupted by Ctrl-C is on no stack any more.
         outer: the forward that a backward pass inside it computes this one for, if any.
+        token: what takes it back that the context is in it.
+        tokens: of each row of its batch; None where that has none.
         calls: how many calls of the owner are running, one inside another.
         task: the backward pass that it runs in; -1 where in none.
         kind: what it has in common with others that lay out their rows as it does; where marks follow it.
@@ -25,14 +31,23 @@ class Forward:
         ahead: what was computed for a layer before it was called; by whoever computed it.
     """
 
-    def __init__(self, worn: Worn, owner: nn.Module, task: int, outer: Forward | None) -> None:
+    def __init__(self, worn: Worn, owner: nn.Module, task: int, outer: Forward | None, frame: FrameType) -> None:
         self.worn = worn
         self.wearing = Wearing(worn)
         self.owner = owner
         self.task = task
         self.outer = outer
+        self.frame = frame
+        self.token: Token[Forward | None] | None = None
+        self.tokens: int | None = None
         self.calls = 1
         self.kind: object = None
         self.marks: Marks | None = None
         self.image_marks: Marks | None = None
         self.ahead: dict[object, object] = {}
+
+    def is_running(self, frame: FrameType | None) -> bool:
+        """Whether `frame`, of a call in the same thread, is inside of this forward."""
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None

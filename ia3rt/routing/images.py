@@ -36,5 +36,7 @@ def images_of(model: nn.Module, arguments: Mapping[str, Any]) -> list[int] | Non
 
 def _pixels(arguments: Mapping[str, Any]) -> Tensor | None:
     """The images, [images, …, height, width]."""
+    if any("sizes" in name or "grid" in name for name in arguments):
+        return None  # of which some have more pieces than others
     found = [x for name, x in arguments.items() if is_media(name) and isinstance(x, Tensor) and x.dim() >= 4]
     return found[0] if len(found) == 1 else None

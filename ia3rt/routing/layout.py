@@ -7,23 +7,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TOKENS = -1
+
 
 class Layout(NamedTuple):
     """Whose the elements of an input [..., width] are.
 
     Attributes:
         dim: the dimension that goes over the rows.
-        repeated: whether each row has several neighbours there.
+        repeated: how many neighbours each row has there; 0 for none, and TOKENS for one a token of the batch.
         images: whether it goes over the images of the batch, and not over its rows.
     """
 
     dim: int
-    repeated: bool = False
+    repeated: int = 0
     images: bool = False
 
-    def fits(self, shape: torch.Size, rows: int) -> bool:
-        """Whether an input of this shape can have so many rows there."""
-        return shape[self.dim] % rows == 0 if self.repeated else shape[self.dim] == rows
+    def fits(self, shape: torch.Size, rows: int, tokens: int | None) -> bool:
+        """Whether an input of this shape has so many rows there, in a batch of so many tokens a row."""
+        if self.repeated == TOKENS and tokens is None:
+            return shape[self.dim] % rows == 0
+        each = tokens if self.repeated == TOKENS else self.repeated or 1
+        return shape[self.dim] == rows * (each or 1)
 
 
 class Unknown(NamedTuple):
@@ -35,13 +40,14 @@ class Unknown(NamedTuple):
 NOTHING = Unknown("nothing in it depends on the rows of the batch one by one")
 
 
-def layout_of(marked: Tensor, row: int, rows: int) -> Layout | Unknown:
+def layout_of(marked: Tensor, row: int, rows: int, tokens: int = 0) -> Layout | Unknown:
     """The layout of an input, of which the elements are marked that depend on one row.
 
     Args:
         marked: bool [..., width].
         row: which row that is.
         rows: how many there are.
+        tokens: how many tokens each has in the batch.
     """
     places = marked.any(-1)
     count = int(places.sum())
@@ -55,7 +61,7 @@ def layout_of(marked: Tensor, row: int, rows: int) -> Layout | Unknown:
     if places.dim() and places.shape[0] % rows == 0 and places.shape[0] > rows:
         each = places.shape[0] // rows
         if int(places[row * each : (row + 1) * each].sum()) == count:
-            found.append(Layout(0, repeated=True))
+            found.append(Layout(0, TOKENS if each == tokens else each))
         if int(places[row::rows].sum()) == count:
             found.append(Layout(-1))  # one after another, again and again: no layout that is known
     if len(found) == 1 and found[0].dim >= 0:

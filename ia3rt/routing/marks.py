@@ -23,8 +23,9 @@ _SWEEP = 256  # operations after which the twins of memory that was freed go
 class Marks(TorchDispatchMode):
     """While it is entered, follows what depends on what was marked."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._rows = rows
         self._twins: dict[int, tuple[StorageWeakRef, torch.UntypedStorage]] = {}
         self._calls = 0
 
@@ -66,11 +67,12 @@ class Marks(TorchDispatchMode):
         by_numbers = any(each.is_floating_point() for each in marked)
         if func._schema.is_mutable:
             for each in inputs:
-                if not self._has_twin(each) and _address(each) is not None and each.is_floating_point():
+                if not self._has_twin(each) and _address(each) is not None:
                     self._give_twin(each)
 
         def twin_of(each: Any) -> Any:
-            if not isinstance(each, Tensor) or (by_numbers and not each.is_floating_point()):
+            choice = by_numbers and not func._schema.is_mutable
+            if not isinstance(each, Tensor) or (choice and not each.is_floating_point()):
                 return each
             twin = self._twin(each)
             return each if twin is None else twin
@@ -79,12 +81,32 @@ class Marks(TorchDispatchMode):
         with suppress(Exception), _same_draws(func, inputs):
             twins = tree_leaves(func(*tree_map(twin_of, args), **tree_map(twin_of, kwargs)))
         result = func(*args, **kwargs)
+        if self._orders_rows(func, args):
+            # By what is in this batch: no order that the next one has. So all of it depends on any row.
+            other = (
+                torch.nan
+                if result.is_floating_point()
+                else torch.where(result == result.max(), result.min(), result.max())
+            )
+            self._give_twin(result).copy_(torch.as_tensor(other))
+            return result
         results = tree_leaves(result)
         if twins is not None and len(twins) == len(results):
             for out, twin in zip(results, twins, strict=True):
                 if isinstance(out, Tensor) and isinstance(twin, Tensor):
                     self._note(out, twin, by_numbers)
         return result
+
+    def _orders_rows(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether an operation takes the rows in an order that is computed."""
+        if func is torch.ops.aten.index_select.default:
+            x, dim, index = args
+        elif func is torch.ops.aten.index.Tensor and len(args[1]) == 1:
+            (x, (index,)), dim = args, 0
+        else:
+            return False
+        ordered = x.dim() > 1 and len(x) == self._rows == index.numel()
+        return bool(dim == 0 and ordered and not index.is_floating_point() and index.dtype != torch.bool)
 
     def _note(self, out: Tensor, twin: Tensor, by_numbers: bool) -> None:
         """Keeps the twin of a result."""

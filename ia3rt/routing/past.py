@@ -7,13 +7,16 @@ So the number of what is being differentiated says in which forward of its threa
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from ia3rt.routing.worn import Worn
 
@@ -35,40 +38,55 @@ class PastForwards:
 
     def __init__(self) -> None:
         self._stretches: dict[int, list[_Stretch]] = {}
+        self._wrapped: dict[int, OrderedDict[int, Worn]] = {}
         self._held: deque[Worn] = deque(maxlen=_HELD)
 
-    def note(self, worn: Worn) -> None:
-        """Says that what is recorded from here on, in this thread, is computed with `worn`."""
+    def begin(self, worn: Worn) -> None:
+        """Says that what this thread records from here on, until `end`, is computed with `worn`."""
+        if not torch.is_grad_enabled():
+            self._begin_unrecorded(worn)
+            return
         stretches = self._stretches.setdefault(threading.get_ident(), [])
         if stretches and stretches[-1].worn() is worn:
+            stretches[-1].end = float("inf")  # what was recorded in between is no part of a model
             return
         begin = _next_number()
         if stretches:
-            stretches[-1].end = begin
+            stretches[-1].end = min(stretches[-1].end, begin)
         stretches[:] = [stretch for stretch in stretches if stretch.worn() is not None]
         stretches.append(_Stretch(begin, float("inf"), weakref.ref(worn)))
         self._held.append(worn)
 
-    def keep(self, results: Iterable[object], worn: Worn) -> None:
-        """Lets `worn` be known as long as these results of a forward can be differentiated."""
+    def end(self, results: Iterable[object], worn: Worn) -> None:
+        """Ends what `begin` began; `worn` is known as long as these results can be differentiated."""
+        stretches = self._stretches.get(threading.get_ident())
+        if stretches:
+            stretches[-1].end = _next_number()
         for result in results:
             node = getattr(result, "grad_fn", None)
             if node is not None:
                 node.metadata.setdefault("ia3", []).append(worn)
 
-    def find(self) -> Worn:
-        """What was worn when that was recorded which is differentiated now.
+    def find(self) -> Worn | None:
+        """What was worn when that was recorded which is computed again now; None where nothing is.
 
         Raises:
             RuntimeError: it is not known.
         """
         node = torch._C._current_autograd_node()
+        is_function = isinstance(node, BackwardCFunction)
+        if not is_function and not _is_checkpointing(sys._getframe(1)):
+            return None  # a forward of its own, called by a hook
         number = -1 if node is None else node._sequence_nr()
+        if is_function:
+            wrapped = [numbers[number] for numbers in self._wrapped.values() if number in numbers]
+            if len({id(worn) for worn in wrapped}) == 1:
+                return wrapped[0]
         found = {
             id(worn): worn
             for stretches in list(self._stretches.values())
             for stretch in list(stretches)
-            if stretch.begin <= number < stretch.end and (worn := stretch.worn()) is not None
+            if stretch.begin <= number < min(stretch.end, _next_number()) and (worn := stretch.worn()) is not None
         }
         if len(found) == 1:
             return next(iter(found.values()))
@@ -82,6 +100,30 @@ class PastForwards:
             "wore different adapters, come into question: train in one thread, or without checkpointing"
         )
 
+    def _begin_unrecorded(self, worn: Worn) -> None:
+        """The same where nothing is recorded: a function of autograd's may run the whole forward again.
+
+        The reentrant way of checkpointing is such a function. It got the last number, before it called the forward.
+        """
+        last = _next_number() - 1
+        if last < 0 or not _is_checkpointing(sys._getframe(1)):
+            return
+        worn = worn.of or worn
+        worn.lent = True
+        numbers = self._wrapped.setdefault(threading.get_ident(), OrderedDict())
+        numbers[last] = worn
+        while len(numbers) > _HELD:
+            numbers.popitem(last=False)
+
     def __deepcopy__(self, memo: object) -> PastForwards:
         """Nothing of it: no gradient reaches a copied model from the original's forwards."""
         return PastForwards()
+
+
+def _is_checkpointing(frame: FrameType | None) -> bool:
+    """Whether some code for checkpointing has called this, in whatever library."""
+    while frame is not None:
+        if "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
+            return True
+        frame = frame.f_back
+    return False

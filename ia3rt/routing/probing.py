@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Bank
 from ia3rt.routing.batch import has_text, is_media, main_input, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward
-from ia3rt.routing.layout import NOTHING, Layout, Unknown, layout_of
+from ia3rt.routing.layout import NOTHING, TOKENS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
 from ia3rt.routing.traced import is_traced
 from ia3rt.routing.worn import Worn
@@ -32,6 +32,7 @@ class Probing:
         self._bank = bank
         self._kinds: set[object] = set()
         self.seen = 0
+        self._by_shape = False  # whether how often rows are repeated somewhere depends on the batch's shape
 
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
@@ -39,18 +40,18 @@ class Probing:
         batch = main_input(arguments, model)
         if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
             return
-        kind = _kind(model, arguments, batch, forward.worn.images)
+        kind = _kind(model, arguments, batch, forward.worn.images), batch.shape[1:] if self._by_shape else None
         if kind in self._kinds:
             return
         forward.kind = kind
         self.seen += 1
-        forward.marks = Marks()
+        forward.marks = Marks(rows)
         for x in row_inputs(arguments, rows):
             forward.marks.mark(x, _ROW)
         forward.marks.__enter__()  # type: ignore[no-untyped-call]
         images = forward.worn.images
         if images and has_text(arguments):
-            forward.image_marks = Marks()
+            forward.image_marks = Marks(len(images))
             for x in media_inputs(arguments, len(images)):
                 forward.image_marks.mark(x, min(_ROW, len(images) - 1))
             forward.image_marks.__enter__()  # type: ignore[no-untyped-call]
@@ -84,13 +85,17 @@ class Probing:
         layouts: Layouts = layer.ia3_layouts  # type: ignore[assignment]
         if forward is not None and forward.marks is not None and not is_traced():
             _see(layouts, x, worn, forward)
+            seen = layouts[x.dim()]
+            self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated > 0)
         layout = layouts.get(x.dim())
         if isinstance(layout, Layout):
             assert worn.route.index is not None
             # The index's size and not `worn.rows`: a compiler takes that for the size of a tensor, which may change.
             count = worn.route.index.shape[0] if not layout.images else len(worn.images or ())
-            if count and (layout.fits(x.shape, count) or (layout.images and count == 1)):
+            tokens = None if forward is None else forward.tokens
+            if count and (layout.fits(x.shape, count, tokens) or (layout.images and count == 1)):
                 return layout
+            self._kinds.clear()
             layout = Unknown(
                 f"its dimension {layout.dim} goes over the rows, and there are {count}"
                 if not layout.images
@@ -117,19 +122,23 @@ class Probing:
 def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
     """Notes what the marks say of an input; what differs from what was seen before is not known."""
     assert worn.rows is not None and forward.marks is not None
-    seen: Layout | Unknown = layout_of(forward.marks.marked(x), _ROW, worn.rows)
+    seen: Layout | Unknown = layout_of(forward.marks.marked(x), _ROW, worn.rows, forward.tokens or 0)
     if isinstance(seen, Unknown) and forward.image_marks is not None and worn.images is not None:
         marked, count = forward.image_marks.marked(x), len(worn.images)
         of_images = layout_of(marked, _ROW, count) if count > 1 else Layout(0) if marked.any() else seen
         if isinstance(of_images, Layout) and not of_images.repeated:
             seen = of_images._replace(images=True)
     before = layouts.get(x.dim(), seen)
-    layouts[x.dim()] = seen if before == seen else _both(before, seen)
+    layouts[x.dim()] = seen if before == seen else _both(before, seen, forward.tokens)
 
 
-def _both(before: Layout | Unknown, seen: Layout | Unknown) -> Layout | Unknown:
+def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) -> Layout | Unknown:
     """What is known of a layer's inputs, where an earlier one was laid out in another way."""
     if isinstance(before, Layout) and isinstance(seen, Layout):
+        if before.repeated == TOKENS and seen == Layout(0) and tokens == 1:
+            return before  # one token a row
+        if before.repeated > 0 and seen.repeated > 0:
+            return seen  # windows and the like: as many as the size of the batch makes
         return Unknown("the rows are in another place of it than in an earlier call")
     layout, unknown = (before, seen) if isinstance(before, Layout) else (seen, before)
     # Of images nothing depends on the rows; which row has them may be known in one forward and not in the other.

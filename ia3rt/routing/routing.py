@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
@@ -60,16 +61,6 @@ class Routing:
         self._begin()
         self.rows = RowScales(bank, self.probing, self._shelf, self.forward)
 
-    def install(self, model: nn.Module) -> list[RemovableHandle]:
-        """Lets a forward of the model, and of each model inside it, bind what is worn; gives what takes that back."""
-        hooks: list[RemovableHandle] = []
-        for module in model.modules():
-            if module is model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
-                begin = self.before_forward if module is model else self.before_part
-                hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-                hooks.append(module.register_forward_hook(self.after_forward, always_call=True))
-        return hooks
-
     def attach(self, model: nn.Module) -> None:
         """Says which model this is of."""
         self._model = weakref.ref(model)
@@ -102,6 +93,11 @@ class Routing:
     def now(self) -> Worn:
         """What a layer wears that is called now."""
         if is_traced():
+            if self._context.has_tasks:
+                raise RuntimeError(
+                    "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
+                    "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
+                )
             return self._context.local.wearing.worn if self._covering is None else self._covering.worn
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
@@ -224,27 +220,35 @@ class Routing:
                 self._check_rows(model, worn, given)
                 self._compiled.see(tuple(name for name, x in given.items() if isinstance(x, Tensor)))
             return
-        arguments: Mapping[str, Any] | None = None
-        task, outer = _current_task(), self._context.forward()
-        if outer is not None and outer.task == task:
-            if outer.owner is model:
-                outer.calls += 1
-            return
-        worn = self._here()
-        if task != -1:
-            worn = self._past.find()
-        elif worn.rows is not None:
-            arguments = named_arguments(model, args, kwargs)
-            worn = self._over_batch(model, worn, arguments)
-        forward = Forward(self._bound(worn), model, task, outer)
-        if arguments is not None:
-            self.probing.begin(forward, model, arguments)
-        self._context.enter(forward)
+        self._start(model, args, kwargs, sys._getframe(2))  # past the hook
 
     def before_part(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the models inside the model, which may be called without it, as `generate` does."""
         if not is_traced():
-            self.before_forward(model, args, kwargs)
+            self._start(model, args, kwargs, sys._getframe(2))  # past the hook
+
+    def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType) -> None:
+        task, outer = _current_task(), self._context.forward()
+        while outer is not None and not outer.is_running(caller):  # Ctrl-C calls no hooks
+            self.probing.end(outer, completed=False)
+            self._context.leave(outer)
+            outer = self._context.forward()
+        if outer is not None and outer.task == task:
+            if outer.owner is model:
+                outer.calls += 1
+            return
+        arguments: Mapping[str, Any] | None = None
+        again = self._past.find() if task != -1 else None
+        worn = self._here() if again is None else again
+        if again is None and worn.rows is not None:
+            arguments = named_arguments(model, args, kwargs)
+            worn = self._over_batch(model, worn, arguments)
+        forward = Forward(self._bound(worn), model, task, outer, caller)
+        if arguments is not None:
+            batch = main_input(arguments, model)
+            forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
+            self.probing.begin(forward, model, arguments)
+        self._context.enter(forward)
 
     def after_forward(self, model: nn.Module, args: object, output: object) -> None:
         """A forward hook, which is called after an error too."""
@@ -256,9 +260,9 @@ class Routing:
         forward.calls -= 1
         if forward.calls == 0:
             self.probing.end(forward, completed=output is not None)
-            self._context.enter(forward.outer)
-            if torch.is_grad_enabled() and output is not None:
-                self._past.keep(tree_leaves(output), forward.worn)
+            self._context.leave(forward)
+            if torch.is_grad_enabled():
+                self._past.end(tree_leaves(output), forward.worn)
 
     def capture(self) -> None:
         """Notes that a CUDA graph is captured, which reads what this context wears at its address from now on."""
@@ -281,13 +285,15 @@ class Routing:
 
     def _outside(self) -> Worn:
         """What a layer wears that is called outside of any forward, or again for a gradient."""
-        worn = self._here() if _current_task() == -1 else self._past.find()
-        return self._bound(worn)
+        again = self._past.find() if _current_task() != -1 else None
+        return self._bound(self._here() if again is None else again)
 
     def _bound(self, worn: Worn) -> Worn:
         """`worn` as a forward that begins now may hold it."""
-        if self.trained is not None and self.trained.adopt():
-            self.refresh()
+        if self.trained is not None and self.trained.is_replaced():
+            self.trained.adopt()
+            if not self.trained.is_replaced():
+                self.refresh()
             worn = self.lay(worn.route)
         if self.bank.table.is_cuda:
             if torch.cuda.is_current_stream_capturing():
@@ -296,7 +302,7 @@ class Routing:
                 worn.order(self.bank)
         if torch.is_grad_enabled():
             worn = worn.kept(self.bank)
-            self._past.note(worn)
+        self._past.begin(worn)
         return worn
 
     def _over_batch(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> Worn:
@@ -343,8 +349,26 @@ class Routing:
         base = self.bank.resolve(BASE)
         return Route(tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes), route.index)
 
+    def is_copied(self, memo: dict[int, Any]) -> bool:
+        """Whether a deep copy that is being made has the whole model."""
+        model = self._model()
+        return model is not None and id(model) in memo
+
+    def release(self) -> None:
+        """Leaves nothing in this context."""
+        self._context.wear(self._context.everywhere)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Says what pickle cannot do."""
+        raise TypeError(
+            "a model that ia3rt patched cannot be pickled: save_pretrained() or state_dict() its weights and "
+            "save_adapter() its adapters, or unpatch() it first"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
-        """One for a copied model: over a copy of the bank, worn as it is here."""
+        """One for a copied model: over a copy of the bank, worn as it is here. None of its own for a part of one."""
+        if not self.is_copied(memo):
+            return self
         made = memo[id(self)] = Routing.__new__(Routing)
         made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
         made.composes = self.composes

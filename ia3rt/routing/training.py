@@ -31,12 +31,13 @@ class TrainedAdapters:
         self._modules = dict(model.named_modules())
         self._parameters: dict[Adapter, dict[Site, nn.Parameter]] = {}
         self._float32: dict[nn.Parameter, Tensor] = {}
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: list[tuple[nn.Module, str]] = []
         self._check()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self._frozen.append(parameter)
+        for module in self._modules.values():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self._frozen.append((module, name))
         for adapter in sorted(self.adapters, key=lambda adapter: adapter.row):
             vectors = bank.vectors(adapter).items()
             self._parameters[adapter] = {site: nn.Parameter(vector.float().clone()) for site, vector in vectors}
@@ -65,17 +66,25 @@ class TrainedAdapters:
             tables = MixTables.over(Stacked(scales.vectors), packed, index.to(device, torch.int32))
         return Worn(route, None if route.index is None else len(route.index), scales, tables)
 
-    def adopt(self) -> bool:
-        """Takes parameters that other code registered in the place of these; whether there were any."""
-        found = False
+    def is_replaced(self) -> bool:
+        """Whether other code registered something in the place of a parameter."""
+        return any(
+            module._parameters.get(_attribute(site, adapter)) is not self._parameters[adapter][site]
+            for adapter, site, module in self._places()
+        )
+
+    def adopt(self) -> None:
+        """Takes parameters that other code registered in the place of these, as a checkpoint does.
+
+        Tensors that are none, as torch.func.functional_call puts there for one call, are worn by what is laid then.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
         for adapter, site, module in self._places():
             registered = module._parameters.get(_attribute(site, adapter))
-            if registered is not None and registered is not self._parameters[adapter][site]:
+            if type(registered) is nn.Parameter:
                 self._parameters[adapter][site] = registered
-                found = True
-        if found:
-            self.keep_float32()
-        return found
+        self.keep_float32()
 
     def keep_float32(self) -> None:
         """Gives the parameters their float32 numbers back after the model was cast, and follows it to its device."""
@@ -87,23 +96,27 @@ class TrainedAdapters:
             kept[parameter] = own = own.to(device, torch.float32)
             if parameter.data_ptr() != own.data_ptr() or parameter.dtype != own.dtype:
                 parameter.data = own
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(own.device, own.dtype)
         self._float32 = kept
 
     @torch.no_grad()
     def sync(self) -> None:
         """Writes the parameters into the bank's rows, rounded to its dtype."""
-        self.adopt()
         for adapter in self.adapters:
             for site, row in self._bank.vectors(adapter).items():
-                row.copy_(self._parameters[adapter][site])
+                registered = self._modules[site.path]._parameters.get(_attribute(site, adapter))
+                row.copy_(self._parameters[adapter][site] if registered is None else registered)
 
     def end(self) -> None:
         """Writes the bank, unregisters the parameters, and gives the model's own their `requires_grad` back."""
         self.sync()
         for adapter, site, module in self._places():
             delattr(module, _attribute(site, adapter))
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        for module, name in self._frozen:  # what stands there now: a checkpoint may have put others there
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(True)
 
     def _places(self) -> Iterator[tuple[Adapter, Site, nn.Module]]:
         for adapter, by_site in self._parameters.items():
@@ -112,7 +125,10 @@ class TrainedAdapters:
 
     def _vectors(self, used: Sequence[int]) -> list[list[Tensor]]:
         """By site, the vectors of these rows of the bank: parameters, or copies, which no later load changes."""
-        trained = {adapter.row: by_site for adapter, by_site in self._parameters.items()}
+        trained: dict[int, dict[Site, Tensor]] = {adapter.row: {} for adapter in self._parameters}
+        for adapter, site, module in self._places():
+            registered = module._parameters.get(_attribute(site, adapter))
+            trained[adapter.row][site] = self._parameters[adapter][site] if registered is None else registered
         frozen = {row: torch.split(self._bank.table[row].float().clone(), self._bank.widths) for row in used}
         return [
             [trained.get(row, {}).get(site, frozen[row][position]) for row in used]

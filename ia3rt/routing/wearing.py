@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import Token
+
 from ia3rt.routing.worn import Worn
 
 
@@ -12,8 +14,10 @@ class Wearing:
         worn: what that is; a switch puts another one there.
         holds: whether it is the content of a `with`, which says itself when it ends.
         generates: whether that is a call of `generate`.
+        token: what takes it back that the context wears something of its own.
     """
 
     def __init__(self, worn: Worn) -> None:
         self.worn = worn
         self.holds = self.generates = False
+        self.token: Token[Wearing] | None = None

@@ -303,3 +303,13 @@ def test_a_product_with_an_adapter_twice_goes_back():
     runtime.set_adapter(Mix(("b", "b", "c")))
     worn = logits(wrapped, IDS)
     assert torch.equal(logits(runtime.unpatch(), IDS), worn)
+
+
+def test_what_is_active_then_can_be_trained():
+    wrapped = peft_model(tiny_model(), "llama", "bc")
+    runtime = ia3rt.patch(wrapped)
+    runtime.set_adapter("c")
+    wrapped = runtime.unpatch()
+    grads = {name: parameter.requires_grad for name, parameter in wrapped.named_parameters() if "ia3_l" in name}
+    assert {name for name, grad in grads.items() if grad} == {name for name in grads if name.endswith(".c")}
+    wrapped(input_ids=IDS, labels=IDS).loss.backward()

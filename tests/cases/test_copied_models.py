@@ -97,3 +97,20 @@ def test_a_copy_cannot_be_patched_otherwise(runtime):
             ia3rt.patch(copied, **arguments)
     plain = ia3rt.patch(copied).unpatch()
     ia3rt.patch(plain, target_modules="all-linear")
+
+
+def test_a_copy_of_a_part_is_plain():
+    """Of which no Runtime says what it wears: a block repeated to make a model deeper, a frozen copy of the trunk."""
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.set_adapter("a")
+    runtime.train_adapter("a")
+    block, trunk = copy.deepcopy(model.model.layers[0]), copy.deepcopy(model.model)
+    assert not any(type(module).__name__.startswith("IA3") for part in (block, trunk) for module in part.modules())
+    assert not any("ia3" in name for part in (block, trunk) for name, _ in part.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(trunk(IDS)[0], tiny_model().model(IDS)[0])
+    runtime.end_training()
+    before = logits(model, IDS)
+    assert torch.equal(logits(copy.deepcopy(model), IDS), before)

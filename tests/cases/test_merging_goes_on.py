@@ -214,3 +214,13 @@ def test_a_merge_while_training_is_refused(pair):
         with pytest.raises(RuntimeError, match="end_training"):
             use()
     assert isinstance(pair[0], peft.PeftModel)
+
+
+def test_unmerging_finds_weights_that_a_checkpoint_put_in_their_place():
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.merge_adapter("a")
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    runtime.unmerge_adapter()
+    assert torch.equal(logits(model, IDS), logits(tiny_model(), IDS))

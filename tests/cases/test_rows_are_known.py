@@ -215,3 +215,71 @@ def test_seeing_changes_nothing() -> None:
             results.append((output.logits, output.past_key_values.layers[0].keys, torch.rand(3)))
     assert len(calls) == 2
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+class Embedded(nn.Module):
+    """Tokens through one projection, as the subclass arranges them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.v_proj = nn.Embedding(99, 16), nn.Linear(16, 16)
+
+
+class Flat(Embedded):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.v_proj(self.embed(input_ids).flatten(0, 1)).unflatten(0, input_ids.shape)
+
+
+class Unpadded(Embedded):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        mask = input_ids != 0
+        return torch.zeros(*mask.shape, 16).masked_scatter(mask.unsqueeze(-1), self.v_proj(self.embed(input_ids)[mask]))
+
+
+class Sorted(Embedded):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        order = (input_ids != 0).sum(1).argsort(descending=True, stable=True)
+        return self.v_proj(self.embed(input_ids[order]))[order.argsort()]
+
+
+def test_tokens_behind_one_another() -> None:
+    model = Flat()
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    for length in (5, 1, 7, 3):  # a prompt, a token that is generated, other prompts
+        x = ids(3, length)
+        assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x))  # noqa: B023
+
+
+@pytest.mark.parametrize("make", [Unpadded, Sorted], ids=lambda make: make.__name__)
+def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
+    model = make()
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    batches = [ids(2, 6), ids(2, 6), ids(2, 6)]
+    batches[1][0, 2:], batches[2][1, 4:] = 0, 0
+    refused = 0
+    for x in batches:
+        try:
+            assert_each_row_wears_its_own(runtime, ["a", "b"], lambda: model(x))  # noqa: B023
+        except ValueError as error:
+            assert "v_proj" in str(error)
+            refused += 1
+    assert refused >= 2
+
+
+def test_seeing_leaves_what_a_model_counts() -> None:
+    class Counting(Embedded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros((), dtype=torch.long))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            self.total += input_ids.ne(0).sum()
+            return self.v_proj(self.embed(input_ids))
+
+    model = Counting()
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    with torch.no_grad(), runtime.route(["a", "b"]):
+        for step in range(1, 4):
+            model(ids(2, 6))
+            assert model.total == 12 * step

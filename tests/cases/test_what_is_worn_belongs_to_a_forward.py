@@ -253,3 +253,95 @@ def test_a_route_in_another_thread_cannot_be_worn_over_merged_weights(runtime) -
         with pytest.raises(RuntimeError, match="merged into the weights"):
             running.result()
     close(logits(runtime.model, IDS), logits(truth(runtime, "b"), IDS))
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_forward_that_ctrl_c_ended_is_over(runtime, routed) -> None:
+    """torch calls no hook after an exception that is no Exception."""
+    model = runtime.model
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_hook(interrupt)
+    runtime.set_adapter("a")
+    if routed:
+        runtime.route(["a", None, "b"])  # the first of its kind, which is looked at
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, IDS)
+    hook.remove()
+    for name in ("b", "a"):
+        runtime.set_adapter(name)
+        close(logits(model, IDS), logits(truth(runtime, name), IDS))
+        close(input_gradients(model, IDS), input_gradients(truth(runtime, name), IDS))
+    with runtime.route(["a", "b"]), pytest.raises(ValueError, match="the route has 2 rows, but the batch has 3"):
+        logits(model, IDS)
+    assert not torch._C._len_torch_dispatch_stack()
+
+
+def test_a_function_of_autograds_may_run_a_whole_forward_again(runtime) -> None:
+    """As the reentrant way of checkpointing does, which records the forward before it calls it."""
+    model = runtime.model
+    expected = {name: input_gradients(truth(runtime, name), IDS) for name in NAMES}
+    embeddings = {name: model.get_input_embeddings()(IDS).detach().requires_grad_() for name in NAMES}
+    losses = []
+    for name in NAMES:
+        runtime.set_adapter(name)
+        run = lambda e: model(inputs_embeds=e, labels=IDS, use_cache=False).loss  # noqa: E731
+        losses.append(checkpoint(run, embeddings[name], use_reentrant=True))
+    runtime.set_adapter(None)
+    logits(model, IDS)
+    sum(losses).backward()
+    for name in NAMES:
+        close(embeddings[name].grad, expected[name])
+
+
+def test_a_forward_inside_a_backward_hook_is_one_of_its_own(runtime) -> None:
+    """As losses do that cache gradients of representations and run the model again for each piece of a batch."""
+    model = runtime.model
+    input_gradients(model, IDS)  # of another adapter's, before
+    runtime.set_adapter("b")
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    leaf = torch.ones(1, requires_grad=True)
+
+    def again(_: Tensor) -> None:
+        with torch.enable_grad():
+            model(inputs_embeds=embeddings, labels=IDS, use_cache=False).loss.backward()
+
+    loss = (leaf * 2).sum()
+    loss.register_hook(again)
+    runtime.set_adapter("a")
+    loss.backward()
+    close(embeddings.grad, input_gradients(truth(runtime, "a"), IDS))
+
+
+def test_compiled_code_refuses_what_a_task_entered(runtime) -> None:
+    """It finds what is worn by its thread, which the tasks share."""
+    compiled = torch.compile(runtime.model, backend="eager")
+    logits(compiled, IDS)
+
+    async def answer() -> None:
+        with runtime.route(["a"] * 3):
+            await asyncio.sleep(0)
+            logits(compiled, IDS)
+
+    with pytest.raises(RuntimeError, match="entered by a task of an event loop"):
+        asyncio.run(answer())
+
+
+def test_nothing_of_a_model_stays_in_its_thread() -> None:
+    import gc
+    import weakref
+
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.route(["a", None, "a"])
+    logits(model, IDS)
+    with runtime.route(["a"] * 3):
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2)
+    worn = weakref.ref(runtime._routing.now())
+    runtime.unpatch()
+    del runtime, model
+    gc.collect()
+    assert worn() is None

@@ -311,6 +311,8 @@ def test_what_a_checkpoint_puts_in_place_of_the_parameters_is_worn_and_trained()
         for name, tensor in model.state_dict().items()
     }
     model.load_state_dict(state, assign=True)
+    read = runtime.get_adapter("a").vectors
+    assert all(torch.equal(read[s.key], state[f"{s.path}.ia3_{s.side}_a"]) for s in runtime.sites)
     expected = ia3rt.patch(tiny_model())
     expected.add_adapter("a", {s.key: state[f"{s.path}.ia3_{s.side}_a"] for s in runtime.sites})
     expected.set_adapter("a")
@@ -323,6 +325,27 @@ def test_what_a_checkpoint_puts_in_place_of_the_parameters_is_worn_and_trained()
     after = logits(model, ids)
     runtime.end_training()
     assert torch.equal(logits(model, ids), after)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_gradients_by_torch_func_are_those_of_backward():
+    model, ids = tiny_model(), token_ids()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a")
+    runtime.train_adapter("a")
+    trained = {name: parameter for name, parameter in model.named_parameters() if "ia3_" in name}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, given, (ids,), {"labels": ids, "use_cache": False}).loss
+
+    values = {name: torch.rand_like(parameter) + 0.5 for name, parameter in trained.items()}
+    gradients = torch.func.grad(loss)(values)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(values[name])
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in trained.items():
+        assert_same_gradient(gradients[name], parameter.grad)
 
 
 def test_errors_leave_everything_as_it_was():
