@@ -199,7 +199,8 @@ class Runtime:
                 modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
                 "score" for SEQ_CLS and TOKEN_CLS, "qa_outputs" for QUESTION_ANS), the adapter gets its own, which begin
                 as the model's.
-            modules: by path, the state_dict() of a module that the adapter brings its own of.
+            modules: by path, the state_dict() of a module that the adapter brings its own of. Where it is given, a name
+                in modules_to_save that means nothing in the model is let be, as in PEFT.
 
         Raises:
             ValueError: the name is taken, a vector or a module does not fit the model or is not finite, or the model
@@ -208,7 +209,7 @@ class Runtime:
         """
         self._check_open("add an adapter")
         self._bank.check_name(name)
-        own = brought.to_train(self.model, name, modules or {}, config or {})
+        own = brought.of_tensors(self.model, name, modules, config or {})
         if vectors is None:
             if not self.sites:
                 raise ValueError(
