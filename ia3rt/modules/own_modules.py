@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.brought import Brought
-from ia3rt.modules.copied import copied, own_state, sharing, tensors_of
+from ia3rt.modules.copied import copied, own_state, tensors_of
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.routing import Routing
@@ -104,14 +104,17 @@ class OwnModules:
             ValueError: such a name is taken.
         """
         found: list[tuple[OwnOfOne, nn.Module, str, nn.Module, str, nn.Parameter]] = []
+        names: dict[int, str] = {}  # a parameter that is tied within a module stands there once
         for adapter in sorted(adapters, key=lambda adapter: adapter.row):
             for path in sorted(adapter.modules - adapter.embeddings):
                 own, module = self._held[path].own[adapter], self._model.get_submodule(path)
                 places = {id(part): prefix for prefix, part in own.named_modules()}
                 for part, last, parameter in tensors_of(own):
                     place = f"{places[id(part)]}.{last}".lstrip(".")
-                    name = f"ia3_own_{adapter.name}_{place}".replace(".", "_")
-                    if hasattr(module, name) or any(module is m and name == n for _, m, n, *_ in found):
+                    name = names.get(id(parameter)) or f"ia3_own_{adapter.name}_{place}".replace(".", "_")
+                    is_taken = id(parameter) not in names and any(module is m and name == n for _, m, n, *_ in found)
+                    names[id(parameter)] = name
+                    if hasattr(module, name) or is_taken:
                         raise ValueError(
                             f"adapter {adapter.name!r} cannot be trained: {path!r} has a {name!r} already; give the "
                             "adapter another name"
@@ -129,7 +132,7 @@ class OwnModules:
             module = self._model.get_submodule(path)
             held.follow(module)
             for name, part, last in held.in_training:
-                delattr(module, name)
+                module._parameters.pop(name, None)
                 parameter = part.get_parameter(last)
                 parameter.requires_grad, parameter.grad = False, None
             held.in_training.clear()
@@ -157,11 +160,9 @@ class OwnModules:
         written: set[int] = set()  # tied embeddings are one tensor, of which the first content has to be remembered
         for path, state in states.items():
             module = self._model.get_submodule(path)
-            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            for other in sharing(self._model, path):
-                theirs = states.get(other, {}).get("weight")
-                if theirs is None or not torch.equal(theirs, state["weight"]):
-                    raise ValueError(f"cannot merge the own {path!r}: the model's shares its weight with {other!r}")
+            tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+            tensors.update(module.named_buffers(remove_duplicate=False))
+            _check_shared(self._model, path, states)
             for name, value in state.items():
                 if tensors[name].shape != value.shape:
                     raise ValueError(
@@ -213,6 +214,30 @@ class OwnModules:
             if weight is not None:
                 part = built[path]
                 part._parameters["weight"] = first.setdefault(weight.data_ptr(), part._parameters["weight"])  # type: ignore[arg-type]
+
+
+def _check_shared(model: nn.Module, path: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises ValueError where a tensor of the model's module stands elsewhere too, and is to be another one there."""
+    parts = dict(model.get_submodule(path).named_modules(prefix=path, remove_duplicate=False))
+    shared: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for other, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            shared.setdefault(id(parameter), []).append((module, other, name))
+    for name, value in states[path].items():
+        holder, _, last = f"{path}.{name}".rpartition(".")
+        parameter = parts[holder]._parameters.get(last)
+        for module, other, each in shared.get(id(parameter), ()) if parameter is not None else ():
+            if module is parts[holder] and each == last:
+                continue
+            whole = f"{other}.{each}"
+            owner = next((own for own in states if whole.startswith(f"{own}.")), None)
+            there = parameter if owner is None else states[owner][whole.removeprefix(f"{owner}.")]
+            if there.shape != value.shape or not torch.equal(there.to(value.device, value.dtype), value):
+                what, whose = ("its weight", other) if name == each == "weight" else (f"its {name!r}", whole)
+                raise ValueError(
+                    f"cannot merge the own {path!r}: the model's shares {what} with {whose!r}, which is another one "
+                    "with the adapter: load the model without tying them (tie_word_embeddings=False) to merge it"
+                )
 
 
 def _rows(module: nn.Module) -> int:
