@@ -27,6 +27,7 @@ from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
+from ia3rt.modules.parts import reading_the_models
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation
@@ -45,7 +46,7 @@ def _alone(method: Callable[Concatenate[Runtime, P], R]) -> Callable[Concatenate
 
     @functools.wraps(method)
     def run(self: Runtime, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._routing.lock:
+        with self._routing.lock, reading_the_models():
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -176,7 +177,8 @@ class Runtime:
         self._bank.check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
         vectors = {self._site(name, key): vector for key, vector in checkpoint.vectors.items()}
-        own = brought.of_file(self.model, name, checkpoint)
+        with reading_the_models():
+            own = brought.of_file(self.model, name, checkpoint)
         self._add(name, vectors, checkpoint.config, own)
         return name
 

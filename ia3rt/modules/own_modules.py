@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.copied import copied, own_state, tensors_of
+from ia3rt.modules.own_reached import OwnReached
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.routing import Routing
@@ -29,6 +30,7 @@ class OwnModules:
         self._model = model
         self._routing = routing
         self._held: dict[str, OwnOfOne] = {}
+        self._reached = OwnReached(model, routing)
         self._resized: dict[Adapter, str] = {}
 
     def build(self, name: str, brought: Brought) -> dict[str, nn.Module]:
@@ -56,13 +58,14 @@ class OwnModules:
             if path in adapter.embeddings and _rows(own) != _rows(self._model.get_submodule(path)):
                 self._resized[adapter] = path
         for path, own in built.items():
-            if path in self._held:
-                self._held[path].add(adapter, own)
-            else:
-                module = self._model.get_submodule(path)
-                held = self._held[path] = OwnOfOne(path, type(module), self._routing)
-                held.add(adapter, own)
+            held, module = self._held.get(path), self._model.get_submodule(path)
+            if held is not None and not held.own and held.module is not module:  # replaced when nobody had its own
+                lift(held.module)
+                held = None
+            if held is None:
+                held = self._held[path] = OwnOfOne(path, module, self._routing)
                 lay(module, held)
+            held.add(adapter, own)
         self._look_within()
 
     def drop(self, adapter: Adapter) -> None:
@@ -70,6 +73,7 @@ class OwnModules:
         for path in adapter.modules:
             self._held[path].remove(adapter)
         self._resized.pop(adapter, None)
+        self._look_within()
 
     def states(self, adapters: Iterable[Adapter]) -> Brought:
         """The tensors of these adapters' own modules, as they are now."""
@@ -77,8 +81,7 @@ class OwnModules:
         for adapter in adapters:
             for path in sorted(adapter.modules):
                 held = self._held[path]
-                if held.in_training:
-                    held.follow(self._model.get_submodule(path))
+                held.follow()
                 brought.states[path] = own_state(held.own[adapter])
             brought.embeddings |= adapter.embeddings
         return brought
@@ -86,13 +89,13 @@ class OwnModules:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """A context in which the model's modules have the classes that they have without these."""
-        for path in self._held:
-            lift(self._model.get_submodule(path))
+        for held in self._held.values():
+            lift(held.module)
         try:
             yield
         finally:
-            for path, held in self._held.items():
-                lay(self._model.get_submodule(path), held)
+            for held in self._held.values():
+                lay(held.module, held)
             self._look_within()
 
     def train(self, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
@@ -107,7 +110,7 @@ class OwnModules:
         names: dict[int, str] = {}  # a parameter that is tied within a module stands there once
         for adapter in sorted(adapters, key=lambda adapter: adapter.row):
             for path in sorted(adapter.modules - adapter.embeddings):
-                own, module = self._held[path].own[adapter], self._model.get_submodule(path)
+                own, module = self._held[path].own[adapter], self._held[path].module
                 places = {id(part): prefix for prefix, part in own.named_modules()}
                 for part, last, parameter in tensors_of(own):
                     place = f"{places[id(part)]}.{last}".lstrip(".")
@@ -128,9 +131,9 @@ class OwnModules:
 
     def end_training(self) -> None:
         """Ends what `train` began: the own modules keep what they learned."""
-        for path, held in self._held.items():
-            module = self._model.get_submodule(path)
-            held.follow(module)
+        for held in self._held.values():
+            module = held.module
+            held.follow()
             for name, part, last in held.in_training:
                 module._parameters.pop(name, None)
                 parameter = part.get_parameter(last)
@@ -159,7 +162,7 @@ class OwnModules:
         states = self.states(adapters).states
         written: set[int] = set()  # tied embeddings are one tensor, of which the first content has to be remembered
         for path, state in states.items():
-            module = self._model.get_submodule(path)
+            module = self._held[path].module
             tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
             tensors.update(module.named_buffers(remove_duplicate=False))
             _check_shared(self._model, path, states)
@@ -175,21 +178,23 @@ class OwnModules:
 
     def begin(self) -> None:
         """Takes `end` back."""
-        for path, held in self._held.items():
-            lay(self._model.get_submodule(path), held)
+        for held in self._held.values():
+            lay(held.module, held)
         self._look_within()
 
     def end(self) -> None:
         """Gives the model's modules back."""
-        for path in self._held:
-            lift(self._model.get_submodule(path))
+        self._reached.place({})
+        for held in self._held.values():
+            lift(held.module)
 
     def _look_within(self) -> None:
-        """Tells modules whether vectors or own modules act within them, after that has changed."""
-        for path, held in self._held.items():
-            _, *parts = self._model.get_submodule(path).modules()
+        """Tells modules whether vectors or own modules act within them, and sees that they are reached."""
+        for held in self._held.values():
+            _, *parts = held.module.modules()
             acts = any(isinstance(part, (Wearer, Swapping)) for part in parts)
             held.runs_whole = acts or issubclass(held.cls, Wearer)
+        self._reached.place({path: held.module for path, held in self._held.items() if held.own})
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook: models divide their logits by the vocabulary's size of their config for a loss."""
@@ -202,7 +207,7 @@ class OwnModules:
                     rows = _rows(self._held[path].own[adapter])
                     raise ValueError(
                         f"adapter {adapter.name!r} has {rows} saved embeddings, and the model, which computes a loss "
-                        f"by its own number, has {_rows(model.get_submodule(path))}: call "
+                        f"by its own number, has {_rows(self._held[path].module)}: call "
                         f"model.resize_token_embeddings({rows}) before patch()"
                     )
 
@@ -241,5 +246,6 @@ def _check_shared(model: nn.Module, path: str, states: Mapping[str, Mapping[str,
 
 
 def _rows(module: nn.Module) -> int:
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = module._parameters["weight"]  # and not what is worn in its place
+    assert weight is not None
     return len(weight)
