@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ _TOLD = {
 _GIVING = ("__getitem__", "__iter__", "__reversed__", "get", "items", "values")
 
 
+# torch's ways to a part by its path, as state_dict() names it, mean the model's own. transformers ties weights by them.
+_BY_PATH = frozenset({"torch.nn.modules.module", "torch.nn.utils._named_member_accessor"})
+
+
 class _Here(threading.local):
     reads_models = False
 
@@ -47,6 +52,11 @@ def reading_the_models() -> Iterator[None]:
 def reads_the_models() -> bool:
     """Whether this is such a context."""
     return _here.reads_models
+
+
+def is_by_path(asking: FrameType) -> bool:
+    """Whether who asks for a part goes by its path in the model."""
+    return asking.f_globals.get("__name__") in _BY_PATH
 
 
 def is_worn_part(module: nn.Module, name: str) -> bool:

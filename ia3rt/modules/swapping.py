@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.chosen import Choice, choose
-from ia3rt.modules.parts import by_row, giving, is_worn_part, reads_the_models, refuse_by_row
+from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row
 from ia3rt.modules.wearer import How, Wearer, become
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
@@ -125,7 +126,9 @@ class Swapping(nn.Module):
         """
         if "ia3_own" not in vars(self) or not is_worn_part(self, name):
             return super().__getattr__(name)
-        return (_untraced_part() if is_traced() else _worn_part)(self, name)
+        if is_traced():
+            return _untraced_part()(self, name)
+        return super().__getattr__(name) if is_by_path(sys._getframe(1)) else _worn_part(self, name)
 
     def _by_row(self, held: OwnOfOne, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         x = _only_tensor(held.path, (*args, *kwargs.values()))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import peft
 import pytest
 import torch
-from heads import SIZES, output, randomize, token_ids
+from heads import SIZES, model_of, output, randomize, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, SpeechT5Config, SpeechT5ForTextToSpeech
@@ -45,7 +46,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a module": lambda head, h: head.dense(h) + head.more[0](h),
     "a weight": lambda head, h: F.linear(h, head.out.weight) * head.scale,
     "a buffer": lambda head, h: h * head.shift,
-    "by name": lambda head, h: getattr(head, "out")(h) @ head.get_parameter("dense.weight"),  # noqa: B009
+    "by name": lambda head, h: getattr(head, "out")(h),  # noqa: B009
 }
 
 
@@ -163,7 +164,7 @@ def test_gradients_reach_the_part_that_is_trained() -> None:
         model(X).pow(2).sum().backward()
     head = theirs.base_model.model.head.modules_to_save["a"]
     for name, parameter in head.named_parameters():
-        mine = runtime.model.get_parameter(f"head.{name}")
+        mine = attrgetter(name)(runtime.model.head)
         assert id(mine) in parameters
         torch.testing.assert_close(mine.grad, parameter.grad, rtol=1e-5, atol=1e-6)
 
@@ -209,6 +210,27 @@ def test_adapters_go_on_changing_the_models_own() -> None:
         runtime.delete_adapter(name)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(runtime.unpatch()(X), worn)
+
+
+def test_by_its_path_a_part_is_the_models_own() -> None:
+    """As its name in state_dict() is: functional_call puts tensors there, and transformers ties weights so."""
+    _, wrapped = made("a method")
+    model = ia3rt.patch(wrapped).model
+    worn = model(X)
+    own = dict(model.named_parameters())
+    assert all(model.get_parameter(name) is parameter for name, parameter in own.items())
+    changed = {name: parameter + 1 if name.startswith("head") else parameter for name, parameter in own.items()}
+    assert torch.equal(torch.func.functional_call(model, changed, (X,)), worn)
+    tied = model_of("a tied lm_head")
+    base = output(tied, IDS)
+    runtime = ia3rt.patch(tied)
+    runtime.add_adapter("a", modules={"model.embed_tokens": {"weight": torch.randn(99, 32)}})
+    runtime.set_adapter("a")
+    right = output(tied, IDS)
+    tied.tie_weights()
+    assert torch.equal(output(tied, IDS), right)
+    runtime.set_adapter(None)
+    assert torch.equal(output(tied, IDS), base)
 
 
 def test_embeddings_that_are_asked_of_the_model() -> None:
