@@ -27,6 +27,7 @@ from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
+from ia3rt.modules.parts import reading_the_models
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
@@ -45,7 +46,7 @@ def _alone(method: Callable[Concatenate[Runtime, P], R]) -> Callable[Concatenate
 
     @functools.wraps(method)
     def run(self: Runtime, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._routing.lock:
+        with self._routing.lock, reading_the_models():
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -176,7 +177,8 @@ class Runtime:
         self._bank.check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
         vectors = {self._site(name, key): vector for key, vector in checkpoint.vectors.items()}
-        own = brought.of_file(self.model, name, checkpoint)
+        with reading_the_models():
+            own = brought.of_file(self.model, name, checkpoint)
         self._add(name, vectors, checkpoint.config, own)
         return name
 
@@ -199,7 +201,8 @@ class Runtime:
                 modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
                 "score" for SEQ_CLS and TOKEN_CLS, "qa_outputs" for QUESTION_ANS), the adapter gets its own, which begin
                 as the model's.
-            modules: by path, the state_dict() of a module that the adapter brings its own of.
+            modules: by path, the state_dict() of a module that the adapter brings its own of. Where it is given, a name
+                in modules_to_save that means nothing in the model is let be, as in PEFT.
 
         Raises:
             ValueError: the name is taken, a vector or a module does not fit the model or is not finite, or the model
@@ -208,7 +211,7 @@ class Runtime:
         """
         self._check_open("add an adapter")
         self._bank.check_name(name)
-        own = brought.to_train(self.model, name, modules or {}, config or {})
+        own = brought.of_tensors(self.model, name, modules, config or {})
         if vectors is None:
             if not self.sites:
                 raise ValueError(

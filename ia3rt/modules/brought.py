@@ -79,30 +79,33 @@ def of_file(model: nn.Module, name: str, checkpoint: Checkpoint) -> Brought:
     return _by_module(model, name, brought)
 
 
-def to_train(
-    model: nn.Module, name: str, modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+def of_tensors(
+    model: nn.Module, name: str, modules: Mapping[str, Mapping[str, Tensor]] | None, config: Mapping[str, Any]
 ) -> Brought:
     """What an adapter made from tensors brings: those given, and the model's own where its config says so.
 
     Args:
         model: the model.
         name: the adapter's, for errors.
-        modules: the tensors of its own modules.
+        modules: the tensors of its own modules; None where the config alone says which there are.
         config: what its adapter_config.json is to say.
 
     Raises:
-        ValueError: modules_to_save names a module that the model lacks.
+        ValueError: modules_to_save names a module that the model lacks. Not where the tensors are given, which say what
+            there is: PEFT takes such a name, and it means nothing.
     """
     names = modules_to_save(config)
     named = _named(model, names)
     paths = [path for path, _ in model.named_modules()]
-    for each in names:
-        if each not in task_modules(config) and not saved_paths([each], [*paths, *modules]):
+    for each in names if modules is None else ():
+        if each not in task_modules(config) and not saved_paths([each], paths):
             raise ValueError(
                 f"adapter {name!r} has modules_to_save={list(names)}, but the model has no module {each!r}"
             )
     states = {path: own_state(model.get_submodule(path)) for path in named}
-    return _by_module(model, name, Brought({**states, **{path: dict(state) for path, state in modules.items()}}))
+    return _by_module(
+        model, name, Brought({**states, **{path: dict(state) for path, state in (modules or {}).items()}})
+    )
 
 
 def with_names(config: Mapping[str, Any], brought: Brought) -> dict[str, Any]:

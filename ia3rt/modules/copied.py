@@ -46,6 +46,7 @@ def copied(model: nn.Module, name: str, path: str, state: Mapping[str, Tensor], 
             unwrap(part)
     for tensor_name, tensor in state.items():
         _put(made, tensor_name, tensor, resizes)
+    _tie(module, made, state)
     return made.requires_grad_(False)
 
 
@@ -129,6 +130,18 @@ def _put(module: nn.Module, name: str, tensor: Tensor, resizes: bool) -> None:
         for attribute in ("num_embeddings", "out_features"):
             if hasattr(part, attribute):
                 setattr(part, attribute, len(value))
+
+
+def _tie(module: nn.Module, made: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Lets what is one parameter within the model's module be one in its copy, where it has one content."""
+    first: dict[int, tuple[str, nn.Parameter | None]] = {}
+    for name, tensor in state.items():
+        path, _, last = name.rpartition(".")
+        parameter, part = module.get_submodule(path)._parameters.get(last), made.get_submodule(path)
+        if parameter is not None:
+            known, tied = first.setdefault(id(parameter), (name, part._parameters[last]))
+            if torch.equal(state[known].to(tensor), tensor):
+                part._parameters[last] = tied
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

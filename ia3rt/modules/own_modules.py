@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.brought import Brought
-from ia3rt.modules.copied import copied, own_state, sharing, tensors_of
+from ia3rt.modules.copied import copied, own_state, tensors_of
+from ia3rt.modules.own_reached import OwnReached
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.routing import Routing
@@ -29,6 +30,7 @@ class OwnModules:
         self._model = model
         self._routing = routing
         self._held: dict[str, OwnOfOne] = {}
+        self._reached = OwnReached(model, routing)
         self._resized: dict[Adapter, str] = {}
 
     def build(self, name: str, brought: Brought) -> dict[str, nn.Module]:
@@ -56,13 +58,14 @@ class OwnModules:
             if path in adapter.embeddings and _rows(own) != _rows(self._model.get_submodule(path)):
                 self._resized[adapter] = path
         for path, own in built.items():
-            if path in self._held:
-                self._held[path].add(adapter, own)
-            else:
-                module = self._model.get_submodule(path)
-                held = self._held[path] = OwnOfOne(path, type(module), self._routing)
-                held.add(adapter, own)
+            held, module = self._held.get(path), self._model.get_submodule(path)
+            if held is not None and not held.own and held.module is not module:  # replaced when nobody had its own
+                lift(held.module)
+                held = None
+            if held is None:
+                held = self._held[path] = OwnOfOne(path, module, self._routing)
                 lay(module, held)
+            held.add(adapter, own)
         self._look_within()
 
     def drop(self, adapter: Adapter) -> None:
@@ -70,6 +73,7 @@ class OwnModules:
         for path in adapter.modules:
             self._held[path].remove(adapter)
         self._resized.pop(adapter, None)
+        self._look_within()
 
     def states(self, adapters: Iterable[Adapter]) -> Brought:
         """The tensors of these adapters' own modules, as they are now."""
@@ -77,8 +81,7 @@ class OwnModules:
         for adapter in adapters:
             for path in sorted(adapter.modules):
                 held = self._held[path]
-                if held.in_training:
-                    held.follow(self._model.get_submodule(path))
+                held.follow()
                 brought.states[path] = own_state(held.own[adapter])
             brought.embeddings |= adapter.embeddings
         return brought
@@ -86,13 +89,13 @@ class OwnModules:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """A context in which the model's modules have the classes that they have without these."""
-        for path in self._held:
-            lift(self._model.get_submodule(path))
+        for held in self._held.values():
+            lift(held.module)
         try:
             yield
         finally:
-            for path, held in self._held.items():
-                lay(self._model.get_submodule(path), held)
+            for held in self._held.values():
+                lay(held.module, held)
             self._look_within()
 
     def train(self, adapters: Iterable[Adapter]) -> list[nn.Parameter]:
@@ -104,14 +107,17 @@ class OwnModules:
             ValueError: such a name is taken.
         """
         found: list[tuple[OwnOfOne, nn.Module, str, nn.Module, str, nn.Parameter]] = []
+        names: dict[int, str] = {}  # a parameter that is tied within a module stands there once
         for adapter in sorted(adapters, key=lambda adapter: adapter.row):
             for path in sorted(adapter.modules - adapter.embeddings):
-                own, module = self._held[path].own[adapter], self._model.get_submodule(path)
+                own, module = self._held[path].own[adapter], self._held[path].module
                 places = {id(part): prefix for prefix, part in own.named_modules()}
                 for part, last, parameter in tensors_of(own):
                     place = f"{places[id(part)]}.{last}".lstrip(".")
-                    name = f"ia3_own_{adapter.name}_{place}".replace(".", "_")
-                    if hasattr(module, name) or any(module is m and name == n for _, m, n, *_ in found):
+                    name = names.get(id(parameter)) or f"ia3_own_{adapter.name}_{place}".replace(".", "_")
+                    is_taken = id(parameter) not in names and any(module is m and name == n for _, m, n, *_ in found)
+                    names[id(parameter)] = name
+                    if hasattr(module, name) or is_taken:
                         raise ValueError(
                             f"adapter {adapter.name!r} cannot be trained: {path!r} has a {name!r} already; give the "
                             "adapter another name"
@@ -125,11 +131,11 @@ class OwnModules:
 
     def end_training(self) -> None:
         """Ends what `train` began: the own modules keep what they learned."""
-        for path, held in self._held.items():
-            module = self._model.get_submodule(path)
-            held.follow(module)
+        for held in self._held.values():
+            module = held.module
+            held.follow()
             for name, part, last in held.in_training:
-                delattr(module, name)
+                module._parameters.pop(name, None)
                 parameter = part.get_parameter(last)
                 parameter.requires_grad, parameter.grad = False, None
             held.in_training.clear()
@@ -156,12 +162,10 @@ class OwnModules:
         states = self.states(adapters).states
         written: set[int] = set()  # tied embeddings are one tensor, of which the first content has to be remembered
         for path, state in states.items():
-            module = self._model.get_submodule(path)
-            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            for other in sharing(self._model, path):
-                theirs = states.get(other, {}).get("weight")
-                if theirs is None or not torch.equal(theirs, state["weight"]):
-                    raise ValueError(f"cannot merge the own {path!r}: the model's shares its weight with {other!r}")
+            module = self._held[path].module
+            tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+            tensors.update(module.named_buffers(remove_duplicate=False))
+            _check_shared(self._model, path, states)
             for name, value in state.items():
                 if tensors[name].shape != value.shape:
                     raise ValueError(
@@ -174,21 +178,23 @@ class OwnModules:
 
     def begin(self) -> None:
         """Takes `end` back."""
-        for path, held in self._held.items():
-            lay(self._model.get_submodule(path), held)
+        for held in self._held.values():
+            lay(held.module, held)
         self._look_within()
 
     def end(self) -> None:
         """Gives the model's modules back."""
-        for path in self._held:
-            lift(self._model.get_submodule(path))
+        self._reached.place({})
+        for held in self._held.values():
+            lift(held.module)
 
     def _look_within(self) -> None:
-        """Tells modules whether vectors or own modules act within them, after that has changed."""
-        for path, held in self._held.items():
-            _, *parts = self._model.get_submodule(path).modules()
+        """Tells modules whether vectors or own modules act within them, and sees that they are reached."""
+        for held in self._held.values():
+            _, *parts = held.module.modules()
             acts = any(isinstance(part, (Wearer, Swapping)) for part in parts)
             held.runs_whole = acts or issubclass(held.cls, Wearer)
+        self._reached.place({path: held.module for path, held in self._held.items() if held.own})
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook: models divide their logits by the vocabulary's size of their config for a loss."""
@@ -201,7 +207,7 @@ class OwnModules:
                     rows = _rows(self._held[path].own[adapter])
                     raise ValueError(
                         f"adapter {adapter.name!r} has {rows} saved embeddings, and the model, which computes a loss "
-                        f"by its own number, has {_rows(model.get_submodule(path))}: call "
+                        f"by its own number, has {_rows(self._held[path].module)}: call "
                         f"model.resize_token_embeddings({rows}) before patch()"
                     )
 
@@ -215,6 +221,31 @@ class OwnModules:
                 part._parameters["weight"] = first.setdefault(weight.data_ptr(), part._parameters["weight"])  # type: ignore[arg-type]
 
 
+def _check_shared(model: nn.Module, path: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises ValueError where a tensor of the model's module stands elsewhere too, and is to be another one there."""
+    parts = dict(model.get_submodule(path).named_modules(prefix=path, remove_duplicate=False))
+    shared: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for other, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            shared.setdefault(id(parameter), []).append((module, other, name))
+    for name, value in states[path].items():
+        holder, _, last = f"{path}.{name}".rpartition(".")
+        parameter = parts[holder]._parameters.get(last)
+        for module, other, each in shared.get(id(parameter), ()) if parameter is not None else ():
+            if module is parts[holder] and each == last:
+                continue
+            whole = f"{other}.{each}"
+            owner = next((own for own in states if whole.startswith(f"{own}.")), None)
+            there = parameter if owner is None else states[owner][whole.removeprefix(f"{owner}.")]
+            if there.shape != value.shape or not torch.equal(there.to(value.device, value.dtype), value):
+                what, whose = ("its weight", other) if name == each == "weight" else (f"its {name!r}", whole)
+                raise ValueError(
+                    f"cannot merge the own {path!r}: the model's shares {what} with {whose!r}, which is another one "
+                    "with the adapter: load the model without tying them (tie_word_embeddings=False) to merge it"
+                )
+
+
 def _rows(module: nn.Module) -> int:
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = module._parameters["weight"]  # and not what is worn in its place
+    assert weight is not None
     return len(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.chosen import Choice, choose
+from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row
 from ia3rt.modules.wearer import How, Wearer, become
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
+from ia3rt.routing.traced import is_traced
 
 
 class OwnOfOne:
@@ -21,6 +24,7 @@ class OwnOfOne:
 
     Attributes:
         path: the module's.
+        module: the module.
         cls: its class without `Swapping`.
         own: by adapter.
         in_training: of each parameter that is trained, its name in the model's module, and the part of the adapter's
@@ -28,9 +32,10 @@ class OwnOfOne:
         runs_whole: whether vectors or own modules act within the model's: they know the rows of the whole batch only.
     """
 
-    def __init__(self, path: str, cls: type[nn.Module], routing: Routing) -> None:
+    def __init__(self, path: str, module: nn.Module, routing: Routing) -> None:
         self.path = path
-        self.cls = cls
+        self.module = module
+        self.cls = type(module)
         self.own: Mapping[Adapter, nn.Module] = {}
         self.in_training: list[tuple[str, nn.Module, str]] = []
         self.runs_whole = False
@@ -75,10 +80,10 @@ class OwnOfOne:
                 f"dimension 0 of what it got, {tuple(x.shape)}. Let all rows wear one adapter (set_adapter)"
             )
 
-    def follow(self, module: nn.Module) -> None:
+    def follow(self) -> None:
         """Takes trained parameters as they stand in the model: load_state_dict(assign=True) puts others there."""
         for name, part, last in self.in_training:
-            part._parameters[last] = module._parameters[name]
+            part._parameters[last] = self.module._parameters[name]
 
 
 class Swapping(nn.Module):
@@ -100,7 +105,7 @@ class Swapping(nn.Module):
     def _swapped(self, *args: Any, **kwargs: Any) -> Any:
         held = self.ia3_own
         if held.in_training:
-            held.follow(self)
+            held.follow()
         if held.is_looked_at():
             held.see(self, args, kwargs)
         choice = held.choice()
@@ -110,10 +115,20 @@ class Swapping(nn.Module):
         return self._models(*args, **kwargs) if own is None else own.forward(*args, **kwargs)
 
     def _models(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        if issubclass(self.ia3_own.cls, Wearer):
-            return plain(self).forward(*args, **kwargs)
-        return super().forward(*args, **kwargs)
+        """The model's own, which reads its own parts."""
+        return plain(self).forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """A part of what the rows go through, to whoever uses it without calling the module, as in PEFT.
+
+        Raises:
+            ValueError: rows go through different ones.
+        """
+        if "ia3_own" not in vars(self) or not is_worn_part(self, name):
+            return super().__getattr__(name)
+        if is_traced():
+            return _untraced_part()(self, name)
+        return super().__getattr__(name) if is_by_path(sys._getframe(1)) else _worn_part(self, name)
 
     def _by_row(self, held: OwnOfOne, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         x = _only_tensor(held.path, (*args, *kwargs.values()))
@@ -143,6 +158,35 @@ class Swapping(nn.Module):
         for own in self.ia3_own.own.values():
             own.train(mode)
         return super().train(mode)
+
+
+def _worn_part(module: Swapping, name: str) -> Any:
+    held = module.ia3_own
+    if held.in_training:
+        held.follow()
+    choice = held.choice()
+    own = choice.modules[0]
+    if choice.index is not None:
+        return by_row(held.path, plain(module), name)
+    return getattr(plain(module) if own is None else own, name)
+
+
+def _whole(module: Swapping, name: str) -> nn.Module:
+    """What all rows go through in the place of a container, of which `name` is asked."""
+    held = module.ia3_own
+    if reads_the_models():
+        return plain(module)
+    choice = held.choice()
+    if choice.index is not None:
+        raise refuse_by_row(held.path, name)
+    own = choice.modules[0]
+    return plain(module) if own is None else own
+
+
+@functools.cache
+def _untraced_part() -> Callable[..., Any]:
+    untraced: Callable[..., Any] = torch.compiler.disable(_worn_part)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 @functools.cache
@@ -177,7 +221,8 @@ def lay(module: nn.Module, held: OwnOfOne) -> None:
     if cls not in _swapping:
         mixin = SwappingWearer if issubclass(cls, Wearer) else Swapping
         doc = f"{cls.__name__} that adapters have their own of."
-        _swapping[cls] = type(f"Own{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": doc})
+        namespace = {"__module__": __name__, "__doc__": doc, **giving(cls, _whole)}
+        _swapping[cls] = type(f"Own{cls.__name__}", (mixin, cls), namespace)
     vars(module)["ia3_own"] = held
     vars(module).setdefault("ia3_layouts", {})
     become(module, _swapping[cls])

@@ -103,14 +103,21 @@ class Probing:
             )
         if layout is None:
             self._kinds.clear()  # one that is reached by chance: the next forward is looked at again
-        raise ValueError(self._refusal(where, x, layout))
+        raise ValueError(self._refusal(where, x, layout, forward is not None or is_traced()))
 
     def is_known(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the layout of such an input was seen."""
         return isinstance(layer.ia3_layouts.get(x.dim()), Layout)  # type: ignore[operator, union-attr]
 
-    def _refusal(self, where: int | str, x: Tensor, layout: Unknown | None) -> str:
+    def _refusal(self, where: int | str, x: Tensor, layout: Unknown | None, is_in_forward: bool) -> str:
         site = where if isinstance(where, str) else list(self._bank.sites.values())[where]
+        if layout is None and not is_in_forward:
+            return (
+                f"the rows wear different adapters, and {site} is reached outside of a call of the model, so that it "
+                f"is not known whose each element of the tensor {tuple(x.shape)} is: call the model and not its "
+                "forward (model(…), which runs hooks, not model.forward(…)) nor a part of it, or let all rows wear one "
+                "mix (set_adapter)"
+            )
         reason = layout.reason if layout else "no forward of rows with different adapters has reached it yet"
         return (
             f"the rows wear different adapters, and it is not known whose each element of the tensor "

@@ -571,6 +571,38 @@ def test_the_names_of_a_config_may_mean_nothing_in_the_model(tmp_path: Path) -> 
         runtime.add_adapter("b", config={"modules_to_save": "score"})
 
 
+def test_a_name_that_means_nothing_is_taken_as_peft_takes_it(tmp_path: Path) -> None:
+    """By file, from a PeftModel, and from a runtime to another: in each the tensors say what there is."""
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["scores"])
+    wrapped = peft.get_peft_model(model_of("an lm_head"), config, adapter_name="a").eval()
+    randomize(wrapped, 1)
+    wrapped.save_pretrained(tmp_path)
+    right = output(wrapped, IDS)
+    loading = ia3rt.patch(model_of("an lm_head"))
+    loading.load_adapter(tmp_path / "a")
+    adding = ia3rt.patch(model_of("an lm_head"))
+    contents = loading.get_adapter("a")
+    adding.add_adapter("a", contents.vectors, contents.config, contents.modules)
+    adopting = ia3rt.patch(wrapped)
+    for runtime in (loading, adding, adopting):
+        runtime.set_adapter("a")
+        assert torch.equal(output(runtime.model, IDS), right)
+        assert runtime.get_adapter("a").config["modules_to_save"] == ["scores"]
+    assert torch.equal(output(adopting.unpatch(), IDS), right)
+
+
+@pytest.mark.parametrize("kind", ["a linear head", "a head of two layers", "an lm_head"])
+def test_a_forward_that_is_not_a_call_says_to_call_the_model(loaded: Any) -> None:
+    """No hook runs there, so the rows are not the route's; once the model was called, it is known where they are."""
+    runtime, model, right = loaded
+    with runtime.route(["b", None, "a"]):
+        with pytest.raises(ValueError, match="reached outside of a call of the model, .*: call the model and not its"):
+            model.forward(IDS)
+        rows = output(model, IDS)
+    for row, name in enumerate(["b", None, "a"]):
+        torch.testing.assert_close(rows[row], right[name][row], rtol=1e-5, atol=1e-5)
+
+
 def test_randomize_reaches_the_heads() -> None:
     """Else the tests above would compare heads that nobody trained."""
     wrapped = adapted(model_of("a linear head"), "a linear head", 1)
