@@ -23,21 +23,17 @@ class Choice:
     def __init__(self, modules: tuple[nn.Module | None, ...], index: Tensor | None) -> None:
         self.modules = modules
         self.index = index
-        self._gathered: dict[torch.device, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._rows: dict[torch.device, tuple[Tensor, ...]] = {}
 
     @outside_inference_mode
-    def gathered(self, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-        """On a device, the rows of each of `modules`, and where each row is once these stand one behind another.
-
-        Returns:
-            For each of `modules`, int64 [its rows]; and int64 [rows].
-        """
-        if device not in self._gathered:
+    def rows(self, device: torch.device) -> tuple[Tensor, ...]:
+        """On a device, for each of `modules` the rows that go through it, int64 [its rows]."""
+        if device not in self._rows:
             index = self.index
             assert index is not None
-            rows = [(index == slot).nonzero().flatten() for slot in range(len(self.modules))]
-            self._gathered[device] = tuple(each.to(device) for each in rows), torch.cat(rows).argsort().to(device)
-        return self._gathered[device]
+            slots = range(len(self.modules))
+            self._rows[device] = tuple((index == slot).nonzero().flatten().to(device) for slot in slots)
+        return self._rows[device]
 
 
 @outside_inference_mode

@@ -134,18 +134,20 @@ class Swapping(nn.Module):
         x = _only_tensor(held.path, (*args, *kwargs.values()))
         assert choice.index is not None
         held.check_rows(self, x)
-        rows, places = choice.gathered(x.device)
-        parts = []
-        for module, each in zip(choice.modules, rows, strict=True):
+        together: Tensor | None = None
+        for module, each in zip(choice.modules, choice.rows(x.device), strict=True):
             run: Callable[..., Any] = self._models if module is None else module.forward
             if module is None and held.runs_whole:
-                parts.append(_rows_of(held.path, run(*args, **kwargs), x.shape[0]).index_select(0, each))
-                continue
-            some = x.index_select(0, each)
-            given = tuple(some if value is x else value for value in args)
-            named = {name: some if value is x else value for name, value in kwargs.items()}
-            parts.append(_rows_of(held.path, run(*given, **named), len(each)))
-        return torch.cat(parts).index_select(0, places)
+                part = _rows_of(held.path, run(*args, **kwargs), x.shape[0]).index_select(0, each)
+            else:
+                some = x.index_select(0, each)
+                given = tuple(some if value is x else value for value in args)
+                named = {name: some if value is x else value for name, value in kwargs.items()}
+                part = _rows_of(held.path, run(*given, **named), len(each))
+            together = part.new_zeros(x.shape[0], *part.shape[1:]) if together is None else together
+            together = together.index_copy(0, each, part)
+        assert together is not None
+        return together
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the adapters' own follow `model.to(…)`."""
