@@ -21,6 +21,7 @@ from ia3rt.routing.batch import cached, main_input, named_arguments
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
+from ia3rt.routing.guard import Guard
 from ia3rt.routing.images import images_of
 from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
@@ -44,6 +45,7 @@ class Routing:
         trained: the adapters in training, if any.
         probing: how the model lays out its rows.
         rows: scales for rows that wear different mixes.
+        guard: what sees to it that a forward reaches the layers that wear vectors, if there are any.
     """
 
     def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
@@ -51,6 +53,7 @@ class Routing:
         self.backend: Backend = backend
         self.fuses_gate_up = fuses_gate_up
         self.trained: TrainedAdapters | None = None
+        self.guard: Guard | None = None
         self._covering: Wearing | None = None
         self._merging: Wearing | None = None
         self.probing = Probing(bank)
@@ -210,9 +213,11 @@ class Routing:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 
         Raises:
-            ValueError: the route's rows are not the batch's.
+            ValueError: the route's rows are not the batch's, or the forward would not reach a layer.
         """
         if is_traced():
+            if self.guard is not None:
+                self.guard.before_traced()
             worn = self.now()
             if worn.route.by_token:
                 raise ValueError(
@@ -230,6 +235,7 @@ class Routing:
             if outer.owner is model:
                 outer.calls += 1
             return
+        watch = None if self.guard is None or task != -1 else self.guard.before_forward(model, args, kwargs)
         worn = self._here()
         if task != -1:
             worn = self._past.find()
@@ -240,6 +246,9 @@ class Routing:
         if arguments is not None:
             self.probing.begin(forward, model, arguments)
         self._context.enter(forward)
+        if watch is not None:
+            forward.watch = watch
+            watch.start()
 
     def before_part(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the models inside the model, which may be called without it, as `generate` does."""
@@ -247,7 +256,11 @@ class Routing:
             self.before_forward(model, args, kwargs)
 
     def after_forward(self, model: nn.Module, args: object, output: object) -> None:
-        """A forward hook, which is called after an error too."""
+        """A forward hook, which is called after an error too.
+
+        Raises:
+            ValueError: the forward did not reach a layer.
+        """
         if is_traced():
             return
         forward = self._context.forward()
@@ -257,6 +270,8 @@ class Routing:
         if forward.calls == 0:
             self.probing.end(forward, completed=output is not None)
             self._context.enter(forward.outer)
+            if forward.watch is not None:
+                forward.watch.end(completed=output is not None)
             if torch.is_grad_enabled() and output is not None:
                 self._past.keep(tree_leaves(output), forward.worn)
 
@@ -348,6 +363,7 @@ class Routing:
         made = memo[id(self)] = Routing.__new__(Routing)
         made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
         made.composes = self.composes
+        made.guard = copy.deepcopy(self.guard, memo)
         made.trained = copy.deepcopy(self.trained, memo)
         made.wear_everywhere(copy.deepcopy(self.route, memo))
         model = self._model()

@@ -1,0 +1,138 @@
+"""Where the layers that wear vectors stand in a model, and whether what leads to them is as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class _Edge(NamedTuple):
+    parent: nn.Module
+    name: str
+    child: nn.Module
+
+
+class Places:
+    """The layers at some paths of a model, and the modules around them.
+
+    Args:
+        modules: the model's, by path, as they are when the vectors are placed.
+        paths: the layers'.
+
+    Attributes:
+        layers: the layers, by path.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
+        self._root = modules[""]
+        self.layers = {path: modules[path] for path in paths}
+        self._chains = {path: list(_chain(modules, path)) for path in self.layers}
+        self._state: _State | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Places:
+        """Those of a copied model, which looks at itself again."""
+        made = memo[id(self)] = Places.__new__(Places)
+        made._root = copy.deepcopy(self._root, memo)
+        made.layers = copy.deepcopy(self.layers, memo)
+        made._chains = copy.deepcopy(self._chains, memo)
+        made._state = None
+        return made
+
+    def have_changed(self) -> bool:
+        """Whether modules, their classes or forwards on the way to a layer are others than at the last `note`."""
+        return self._state is None or self._state.has_changed()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's, by path, as they are now."""
+        return dict(self._root.named_modules())
+
+    def around(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each layer, and the module around it."""
+        return [(chain[-1].child, chain[-1].parent) for chain in self._chains.values() if chain]
+
+    def note(self) -> None:
+        """Takes what is there now for what is to be there."""
+        now = self.modules()
+        paths = {module: path for path, module in now.items()}
+        moved = [_chain(now, paths[layer]) for layer in self.layers.values() if layer in paths]
+        edges = {(id(edge.parent), edge.name): edge for chain in (*self._chains.values(), *moved) for edge in chain}
+        self._state = _State(self._root, list(edges.values()))
+
+    def check(self) -> None:
+        """Sees to it that no other module stands in a layer's place, or in that of one around it.
+
+        A layer may stand elsewhere in the model, as in a wrapper, or in no place any more.
+
+        Raises:
+            ValueError: one does.
+        """
+        there = set(self._root.modules())
+        for path, layer in self.layers.items():
+            found = None if layer in there else _replaced(self._chains[path])
+            if found is not None:
+                place, present = found
+                inside = "" if place == path else f" of which {path!r} was a part,"
+                wears = "wears no vector" if place == path else "in it no layer wears one"
+                raise ValueError(
+                    f"a {type(present).__name__} was put in the place of {place!r},{inside} after patch(), and "
+                    f"{wears}: unpatch() before modules are replaced, and patch() the model again"
+                )
+
+
+def _chain(modules: Mapping[str, nn.Module], path: str) -> Iterator[_Edge]:
+    """From the model down to the module at `path`."""
+    parts = path.split(".") if path else []
+    for depth, name in enumerate(parts, 1):
+        yield _Edge(modules[".".join(parts[: depth - 1])], name, modules[".".join(parts[:depth])])
+
+
+def _replaced(chain: list[_Edge]) -> tuple[str, nn.Module] | None:
+    """What stands in the place of a module of the chain, and where; None where only a place is gone.
+
+    A container of the same kind, as a list of other layers, is no replacement by itself; nor is one without any tensor,
+    which computes nothing that a vector could scale.
+    """
+    present: nn.Module | None = chain[0].parent if chain else None
+    for depth, edge in enumerate(chain, 1):
+        present = present._modules.get(edge.name) if present is not None else None
+        if present is None:
+            return None
+        if present is edge.child or _are_lists(present, edge.child):
+            continue
+        if depth < len(chain) and not any(True for _ in (*present.parameters(), *present.buffers())):
+            return None
+        return ".".join(each.name for each in chain[:depth]), present
+    return None
+
+
+def _are_lists(present: nn.Module, child: nn.Module) -> bool:
+    kinds = nn.ModuleList, nn.ModuleDict, nn.Sequential
+    return any(isinstance(present, kind) and isinstance(child, kind) for kind in kinds)
+
+
+class _State:
+    """What leads from a model to its layers. It is compared before each forward: by C's loops, not by Python's."""
+
+    def __init__(self, root: nn.Module, edges: list[_Edge]) -> None:
+        self._tables = [edge.parent._modules for edge in edges]
+        self._names = [edge.name for edge in edges]
+        self._children = list(map(dict.get, self._tables, self._names))
+        modules = list(dict.fromkeys([root, *(edge.parent for edge in edges), *(edge.child for edge in edges)]))
+        self._modules = modules
+        self._held = list(map(vars, modules))
+        self._forwards = list(map(dict.get, self._held, repeat("forward")))
+        self._types = list(map(type, modules))
+        self._classes: list[Any] = list(dict.fromkeys(self._types))
+        self._class_forwards = [cls.forward for cls in self._classes]
+
+    def has_changed(self) -> bool:
+        return (
+            list(map(dict.get, self._tables, self._names)) != self._children
+            or list(map(dict.get, self._held, repeat("forward"))) != self._forwards
+            or list(map(type, self._modules)) != self._types
+            or [cls.forward for cls in self._classes] != self._class_forwards
+        )
