@@ -82,7 +82,10 @@ class DropIns:
         for hook in self._hooks:
             hook.remove()
         self._hooks = call_layers(modules, paths)
-        self._routing.guard = Reached(modules, paths) if paths else None
+        self._routing.guard = None
+        if paths:
+            reached = self._routing.guard = Reached(modules, paths)
+            self._hooks.append(self._model.register_forward_pre_hook(reached.before_call, prepend=True))
 
     def _is_ours(self, module: nn.Module) -> bool:
         return isinstance(module, Wearer) and module.ia3_routing is self._routing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import repeat
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,11 +23,12 @@ class Places:
         paths: the layers'.
 
     Attributes:
+        root: the model.
         layers: the layers, by path.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
-        self._root = modules[""]
+        self.root = modules[""]
         self.layers = {path: modules[path] for path in paths}
         self._chains = {path: list(_chain(modules, path)) for path in self.layers}
         self._state: _State | None = None
@@ -36,7 +36,7 @@ class Places:
     def __deepcopy__(self, memo: dict[int, Any]) -> Places:
         """Those of a copied model, which looks at itself again."""
         made = memo[id(self)] = Places.__new__(Places)
-        made._root = copy.deepcopy(self._root, memo)
+        made.root = copy.deepcopy(self.root, memo)
         made.layers = copy.deepcopy(self.layers, memo)
         made._chains = copy.deepcopy(self._chains, memo)
         made._state = None
@@ -48,11 +48,7 @@ class Places:
 
     def modules(self) -> dict[str, nn.Module]:
         """The model's, by path, as they are now."""
-        return dict(self._root.named_modules())
-
-    def around(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Each layer, and the module around it."""
-        return [(chain[-1].child, chain[-1].parent) for chain in self._chains.values() if chain]
+        return dict(self.root.named_modules())
 
     def note(self) -> None:
         """Takes what is there now for what is to be there."""
@@ -60,7 +56,7 @@ class Places:
         paths = {module: path for path, module in now.items()}
         moved = [_chain(now, paths[layer]) for layer in self.layers.values() if layer in paths]
         edges = {(id(edge.parent), edge.name): edge for chain in (*self._chains.values(), *moved) for edge in chain}
-        self._state = _State(self._root, list(edges.values()))
+        self._state = _State(self.root, list(edges.values()))
 
     def check(self) -> None:
         """Sees to it that no other module stands in a layer's place, or in that of one around it.
@@ -70,16 +66,15 @@ class Places:
         Raises:
             ValueError: one does.
         """
-        there = set(self._root.modules())
+        there = set(self.root.modules())
         for path, layer in self.layers.items():
             found = None if layer in there else _replaced(self._chains[path])
             if found is not None:
                 place, present = found
-                inside = "" if place == path else f" of which {path!r} was a part,"
-                wears = "wears no vector" if place == path else "in it no layer wears one"
+                wears = "wears no vector" if place == path else f"has no layer that wears the vectors of {path!r}"
                 raise ValueError(
-                    f"a {type(present).__name__} was put in the place of {place!r},{inside} after patch(), and "
-                    f"{wears}: unpatch() before modules are replaced, and patch() the model again"
+                    f"a {type(present).__name__} was put in the place of {place!r} after patch(), and {wears}: "
+                    "unpatch() before modules are replaced, and patch() the model again"
                 )
 
 
@@ -115,24 +110,25 @@ def _are_lists(present: nn.Module, child: nn.Module) -> bool:
 
 
 class _State:
-    """What leads from a model to its layers. It is compared before each forward: by C's loops, not by Python's."""
+    """What leads from a model to its layers. It is compared before each forward: in as little Python as can be."""
 
     def __init__(self, root: nn.Module, edges: list[_Edge]) -> None:
-        self._tables = [edge.parent._modules for edge in edges]
-        self._names = [edge.name for edge in edges]
-        self._children = list(map(dict.get, self._tables, self._names))
-        modules = list(dict.fromkeys([root, *(edge.parent for edge in edges), *(edge.child for edge in edges)]))
-        self._modules = modules
-        self._held = list(map(vars, modules))
-        self._forwards = list(map(dict.get, self._held, repeat("forward")))
-        self._types = list(map(type, modules))
+        self._children = [module._modules for module in dict.fromkeys(edge.parent for edge in edges)]
+        self._children_then = list(map(dict, self._children))
+        self._modules = list(dict.fromkeys([root, *(edge.parent for edge in edges), *(edge.child for edge in edges)]))
+        self._types = list(map(type, self._modules))
+        self._held = list(map(vars, self._modules))
+        self._have_forwards = ["forward" in held for held in self._held]
+        self._with_forward = [held for held in self._held if "forward" in held]
+        self._forwards = [held["forward"] for held in self._with_forward]
         self._classes: list[Any] = list(dict.fromkeys(self._types))
         self._class_forwards = [cls.forward for cls in self._classes]
 
     def has_changed(self) -> bool:
         return (
-            list(map(dict.get, self._tables, self._names)) != self._children
-            or list(map(dict.get, self._held, repeat("forward"))) != self._forwards
+            self._children != self._children_then
             or list(map(type, self._modules)) != self._types
+            or ["forward" in held for held in self._held] != self._have_forwards
+            or [held["forward"] for held in self._with_forward] != self._forwards
             or [cls.forward for cls in self._classes] != self._class_forwards
         )

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.places import Places
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.watch import Watch
+from ia3rt.routing.traced import is_traced
 
 
 class Reached:
@@ -31,8 +33,8 @@ class Reached:
     def _begin(self, places: Places) -> None:
         self._places = places
         self._watched: set[object] = set()
+        self._names = [path.split(".") if path else [] for path in places.layers]
         self._look = _constant(lambda: _check(places))
-        self._around = places.around()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reached:
         """The guard of a copied model."""
@@ -40,32 +42,53 @@ class Reached:
         made._begin(copy.deepcopy(self._places, memo))
         return made
 
+    def before_call(self, model: nn.Module, args: object) -> None:
+        """A forward pre-hook of the model, also where it was compiled: its code is traced, or runs beside what was.
+
+        Raises:
+            ValueError: other code has put another module in the place of a layer or of what is around it; and in a
+                compiled model, which nothing can watch: a forward hides a layer's vectors, as far as its code says so.
+        """
+        if is_traced():
+            # Where `forward` is looked up, a compiler traces again once another is set; not by `__dict__` alone.
+            for names in self._names:
+                module: nn.Module | None = model
+                for name in names:
+                    module = None if module is None else module._modules.get(name)
+                    if module is None or module.forward is None or "forward" in module.__dict__:
+                        break
+                if not isinstance(module, IA3Layer) or "forward" in module.__dict__:
+                    self._look()
+                    return
+        elif self._places.have_changed():
+            self._see_places(_is_compiled())
+
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
-        """Sees what stands in the model's places; the watch sees what the forward does.
+        """Gives what watches a forward of the model, or of a model in it, where none of its kind was watched.
 
         Raises:
             ValueError: other code has put another module in the place of a layer or of what is around it.
         """
-        if self._places.have_changed():
-            self._places.check()
-            self._places.note()
-            self._watched = set()
+        if model is not self._places.root and self._places.have_changed():
+            self._see_places(False)
         kind = model, model.training, torch.is_grad_enabled(), _is_one_token(args, kwargs)
         if kind in self._watched:
             return None
         watched = self._watched
         return Watch(self._places.layers, lambda: watched.add(kind), lambda: _check_as_read(self._places))
 
-    def before_traced(self) -> None:
-        """A compiler traces again when a forward was set; what it reads runs `_look` then, and does not see into it.
+    def _see_places(self, is_compiled: bool) -> None:
+        self._places.check()
+        if is_compiled:
+            _check_as_read(self._places)
+        self._places.note()
+        self._watched = set()
 
-        Raises:
-            ValueError: as `before_forward`, or a forward that hides a layer's vectors, as far as its code says so.
-        """
-        for layer, parent in self._around:
-            if "forward" in layer.__dict__ or "forward" in parent.__dict__:
-                break
-        self._look()
+
+def _is_compiled() -> bool:
+    """Whether this is called by a compiled model, as code that the compiler found nothing to compile in."""
+    callback: object = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    return callback is not None
 
 
 def _is_one_token(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -23,6 +23,3 @@ class Guard(Protocol):
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
         """Raises ValueError where that is seen not to be; gives what has to watch this forward, if anything."""
-
-    def before_traced(self) -> None:
-        """The same for a forward that a compiler reads, which nothing can watch."""

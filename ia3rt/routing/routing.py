@@ -216,8 +216,6 @@ class Routing:
             ValueError: the route's rows are not the batch's, or the forward would not reach a layer.
         """
         if is_traced():
-            if self.guard is not None:
-                self.guard.before_traced()
             worn = self.now()
             if worn.route.by_token:
                 raise ValueError(
