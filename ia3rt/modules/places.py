@@ -121,7 +121,8 @@ class _State:
         self._have_forwards = ["forward" in held for held in self._held]
         self._with_forward = [held for held in self._held if "forward" in held]
         self._forwards = [held["forward"] for held in self._with_forward]
-        self._classes: list[Any] = list(dict.fromkeys(self._types))
+        bases = (base for cls in dict.fromkeys(self._types) for base in cls.__mro__ if "forward" in vars(base))
+        self._classes: list[Any] = list(dict.fromkeys(bases))
         self._class_forwards = [cls.forward for cls in self._classes]
 
     def has_changed(self) -> bool:
