@@ -34,7 +34,6 @@ class DropIns:
         self._routing = routing
         self._follow = follow
         self._hooks: list[RemovableHandle] = []
-        self._reached = Reached()
 
     def place(self, sites: Iterable[Site]) -> None:
         """Makes the modules that apply `sites` drop-ins, and no others, whatever was there before.
@@ -82,10 +81,11 @@ class DropIns:
     def _see_that_they_are_reached(self, modules: Mapping[str, nn.Module], paths: list[str]) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._reached.place(modules, paths)
         self._hooks = call_layers(modules, paths)
+        self._routing.guard = None
         if paths:
-            self._hooks.append(self._model.register_forward_pre_hook(self._reached.before_forward, prepend=True))
+            reached = self._routing.guard = Reached(modules, paths)
+            self._hooks.append(self._model.register_forward_pre_hook(reached.before_call, prepend=True))
 
     def _is_ours(self, module: nn.Module) -> bool:
         return isinstance(module, Wearer) and module.ia3_routing is self._routing

@@ -1,68 +1,128 @@
-"""Sees to it, before each forward of a model, that it still reaches its layers: a vector is never lost silently."""
+"""Sees to it that the forwards of a model reach its layers: a vector is never lost silently."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ia3rt.modules.readers import is_only_read
+from ia3rt.modules.layer import IA3Layer
+from ia3rt.modules.places import Places
+from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import is_reached
+from ia3rt.modules.watch import Watch
+from ia3rt.routing.traced import is_traced
 
 
 class Reached:
-    """The layers that wear vectors, at their places in a model."""
+    """Of the layers that wear vectors: a `Guard` of their model's forwards.
 
-    def __init__(self) -> None:
-        self._places: list[tuple[str, nn.Module, str, nn.Module]] = []
-        self._seen: dict[str, tuple[object, ...]] = {}
-        torch.compiler.assume_constant_result(_check)  # type: ignore[no-untyped-call]
+    The first forward of each kind is watched: after patch(), and after other code has put something on the way.
 
-    def place(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
-        """Says which layers those are, now."""
-        self._places = []
-        for path in dict.fromkeys(paths):
-            parent, _, name = path.rpartition(".")
-            self._places.append((path, modules[parent], name, modules[path]))
+    Args:
+        modules: the model's, by path.
+        paths: the layers'.
+    """
 
-    def before_forward(self, *_: object) -> None:
-        """A forward pre-hook of the model.
+    def __init__(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
+        self._begin(Places(modules, dict.fromkeys(paths)))
+
+    def _begin(self, places: Places) -> None:
+        self._places = places
+        self._watched: set[object] = set()
+        self._names = [path.split(".") if path else [] for path in places.layers]
+        self._look = _constant(lambda: _check(places))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reached:
+        """The guard of a copied model."""
+        made = memo[id(self)] = Reached.__new__(Reached)
+        made._begin(copy.deepcopy(self._places, memo))
+        return made
+
+    def before_call(self, model: nn.Module, args: object) -> None:
+        """A forward pre-hook of the model, also where it was compiled: its code is traced, or runs beside what was.
 
         Raises:
-            ValueError: other code has set a forward on a layer, or around it, that hides its vectors, or has put
-                another module in its place.
+            ValueError: other code has put another module in the place of a layer or of what is around it; and in a
+                compiled model, which nothing can watch: a forward hides a layer's vectors, as far as its code says so.
         """
-        for path, parent, name, layer in self._places:
-            if parent._modules.get(name) is not layer or "forward" in layer.__dict__ or "forward" in parent.__dict__:
-                self._look(path, parent, name, layer)
+        if is_traced():
+            # Where `forward` is looked up, a compiler traces again once another is set; not by `__dict__` alone.
+            for names in self._names:
+                module: nn.Module | None = model
+                for name in names:
+                    module = None if module is None else module._modules.get(name)
+                    if module is None or module.forward is None or "forward" in module.__dict__:
+                        break
+                if not isinstance(module, IA3Layer) or "forward" in module.__dict__:
+                    self._look()
+                    return
+        elif self._places.have_changed():
+            self._see_places(_is_compiled())
 
-    def _look(self, path: str, parent: nn.Module, name: str, layer: nn.Module) -> None:
-        """Checks one layer, once for what other code has put there."""
-        present = parent._modules.get(name)
-        if torch.compiler.is_compiling():
-            return _check(path, parent, name, layer, present)
-        state = present, vars(layer).get("forward"), vars(parent).get("forward")
-        if self._seen.get(path) != state:
-            _check(path, parent, name, layer, present)
-            self._seen[path] = state
-        return None
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
+        """Gives what watches a forward of the model, or of a model in it, where none of its kind was watched.
+
+        Raises:
+            ValueError: other code has put another module in the place of a layer or of what is around it.
+        """
+        if model is not self._places.root and self._places.have_changed():
+            self._see_places(False)
+        kind = model, model.training, torch.is_grad_enabled(), _is_one_token(args, kwargs)
+        if kind in self._watched:
+            return None
+        watched = self._watched
+        return Watch(self._places.layers, lambda: watched.add(kind), lambda: _check_as_read(self._places))
+
+    def _see_places(self, is_compiled: bool) -> None:
+        self._places.check()
+        if is_compiled:
+            _check_as_read(self._places)
+        self._places.note()
+        self._watched = set()
 
 
-def _check(path: str, parent: nn.Module, name: str, layer: nn.Module, present: nn.Module | None) -> None:
-    """Raises `before_forward`'s errors. A compiler runs it when it traces, and traces again when a forward was set."""
-    if present is not None and all(module is not layer for module in present.modules()):
-        raise ValueError(
-            f"a {type(present).__name__} was put in the place of {path!r} after patch(), and wears no vector: "
-            "unpatch() before modules are replaced, and patch() the model again"
-        )
-    if not is_reached(layer):
-        raise ValueError(
-            f"module {path!r} has a forward of its own, set by other code after patch(), which hides its vectors: "
-            "delete it, use a hook instead, or let it call the forward that it replaces"
-        )
-    if is_only_read(parent, name):
-        raise ValueError(
-            f"the forward set by other code, after patch(), on the {type(parent).__name__} around {path!r} reads its "
-            "weight and never calls it, which hides its vectors: let it call the module"
-        )
+def _is_compiled() -> bool:
+    """Whether this is called by a compiled model, as code that the compiler found nothing to compile in."""
+    callback: object = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    return callback is not None
+
+
+def _is_one_token(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is a step of decoding, for which models have code of its own."""
+    x = args[0] if args else kwargs.get("input_ids")
+    if x is None:
+        x = kwargs.get("decoder_input_ids")
+    return isinstance(x, Tensor) and x.dim() > 1 and x.size(1) == 1
+
+
+def _constant(function: Callable[[], None]) -> Callable[[], None]:
+    return torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _check(places: Places) -> None:
+    places.check()
+    _check_as_read(places)
+
+
+def _check_as_read(places: Places) -> None:
+    """Raises ValueError where a forward hides a layer's vectors, by what its code says."""
+    modules = places.modules()
+    paths = {module: path for path, module in modules.items()}
+    for path, layer in places.layers.items():
+        if layer not in paths:
+            continue
+        if not is_reached(layer):
+            raise ValueError(
+                f"module {path!r} has a forward of its own, set by other code after patch(), which hides its vectors: "
+                "delete it, use a hook instead, or let it call the forward that it replaces"
+            )
+        reader = reader_of(modules, paths[layer])
+        if reader is not None:
+            raise ValueError(
+                f"the forward set by other code, after patch(), on the {type(reader).__name__} around {path!r} reads "
+                "its weight and never calls it, which hides its vectors: let it call the module"
+            )

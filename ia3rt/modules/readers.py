@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from types import CodeType, FunctionType, MethodType
@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ia3rt.modules.set_forward import keeps_class_forward
 
 _READ = ("weight", "bias", "qweight")
-_LOOKED_AT = ("dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_cuda", "requires_grad", "is_meta")
+LOOKED_AT = ("dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_cuda", "requires_grad", "is_meta")
+_METHODS = FunctionType, property, classmethod, staticmethod, functools.partial
 _MAKING = ("__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters")
 
 
@@ -41,12 +42,14 @@ def is_only_read(module: nn.Module, name: str) -> bool:
         function = function.func if isinstance(function, functools.partial) else function.__func__
     if isinstance(function, FunctionType) and not keeps_class_forward(module):
         return _only_reads([function], [function], name)
-    cls: Hashable = type(module)  # type: ignore[assignment]
-    return _class_only_reads(cls, name)
+    cls: Any = type(module)
+    held = (value for base in cls.__mro__ if base is not nn.Module for value in vars(base).values())
+    return _class_only_reads(cls, name, tuple(value for value in held if isinstance(value, _METHODS)))
 
 
 @functools.lru_cache(4096)
-def _class_only_reads(cls: Hashable, name: str) -> bool:
+def _class_only_reads(cls: Any, name: str, _: tuple[object, ...]) -> bool:
+    """Known again by the class's methods too: other code may put others there."""
     methods = _methods(cls)
     run, found = set[str](), ["forward"]
     while found:
@@ -70,7 +73,7 @@ def _kind(chain: Sequence[str]) -> Literal["used", "read", "looked at"]:
     read = next((place for place, attribute in enumerate(chain) if attribute in _READ), None)
     if read is None:
         return "used"
-    return "looked at" if chain[read + 1 : read + 2] and chain[read + 1] in _LOOKED_AT else "read"
+    return "looked at" if chain[read + 1 : read + 2] and chain[read + 1] in LOOKED_AT else "read"
 
 
 def _methods(cls: Any) -> dict[str, list[FunctionType]]:

@@ -7,6 +7,7 @@ from types import FrameType
 
 from torch import nn
 
+from ia3rt.routing.guard import Watch
 from ia3rt.routing.marks import Marks
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Worn
@@ -28,6 +29,7 @@ class Forward:
         kind: what it has in common with others that lay out their rows as it does; where marks follow it.
         marks: what follows one row of the batch through it, where it is not known yet how the model lays rows out.
         image_marks: the same for one of the images beside the text.
+        watch: what sees which layers it reaches, where that is not known yet.
         ahead: what was computed for a layer before it was called; by whoever computed it.
     """
 
@@ -44,6 +46,7 @@ class Forward:
         self.kind: object = None
         self.marks: Marks | None = None
         self.image_marks: Marks | None = None
+        self.watch: Watch | None = None
         self.ahead: dict[object, object] = {}
 
     def is_running(self, frame: FrameType | None) -> bool:

@@ -22,6 +22,7 @@ from ia3rt.routing.batch import cached, main_input, named_arguments
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
+from ia3rt.routing.guard import Guard
 from ia3rt.routing.images import images_of
 from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
@@ -45,6 +46,7 @@ class Routing:
         trained: the adapters in training, if any.
         probing: how the model lays out its rows.
         rows: scales for rows that wear different mixes.
+        guard: what sees to it that a forward reaches the layers that wear vectors, if there are any.
     """
 
     def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
@@ -52,6 +54,7 @@ class Routing:
         self.backend: Backend = backend
         self.fuses_gate_up = fuses_gate_up
         self.trained: TrainedAdapters | None = None
+        self.guard: Guard | None = None
         self._covering: Wearing | None = None
         self._merging: Wearing | None = None
         self.probing = Probing(bank)
@@ -206,7 +209,7 @@ class Routing:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 
         Raises:
-            ValueError: the route's rows are not the batch's.
+            ValueError: the route's rows are not the batch's, or the forward would not reach a layer.
         """
         if is_traced():
             worn = self.now()
@@ -238,6 +241,7 @@ class Routing:
                 outer.calls += 1
             return
         arguments: Mapping[str, Any] | None = None
+        watch = None if self.guard is None or task != -1 else self.guard.before_forward(model, args, kwargs)
         again = self._past.find() if task != -1 else None
         worn = self._here() if again is None else again
         if again is None and worn.rows is not None:
@@ -249,9 +253,16 @@ class Routing:
             forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
             self.probing.begin(forward, model, arguments)
         self._context.enter(forward)
+        if watch is not None:
+            forward.watch = watch
+            watch.start()
 
     def after_forward(self, model: nn.Module, args: object, output: object) -> None:
-        """A forward hook, which is called after an error too."""
+        """A forward hook, which is called after an error too.
+
+        Raises:
+            ValueError: the forward did not reach a layer.
+        """
         if is_traced():
             return
         forward = self._context.forward()
@@ -263,6 +274,8 @@ class Routing:
             self._context.leave(forward)
             if torch.is_grad_enabled():
                 self._past.end(tree_leaves(output), forward.worn)
+            if forward.watch is not None:
+                forward.watch.end(completed=output is not None)
 
     def capture(self) -> None:
         """Notes that a CUDA graph is captured, which reads what this context wears at its address from now on."""
@@ -372,6 +385,7 @@ class Routing:
         made = memo[id(self)] = Routing.__new__(Routing)
         made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
         made.composes = self.composes
+        made.guard = copy.deepcopy(self.guard, memo)
         made.trained = copy.deepcopy(self.trained, memo)
         made.wear_everywhere(copy.deepcopy(self.route, memo))
         model = self._model()

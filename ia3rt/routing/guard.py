@@ -1,0 +1,25 @@
+"""What is asked before a forward whether it reaches the layers that wear vectors: of modules, which stand above."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Watch(Protocol):
+    """What sees, in one forward, which layers it reaches."""
+
+    def start(self) -> None:
+        """Begins to look, as the last thing before the forward."""
+
+    def end(self, completed: bool) -> None:
+        """Ends it, after a forward or its error; raises ValueError where a completed one did not reach a layer."""
+
+
+class Guard(Protocol):
+    """What sees to it that the forwards of a model reach its layers."""
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
+        """Raises ValueError where that is seen not to be; gives what has to watch this forward, if anything."""
