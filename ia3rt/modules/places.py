@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -67,8 +67,9 @@ class Places:
             ValueError: one does.
         """
         there = set(self.root.modules())
+        known = {edge.child for chain in self._chains.values() for edge in chain}
         for path, layer in self.layers.items():
-            found = None if layer in there else _replaced(self._chains[path])
+            found = None if layer in there else _replaced(self._chains[path], known)
             if found is not None:
                 place, present = found
                 wears = "wears no vector" if place == path else f"has no layer that wears the vectors of {path!r}"
@@ -85,10 +86,11 @@ def _chain(modules: Mapping[str, nn.Module], path: str) -> Iterator[_Edge]:
         yield _Edge(modules[".".join(parts[: depth - 1])], name, modules[".".join(parts[:depth])])
 
 
-def _replaced(chain: list[_Edge]) -> tuple[str, nn.Module] | None:
+def _replaced(chain: list[_Edge], known: Container[nn.Module]) -> tuple[str, nn.Module] | None:
     """What stands in the place of a module of the chain, and where; None where only a place is gone.
 
-    A container of the same kind, as a list of other layers, is no replacement by itself; nor is one without any tensor,
+    A module that stood elsewhere on the way to a layer has moved there, as others were taken out before it. A container
+    of the same kind, as a list of other layers, is no replacement by itself; nor is one without any tensor,
     which computes nothing that a vector could scale.
     """
     present: nn.Module | None = chain[0].parent if chain else None
@@ -98,6 +100,8 @@ def _replaced(chain: list[_Edge]) -> tuple[str, nn.Module] | None:
             return None
         if present is edge.child or _are_lists(present, edge.child):
             continue
+        if present in known:
+            return None
         if depth < len(chain) and not any(True for _ in (*present.parameters(), *present.buffers())):
             return None
         return ".".join(each.name for each in chain[:depth]), present
