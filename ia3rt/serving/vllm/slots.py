@@ -23,6 +23,7 @@ class TokenSlots:
         runs: (first token, one past the last, row) of tokens in a row that wear the same; without those that wear none.
         step: counts the steps, for those who keep what they made of one.
         lora: whether any token wears a LoRA.
+        worn: whether any token wears an adapter of either kind.
     """
 
     def __init__(self, max_tokens: int, slots: int, device: torch.device) -> None:
@@ -36,6 +37,10 @@ class TokenSlots:
         self.step = 0
         self.lora = False
         self._live = 0
+
+    @property
+    def worn(self) -> bool:
+        return self.lora or bool(self.runs)
 
     def write(self, rows: Sequence[int], *, lora: bool) -> None:
         """Says which row each token wears, in place.
