@@ -1,4 +1,4 @@
-"""What may go to the engine: adapters and mixes whose scales are not too large, mixes composed before they are needed."""
+"""What may go to the engine: adapters and mixes whose scales are not too large; mixes are composed by then."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def mixes_root() -> Path:
 
 
 def read_composed(path: str, root: Path) -> dict[Site, Tensor] | None:
-    """The vectors of the mix whose LoRARequest has this path, float32 [width]; None where they are not kept, or damaged."""
+    """The vectors of the mix whose LoRARequest has this path, float32 [width]; None where none are kept, or damaged."""
     try:
         content = (root / _name(path)).read_bytes()
         if _DIGEST(content[_DIGEST_SIZE:]).digest() != content[:_DIGEST_SIZE]:

@@ -73,4 +73,4 @@ def keep_finite(model: nn.Module, slots: TokenSlots) -> None:
             if cls not in made:
                 made[cls] = type(f"Finite{cls.__name__}", (FiniteAttention, cls), {})
             module.__class__ = made[cls]
-            module.ia3_slots = slots  # type: ignore[assignment]
+            module.ia3_slots = slots

@@ -37,7 +37,6 @@ from ia3rt.serving.vllm.requests import Requests, is_stored, public_name, store_
 from ia3rt.serving.vllm.source import Source
 from ia3rt.serving.vllm.store import store
 
-
 _resolving: ContextVar[Admission | None] = ContextVar("_resolving", default=None)
 """What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
 

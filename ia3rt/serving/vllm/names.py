@@ -75,7 +75,7 @@ def check_name(name: str) -> None:
     """Raises MixNameError where an adapter of this name cannot be part of a mix."""
     if not _NAME.fullmatch(name):
         raise MixNameError(
-            f"{short(name)!r} is no name of an adapter that can be mixed: such names are without *, +, : and white space"
+            f"{short(name)!r} is no name of an adapter that can be mixed: those are without *, +, : and white space"
         )
 
 
@@ -118,8 +118,8 @@ def _weight(name: str, part: str) -> float:
         return number
     except ValueError as error:
         raise MixNameError(
-            f"{short(name, 40)!r} is no mix: the weight {short(part, 40)!r} is no finite number. Write mix:a*0.7+b*0.3; "
-            "a product, a*b, has no weights and no prefix"
+            f"{short(name, 40)!r} is no mix: the weight {short(part, 40)!r} is no finite number. Write "
+            "mix:a*0.7+b*0.3; a product, a*b, has no weights and no prefix"
         ) from error
 
 

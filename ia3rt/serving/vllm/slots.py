@@ -23,7 +23,6 @@ class TokenSlots:
         runs: (first token, one past the last, row) of tokens in a row that wear the same; without those that wear none.
         step: counts the steps, for those who keep what they made of one.
         lora: whether any token wears a LoRA.
-        worn: whether any token wears an adapter of either kind.
     """
 
     def __init__(self, max_tokens: int, slots: int, device: torch.device) -> None:
@@ -40,6 +39,7 @@ class TokenSlots:
 
     @property
     def worn(self) -> bool:
+        """Whether any token of the step wears an adapter, IA³ or a LoRA."""
         return self.lora or bool(self.runs)
 
     def write(self, rows: Sequence[int], *, lora: bool) -> None:
