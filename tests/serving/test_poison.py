@@ -6,7 +6,6 @@ request at a time, so that each is computed in steps of the same shape; it has r
 
 from __future__ import annotations
 
-import itertools
 import random
 from pathlib import Path
 
@@ -68,11 +67,10 @@ def test_no_innocent_answer_changes(dtype, tmp_path, monkeypatch) -> None:
     innocent = [[chance.randrange(256) for _ in range(5 + 7 * number)] for number in range(4)]
     before = [answers([prompt], None) for prompt in innocent]
     changed = []
-    for number, (prompt, right) in zip(
-        range(HOSTILE), itertools.cycle(zip(innocent, before, strict=True)), strict=False
-    ):
+    for number in range(HOSTILE):
         lengths = [chance.randrange(20, 100) for _ in range(3)]
         answers([[chance.randrange(256) for _ in range(length)] for length in lengths], hostile(tmp_path, number))
-        if answers([prompt], None) != right:
+        asked = number % len(innocent)
+        if answers([innocent[asked]], None) != before[asked]:
             changed.append(number)
     assert changed == []
