@@ -74,6 +74,14 @@ def test_those_used_least_recently_go(folders, tmp_path) -> None:
     assert sum(file.stat().st_size for file in root.iterdir()) <= 3 * size
 
 
+def test_there_are_not_too_many_however_small(folders, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(composed_mixes, "MOST_FILES", 5)
+    kept = ComposedMixes(tmp_path / "mixes")
+    for number in range(50):
+        kept.write(str(number), mix(folders, 1.0).vectors())
+    assert len(list((tmp_path / "mixes").iterdir())) == len(kept._sizes) == 5
+
+
 def test_what_is_refused_is_not_kept(folders, tmp_path) -> None:
     root = tmp_path / "mixes"
     with pytest.raises(LargeScaleError):

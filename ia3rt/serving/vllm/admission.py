@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 
 from ia3rt.adapters.site import Site
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes
+from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
 
@@ -29,6 +30,7 @@ class Admission:
         self._limit = limit
         self._composed = composed
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._asked = NameLocks()
 
     async def check_adapter(self, source: Source) -> None:
         """Reads one adapter.
@@ -50,9 +52,10 @@ class Admission:
         path = source.path()
         if self._composed.holds(path):
             return
-        async with self._turns:
+        async with self._asked[path]:
             if not self._composed.holds(path):  # another request may have asked for it meanwhile
-                vectors = await asyncio.to_thread(self._vectors, source)
+                async with self._turns:
+                    vectors = await asyncio.to_thread(self._vectors, source)
                 self._keep(path, vectors)
 
     def admit_now(self, source: Source) -> None:

@@ -23,6 +23,8 @@ from ia3rt.adapters.site import Site
 
 MOST_BYTES = 256 << 20
 """What the files may be together; those used least recently are removed. One that a step misses is composed there."""
+MOST_FILES = 10_000
+"""How many they may be: of a small model a file is small."""
 _DIGEST = hashlib.sha256
 _DIGEST_SIZE = 32
 
@@ -95,7 +97,7 @@ class ComposedMixes:
     def _add(self, name: str, size: int) -> None:
         self._total += size - self._sizes.pop(name, 0)
         self._sizes[name] = size
-        while self._total > self._most and len(self._sizes) > 1:
+        while len(self._sizes) > 1 and (self._total > self._most or len(self._sizes) > MOST_FILES):
             oldest, size = self._sizes.popitem(last=False)
             self._total -= size
             (self._root / oldest).unlink(missing_ok=True)
