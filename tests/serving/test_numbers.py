@@ -129,6 +129,21 @@ def test_a_lora_never_takes_the_place_of_what_may_run(models) -> None:
     assert not any(request.load_inplace for request in had)
 
 
+def test_no_name_stands_in_the_way_of_another(models) -> None:
+    """Whatever numbers clients put behind names, before and while another is loaded."""
+    names = ["chat", *(f"chat#{number}" for number in range(50))]
+
+    async def run() -> None:
+        for name in names[1:]:
+            assert "Success" in await load(models, name)
+        await asyncio.gather(*(load(models, name, load_inplace=True) for name in names * 2))
+
+    asyncio.run(run())
+    assert sorted(models.lora_requests) == sorted(names)
+    assert all(public_name(request.lora_name) == name for name, request in models.lora_requests.items())
+    assert len({request.lora_name for request in models.lora_requests.values()}) == len(names)
+
+
 def test_a_refused_lora_leaves_what_was_there(models) -> None:
     async def run() -> None:
         await load(models, "chat")

@@ -10,6 +10,7 @@ find as a loaded adapter, which would go on with an adapter's old numbers after 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -161,7 +162,7 @@ async def _load_lora(original: Callable[..., Any], models: Any, request: Any, ba
         refused = await models._check_load_lora_adapter_request(request)
         if refused is not None:
             return refused
-        alias = _requests(models).numbered(name)
+        alias = f"{name}#{secrets.token_hex(16)}"  # which nobody can have loaded, or load meanwhile
         loading = request.model_copy(update={"lora_name": alias, "load_inplace": False})
         loaded = await original(models, loading, base_model_name)
         if alias not in models.lora_requests:
