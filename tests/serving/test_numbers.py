@@ -131,7 +131,7 @@ def test_a_lora_never_takes_the_place_of_what_may_run(models) -> None:
 
 def test_no_name_stands_in_the_way_of_another(models) -> None:
     """Whatever numbers clients put behind names, before and while another is loaded."""
-    names = ["chat", *(f"chat#{number}" for number in range(50))]
+    names = ["chat", *(f"chat#{number}" for number in range(100, 160))]
 
     async def run() -> None:
         for name in names[1:]:
