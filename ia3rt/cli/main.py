@@ -87,6 +87,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    max_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="The largest scale, and weight of a mix, that is served; 1000, and 2 for a model in float16.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with a folder of adapters: vLLM's OpenAI server, with the options that this needs.
 
@@ -96,7 +104,7 @@ def serve(
     from ia3rt.serving.command import serve as become_server
 
     with errors_in_a_line():
-        become_server(Console(), model, adapters, host, port, max_loras, context.args)
+        become_server(Console(), model, adapters, host, port, max_loras, max_scale, context.args)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ia3rt.cli.errors import MissingPackageError, UsageError
 from ia3rt.serving.adapters import Served, find_adapters
+from ia3rt.serving.max_scale import OPTION, VARIABLE, read_max_scale
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -23,7 +24,14 @@ BYTES_PER_NUMBER = 4
 
 
 def serve(
-    console: Console, model: str, adapters: Path, host: str, port: int, slots: int | None, more: Sequence[str]
+    console: Console,
+    model: str,
+    adapters: Path,
+    host: str,
+    port: int,
+    slots: int | None,
+    scale: str | None,
+    more: Sequence[str],
 ) -> None:
     """Becomes the server; this process does not come back.
 
@@ -35,11 +43,13 @@ def serve(
         port: where it listens.
         slots: how many different adapters and mixes may be in one batch; None for as many as there are adapters, and at
             most 32.
+        scale: what |s| and the weights of mixes may be at most; None for what the model's dtype has room for.
         more: options for vLLM, as they are.
 
     Raises:
         MissingPackageError: vLLM is not installed.
-        UsageError: `more` has an option that this command sets, or there is not one slot.
+        UsageError: `more` has an option that this command sets, there is not one slot, or the scale is no number from
+            1 on.
         FileNotFoundError: there are no adapters.
         ValueError: one of them is damaged.
     """
@@ -52,6 +62,11 @@ def serve(
             raise UsageError(option, "is set by ia3rt serve: see its own options")
     if slots is not None and slots < 1:
         raise UsageError("--max-loras", "there has to be one slot at least")
+    if scale is not None:
+        try:
+            os.environ[VARIABLE] = repr(read_max_scale(scale))
+        except ValueError as error:
+            raise UsageError(OPTION, str(error)) from error
     found = find_adapters(adapters)
     command = server_command(model, found, host, port, slots or min(32, len(found)), more)
     show(console, found, host, port)

@@ -13,6 +13,7 @@ from tiny import peft_model, tiny_model
 from typer.testing import CliRunner
 
 from ia3rt.cli.main import app
+from ia3rt.serving import max_scale
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 
@@ -51,6 +52,17 @@ def test_serves_a_folder(started) -> None:
     assert command[-3:] == ["--dtype", "float32", "--enforce-eager"]
     assert f'"model": "mix:{names[0]}*0.7+{names[1]}*0.3"' in result.output and "127.0.0.1:8123" in result.output
     assert "230" in result.output  # 57,600 numbers of 4 bytes
+
+
+def test_the_largest_scale_reaches_the_plugin(started, monkeypatch) -> None:
+    """vLLM loads plugins without arguments, in processes that it starts: they read it where these do."""
+    monkeypatch.setenv(max_scale.VARIABLE, "7")
+    assert serve("some/model", "--adapters", EXAMPLES, "--max-scale", "2.5").exit_code == 0
+    assert max_scale.max_scale("float16") == 2.5 and len(started) == 1
+    for bad in ("0.5", "much", "nan"):
+        refused = serve("some/model", "--adapters", EXAMPLES, "--max-scale", bad)
+        assert refused.exit_code != 0 and "--max-scale" in refused.output and bad in refused.output
+    assert len(started) == 1
 
 
 def test_loras_too(started, tmp_path) -> None:

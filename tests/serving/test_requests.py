@@ -1,7 +1,6 @@
 """The requests that stand for adapters and mixes: what is the same is one, and what is not shares nothing."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from ia3rt.serving.vllm import requests
 from ia3rt.serving.vllm.requests import Requests, public_name
 from ia3rt.serving.vllm.source import Source
 
-A, B, OTHER = Path("/store/aaa"), Path("/store/bbb"), Path("/store/ccc")
+A, B, OTHER = "/store/aaa", "/store/bbb", "/store/ccc"
 
 
 @pytest.fixture
@@ -19,20 +18,20 @@ def known() -> Requests:
 
 
 def test_equal_mixes_share_a_slot(known) -> None:
-    first = known.mix(Mix(("a", "b"), (0.7, 0.3), "linear"), {"a": A, "b": B})
-    again = known.mix(Mix(("b", "a"), (0.3, 0.7), "linear"), {"b": str(B), "a": str(A)})
+    first = known.mix(Source(Mix(("a", "b"), (0.7, 0.3), "linear"), {"a": A, "b": B}))
+    again = known.mix(Source(Mix(("b", "a"), (0.3, 0.7), "linear"), {"b": B, "a": A}))
     assert first is again
     assert public_name(first.lora_name) == "mix:a*0.7+b*0.3"
     source = Source.of(first.lora_path, first.lora_name)
-    assert source.mix == Mix(("a", "b"), (0.7, 0.3), "linear") and source.folders == {"a": str(A), "b": str(B)}
+    assert source.mix == Mix(("a", "b"), (0.7, 0.3), "linear") and source.folders == {"a": A, "b": B}
 
 
 def test_different_mixes_share_nothing(known) -> None:
     made = [
-        known.mix(Mix(("a", "b")), {"a": A, "b": B}),
-        known.mix(Mix(("a", "b"), (0.5, 0.5), "linear"), {"a": A, "b": B}),
-        known.mix(Mix(("a", "b"), (0.5, 0.5), "delta"), {"a": A, "b": B}),
-        known.mix(Mix(("a", "b")), {"a": A, "b": OTHER}),
+        known.mix(Source(Mix(("a", "b")), {"a": A, "b": B})),
+        known.mix(Source(Mix(("a", "b"), (0.5, 0.5), "linear"), {"a": A, "b": B})),
+        known.mix(Source(Mix(("a", "b"), (0.5, 0.5), "delta"), {"a": A, "b": B})),
+        known.mix(Source(Mix(("a", "b")), {"a": A, "b": OTHER})),
         known.adapter("a", A),
         known.adapter("b", A),
         known.adapter("a", OTHER),
@@ -51,10 +50,10 @@ def test_a_name_that_means_the_same_again_is_the_same_request(known) -> None:
 
 def test_what_was_forgotten_gets_another_name(known, monkeypatch) -> None:
     monkeypatch.setattr(requests, "MOST", 2)
-    first = known.mix(Mix(("a", "b")), {"a": A, "b": B})
+    first = known.mix(Source(Mix(("a", "b")), {"a": A, "b": B}))
     for weight in range(3):
-        known.mix(Mix(("a",), (float(weight),), "delta"), {"a": A})
-    again = known.mix(Mix(("a", "b")), {"a": A, "b": B})
+        known.mix(Source(Mix(("a",), (float(weight),), "delta"), {"a": A}))
+    again = known.mix(Source(Mix(("a", "b")), {"a": A, "b": B}))
     assert again.lora_name != first.lora_name and again.lora_int_id != first.lora_int_id
     assert again.lora_path == first.lora_path
 
@@ -62,7 +61,7 @@ def test_what_was_forgotten_gets_another_name(known, monkeypatch) -> None:
 def test_servers_side_by_side_number_apart() -> None:
     servers = [Requests(itertools.count(1).__next__, rank, 3) for rank in range(3)]
     numbers = [
-        server.mix(Mix(("a",), (float(weight),), "delta"), {"a": A}).lora_int_id
+        server.mix(Source(Mix(("a",), (float(weight),), "delta"), {"a": A})).lora_int_id
         for server in servers
         for weight in range(5)
     ]

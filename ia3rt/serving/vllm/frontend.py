@@ -10,7 +10,9 @@ find as a loaded adapter, which would go on with an adapter's old numbers after 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
+from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,20 @@ from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
 from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.mix import Mix
+from ia3rt.serving.max_scale import max_scale
 from ia3rt.serving.vllm import metrics
+from ia3rt.serving.vllm.adapter_numbers import AdapterNumbers
+from ia3rt.serving.vllm.admission import Admission
+from ia3rt.serving.vllm.composed_mixes import ComposedMixes, mixes_root
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
-from ia3rt.serving.vllm.names import MixNameError, parse, spelled
+from ia3rt.serving.vllm.name_locks import NameLocks
+from ia3rt.serving.vllm.names import MixNameError, canonical, parse, short, spelled
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name, store_root
+from ia3rt.serving.vllm.source import Source
 from ia3rt.serving.vllm.store import store
+
+_resolving: ContextVar[Admission | None] = ContextVar("_resolving", default=None)
+"""What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
 
 
 class UnknownAdapterError(ValueError):
@@ -38,7 +49,10 @@ class UnknownAdapterError(ValueError):
 def install() -> None:
     """Puts the functions of this file in front of vLLM's methods."""
     for owner, name, made in (
+        (OpenAIServingModels, "__init__", _init),
         (OpenAIServingModels, "load_lora_adapter", _load_lora_adapter),
+        (OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter),
+        (OpenAIServingModels, "resolve_lora", _resolve_lora),
         (OpenAIServingModels, "show_available_models", _show_available_models),
         (OpenAIServingModels, "model_name", _model_name),
         (BaseServing, "_check_model", _check_model),
@@ -48,8 +62,8 @@ def install() -> None:
         setattr(owner, name, made(getattr(owner, name)))
 
 
-def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
-    """The request for the mix that `name` means, or None where it means something else.
+def requested_source(models: Any, name: str | None) -> Source | None:
+    """The mix that `name` means, of the adapters as they are loaded now, or None where it means something else.
 
     Args:
         models: vLLM's OpenAIServingModels, which knows the loaded adapters.
@@ -62,13 +76,16 @@ def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
     mix = _named_mix(models, name)
     if mix is None:
         return None
-    loaded: dict[str, LoRARequest] = models.lora_requests
+    told, loaded = short(name, 40), models.lora_requests
     for adapter in mix.adapters:
         if adapter not in loaded:
-            raise UnknownAdapterError(f"The mix `{name}` needs adapter `{adapter}`, which is not loaded.")
+            raise UnknownAdapterError(f"The mix `{told}` needs adapter `{short(adapter, 40)}`, which is not loaded.")
         if not is_stored(loaded[adapter]):
-            raise MixNameError(f"The mix `{name}` has adapter `{adapter}`, which is a LoRA: only IA³ adapters mix.")
-    return _requests(models).mix(mix, {adapter: loaded[adapter].lora_path for adapter in mix.adapters})
+            raise MixNameError(
+                f"The mix `{told}` has adapter `{short(adapter, 40)}`, which is a LoRA: only IA³ adapters mix."
+            )
+    mix = canonical(mix)
+    return Source(mix, {adapter: loaded[adapter].lora_path for adapter in mix.adapters})
 
 
 async def _resolve(models: Any, name: str | None) -> None:
@@ -87,30 +104,114 @@ def _named_mix(models: Any, name: str | None) -> Mix | None:
     return parse(name)
 
 
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        """What vLLM counts and locks by, and what this plugin knows of a server."""
+        original(self, *args, **kwargs)
+        self.lora_id_counter = AdapterNumbers()
+        self.lora_resolver_lock = NameLocks()
+        config = self.engine_client.vllm_config
+        rank, count = config.parallel_config._api_process_rank, config.parallel_config._api_process_count
+        self.ia3rt_requests = Requests(lambda: self.lora_id_counter.inc(1), rank, count)
+        limit = max_scale(str(self.model_config.dtype).removeprefix("torch."))
+        self.ia3rt_admission = Admission(limit, ComposedMixes(mixes_root()))
+
+    return init
+
+
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         """POST /v1/load_lora_adapter and --lora-modules."""
+        try:
+            _check_meaning(request)
+        except ValueError as error:
+            return _refused(str(error))
         if not request.lora_path or not await asyncio.to_thread(_holds_ia3, request.lora_path):
-            return await original(self, request, base_model_name)
+            return _echoing_little(await _load_lora(original, self, request, base_model_name), request)
         name = request.lora_name
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)
             if refused is not None:
-                return refused
+                return _echoing_little(refused, request)
             try:
                 folder = await asyncio.to_thread(store, request.lora_path, store_root())
+                await _admission(self).check_adapter(Source(Mix((name,)), {name: str(folder)}))
                 made = _requests(self).adapter(name, folder)
                 if base_model_name is not None and self.is_base_model(base_model_name):
                     made.base_model_name = base_model_name
                 await self.engine_client.add_lora(made)
             except Exception as error:  # of any kind: the worker's come as vLLM wraps them
                 metrics.REFUSED.inc()
-                return create_error_response(_sentence(error), "BadRequestError", HTTPStatus.BAD_REQUEST)
+                return _echoing_little(_refused(_sentence(error)), request)
             self.lora_requests[name] = made
         metrics.watch(self.engine_client)
         return f"Success: LoRA adapter '{name}' added successfully."
 
     return load_lora_adapter
+
+
+async def _load_lora(original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None) -> Any:
+    """Loads a LoRA as another one than whatever had its name: that may run, and vLLM would load over it.
+
+    vLLM is told a name that nobody else has, and by that also gives a number that nobody has.
+    """
+    if not request.lora_name or not request.lora_path:
+        return await original(models, request, base_model_name)
+    name = request.lora_name
+    async with models.lora_resolver_lock[name]:
+        refused = await models._check_load_lora_adapter_request(request)
+        if refused is not None:
+            return refused
+        alias = f"{name}#{secrets.token_hex(16)}"  # which nobody can have loaded, or load meanwhile
+        loading = request.model_copy(update={"lora_name": alias, "load_inplace": False})
+        loaded = await original(models, loading, base_model_name)
+        if alias not in models.lora_requests:
+            loaded.error.message = loaded.error.message.replace(alias, name)
+            return loaded
+        made = models.lora_requests.pop(alias)
+        made.lora_name = _requests(models).claimed(name)
+        models.lora_requests[name] = made
+    return f"Success: LoRA adapter '{name}' added successfully."
+
+
+def _check_meaning(request: Any) -> None:
+    """Raises ValueError where a name or a path to load has a meaning of its own here."""
+    name, path = request.lora_name, request.lora_path
+    try:
+        means_a_mix = parse(name or "") is not None
+    except MixNameError:
+        means_a_mix = True
+    if means_a_mix:
+        raise ValueError(f"The name `{short(name)}` means a mix of adapters: load the adapter under another one.")
+    if Source.is_mix(path or ""):
+        raise ValueError(f"`{short(path)}` is no folder: a mix is no adapter that can be loaded, name it as a model.")
+
+
+def _unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        """POST /v1/unload_lora_adapter."""
+        return _echoing_little(await original(self, request), request)
+
+    return unload_lora_adapter
+
+
+def _resolve_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        """The adapter that vLLM's resolvers found under a name, or what it answers where they found none."""
+        token = _resolving.set(_admission(self))
+        try:
+            with self.lora_id_counter.lent() as numbers:
+                found = await original(self, lora_name)
+        finally:
+            _resolving.reset(token)
+        if isinstance(found, LoRARequest):
+            if numbers:  # or it was loaded before
+                found.lora_name = _requests(self).claimed(lora_name)
+        elif found.error.code == HTTPStatus.NOT_FOUND:
+            self.lora_id_counter.give_back(numbers)
+        return found
+
+    return resolve_lora
 
 
 def _show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,16 +240,18 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
             body = (getattr(request, "model_extra", None) or {}).get(FIELD)
             if body is not None:
                 if not self._is_model_supported(request.model):
-                    raise MixNameError(f"With {FIELD}, model must be the base model, not `{request.model}`.")
+                    raise MixNameError(f"With {FIELD}, model must be the base model, not `{short(request.model)}`.")
                 request.model = spelled(read_merged_adapters(body))
             await _resolve(self.models, request.model)
-            if requested_mix(self.models, request.model) is not None:
+            source = requested_source(self.models, request.model)
+            if source is not None:
+                await _admission(self.models).admit(source)
                 return None
+            return _echoing_little(await original(self, request), request)
         except UnknownAdapterError as error:
             return self.create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
         except ValueError as error:
             return self.create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST, "model")
-        return await original(self, request)
 
     return check_model
 
@@ -156,9 +259,12 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
 def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     def maybe_get_adapters(self: Any, request: Any, supports_default_mm_loras: bool = False) -> LoRARequest | None:
         """What the engine is told about the request's adapter."""
-        made = requested_mix(self.models, request.model)
-        if made is None:
+        source = requested_source(self.models, request.model)
+        if source is None:
             made = original(self, request, supports_default_mm_loras)
+        else:
+            _admission(self.models).admit_now(source)
+            made = _requests(self.models).mix(source)
         metrics.count(made, self.models.engine_client)
         return made
 
@@ -173,6 +279,9 @@ def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
         found: LoRARequest | None = await original(self, lora_name, lora_path, base_model_name)
         if found is None and is_ia3(Path(lora_path)):
             folder = await asyncio.to_thread(store, lora_path, store_root())
+            admission = _resolving.get()
+            if admission is not None:
+                await admission.check_adapter(Source(Mix((lora_name,)), {lora_name: str(folder)}))
             found = LoRARequest(lora_name, 1, str(folder))  # vLLM numbers it
         return found
 
@@ -181,12 +290,28 @@ def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _requests(models: Any) -> Requests:
     """The requests of this server's OpenAIServingModels."""
-    if "ia3rt_requests" not in vars(models):
-        parallel = models.engine_client.vllm_config.parallel_config
-        made = Requests(lambda: models.lora_id_counter.inc(1), parallel._api_process_rank, parallel._api_process_count)
-        models.ia3rt_requests = made
     known: Requests = models.ia3rt_requests
     return known
+
+
+def _admission(models: Any) -> Admission:
+    """What this server's OpenAIServingModels lets go to the engine."""
+    admission: Admission = models.ia3rt_admission
+    return admission
+
+
+def _refused(sentence: str) -> Any:
+    return create_error_response(sentence, "BadRequestError", HTTPStatus.BAD_REQUEST)
+
+
+def _echoing_little(answer: Any, request: Any) -> Any:
+    """An answer of vLLM's; an error does not repeat all of a long name or path."""
+    if hasattr(answer, "error"):
+        for part in ("model", "lora_name", "lora_path"):
+            given = getattr(request, part, None)
+            if isinstance(given, str) and given != short(given):
+                answer.error.message = answer.error.message.replace(given, short(given))
+    return answer
 
 
 def _holds_ia3(path: str) -> bool:

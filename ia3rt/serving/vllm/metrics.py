@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from prometheus_client import Counter, Gauge
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.worker.worker_base import WorkerBase
 
-from ia3rt.serving.vllm.requests import kind
+from ia3rt.serving.vllm.requests import kind, public_name
 
 SECONDS = 5.0
 """How old the workers' numbers may be while requests come in."""
 
+LABEL = "IA3"
+"""What vLLM's own metrics call whatever is IA³."""
 REQUESTS = Counter("ia3rt:requests", "Requests that wear IA³, by what they wear.", ["kind"])
 REFUSED = Counter("ia3rt:loads_refused", "IA³ adapters that could not be loaded.")
 SLOTS = Gauge("ia3rt:slots", "Slots for adapters of either kind.", multiprocess_mode="mostrecent")
@@ -41,8 +44,23 @@ def watch(engine: Any) -> None:
 
 
 def install() -> None:
-    """Gives vLLM's workers the method that `watch` asks them for."""
+    """Gives vLLM's workers the method that `watch` asks them for, and its labels a bounded number of values."""
     WorkerBase.ia3rt_counts = _counts
+    RequestState.__init__ = _labelled(RequestState.__init__)
+
+
+def _labelled(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        """A request as vLLM's statistics know it.
+
+        Its labels join the names of all that run and of all that wait, and keep a series for every such text: of mixes,
+        which clients write, and of sets of adapters there is no end.
+        """
+        original(self, *args, **kwargs)
+        if self.lora_request is not None:
+            self.lora_name = public_name(self.lora_name) if kind(self.lora_request) is None else LABEL
+
+    return init
 
 
 class _Watch:

@@ -10,6 +10,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 
 from ia3rt.serving.vllm.activations import scale_in_activations
+from ia3rt.serving.vllm.finite import keep_finite
 from ia3rt.serving.vllm.layers import IA3RowParallelLinear
 from ia3rt.serving.vllm.placing import Layers, Placed
 from ia3rt.serving.vllm.slots import TokenSlots
@@ -51,6 +52,7 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
             if not may_grow:
                 layer.ia3_table("in" if isinstance(layer, IA3RowParallelLinear) else "out")
         scale_in_activations(self.model)
+        keep_finite(self.model, self.ia3_slots)
         self._ia3_active: set[int] = set()
         self._ia3_evictions = 0
 

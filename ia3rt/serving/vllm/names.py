@@ -11,12 +11,15 @@ anything without `*`, `+`, `:` and white space; an adapter that has such a name 
 
 from __future__ import annotations
 
+import math
 import re
 
 from ia3rt.adapters.mix import CombinationType, Mix
 
 MOST = 64
 """Adapters in one mix at most: a name of any length is one cheap request."""
+ECHO = 80
+"""Characters of a client's own that an error repeats: it is answered, and logged, as often as it is sent."""
 _PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
 _NAME = re.compile(r"[^*+:\s]+")
 # The plus of an exponent, as in a*1e+2, begins no term.
@@ -65,7 +68,15 @@ def spelled(mix: Mix) -> str:
 def check_size(name: str, adapters: int) -> None:
     """Raises MixNameError where a mix has more adapters than MOST."""
     if adapters > MOST:
-        raise MixNameError(f"{_short(name)!r} mixes {adapters} adapters: {MOST} is the most")
+        raise MixNameError(f"{short(name)!r} mixes {adapters} adapters: {MOST} is the most")
+
+
+def check_name(name: str) -> None:
+    """Raises MixNameError where an adapter of this name cannot be part of a mix."""
+    if not _NAME.fullmatch(name):
+        raise MixNameError(
+            f"{short(name)!r} is no name of an adapter that can be mixed: those are without *, +, : and white space"
+        )
 
 
 def _sum(name: str, terms: str, kind: CombinationType) -> Mix:
@@ -87,13 +98,13 @@ def _made(name: str, adapters: list[str], weights: list[float] | None, kind: Com
     try:
         return Mix(tuple(adapters), None if weights is None else tuple(weights), kind)
     except ValueError as error:
-        raise MixNameError(f"{_short(name)!r} is no mix: {error}") from error
+        raise MixNameError(f"{short(name, 40)!r} is no mix: {short(str(error), 40)}") from error
 
 
 def _adapter(name: str, part: str) -> str:
     if not _NAME.fullmatch(part.strip()):
         raise MixNameError(
-            f"{_short(name)!r} is no mix: {_short(part)!r} is no adapter's name. Write a*b for a product, "
+            f"{short(name, 40)!r} is no mix: {short(part, 40)!r} is no adapter's name. Write a*b for a product, "
             "mix:a*0.7+b*0.3 for a weighted sum"
         )
     return part.strip()
@@ -101,13 +112,18 @@ def _adapter(name: str, part: str) -> str:
 
 def _weight(name: str, part: str) -> float:
     try:
-        return float(part)
+        number = float(part)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
     except ValueError as error:
         raise MixNameError(
-            f"{_short(name)!r} is no mix: the weight {_short(part)!r} is no number. Write mix:a*0.7+b*0.3; a product, "
-            "a*b, has no weights and no prefix"
+            f"{short(name, 40)!r} is no mix: the weight {short(part, 40)!r} is no finite number. Write "
+            "mix:a*0.7+b*0.3; a product, a*b, has no weights and no prefix"
         ) from error
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 80 else name[:77] + "…"
+def short(given: object, most: int = ECHO) -> str:
+    """What a client sent, as an error may repeat it: at most `most` characters of it."""
+    text = given if isinstance(given, str) else repr(given)
+    return text if len(text) <= most else text[: most - 1] + "…"

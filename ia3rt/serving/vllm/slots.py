@@ -37,6 +37,11 @@ class TokenSlots:
         self.lora = False
         self._live = 0
 
+    @property
+    def worn(self) -> bool:
+        """Whether any token of the step wears an adapter, IA³ or a LoRA."""
+        return self.lora or bool(self.runs)
+
     def write(self, rows: Sequence[int], *, lora: bool) -> None:
         """Says which row each token wears, in place.
 

@@ -51,6 +51,11 @@ class Source:
         return cls(Mix((name,)), {name: path}) if is_ia3(Path(path)) else None
 
     @staticmethod
+    def is_mix(path: str) -> bool:
+        """Whether a path is one that `path` made of a mix, or looks like it."""
+        return path.strip().startswith(_PREFIX)
+
+    @staticmethod
     def mix_of(path: str) -> Mix | None:
         """The mix that a path means, or None where it is a folder."""
         if not path.startswith(_PREFIX):
@@ -65,10 +70,15 @@ class Source:
             FileNotFoundError: a folder is not there.
             ValueError: a file is damaged, an adapter has more than vectors, or two of them have other widths at one.
         """
+        bank = self.bank()
+        return composed_vectors(bank, bank.resolve(self.mix))
+
+    def bank(self) -> Bank:
+        """Reads the adapters: float32, on the CPU. Raises what `vectors` does."""
         bank = Bank([], torch.device("cpu"), torch.float32, len(self.folders))
         for name, folder in self.folders.items():
             read = read_checkpoint(folder).vectors_alone(name)
             known = bank.sites
             vectors = {known.get(key) or Site(*key, tensor.numel()): tensor for key, tensor in read.items()}
             bank.add(name, vectors)
-        return composed_vectors(bank, bank.resolve(self.mix))
+        return bank

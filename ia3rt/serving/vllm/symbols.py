@@ -62,6 +62,16 @@ SYMBOLS = (
     Symbol("vllm.model_executor.layers.linear", "RowParallelLinear.forward"),
     Symbol("vllm.model_executor.layers.linear", "UnquantizedLinearMethod"),
     Symbol("vllm.model_executor.layers.linear", "LinearMethodBase.apply", ("self", "layer", "x", "bias")),
+    Symbol(
+        "vllm.model_executor.layers.attention",
+        "Attention.forward",
+        ("self", "query", "key", "value", "output_shape", "output_dtype"),
+    ),
+    Symbol(
+        "vllm.model_executor.layers.attention",
+        "MLAAttention.forward",
+        ("self", "q", "kv_c_normed", "k_pe", "output_shape", "q_dcp_replicated"),
+    ),
     Symbol("vllm.model_executor.models.utils", "PPMissingLayer"),
     Symbol("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
     Symbol("vllm.entrypoints.serve", "create_error_response"),
@@ -79,6 +89,9 @@ SYMBOLS = (
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.resolve_lora", ("self", "lora_name")),
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request")),
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", ("self",)),
+    Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter", ("self", "request")),
+    Symbol("vllm.utils.counter", "AtomicCounter.inc", ("self", "num")),
+    Symbol("vllm.v1.engine.output_processor", "RequestState"),
     Symbol(
         "vllm.entrypoints.openai.models.serving",
         "OpenAIServingModels._check_load_lora_adapter_request",

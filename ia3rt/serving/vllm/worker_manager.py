@@ -11,6 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from ia3rt.serving.vllm.composed_mixes import mixes_root, read_composed
 from ia3rt.serving.vllm.model_manager import IA3Model, IA3ModelManager
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.source import Source
@@ -37,7 +38,8 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
             return super()._load_adapter(lora_request)
         start = time.perf_counter()
         try:
-            vectors = source.vectors()
+            # The API server has composed a mix before; only one that was removed since is composed here.
+            vectors = read_composed(path, mixes_root()) or source.vectors()
         except FileNotFoundError as error:
             raise LoRAAdapterNotFoundError(name, path) from error
         made = IA3Model(lora_request.lora_int_id, self._adapter_manager.ia3_layers.place(public_name(name), vectors))

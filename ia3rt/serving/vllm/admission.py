@@ -1,0 +1,73 @@
+"""What may go to the engine: adapters and mixes whose scales are not too large; mixes are composed by then."""
+
+from __future__ import annotations
+
+import asyncio
+
+from torch import Tensor
+from vllm.logger import init_logger
+
+from ia3rt.adapters.site import Site
+from ia3rt.serving.vllm.composed_mixes import ComposedMixes
+from ia3rt.serving.vllm.name_locks import NameLocks
+from ia3rt.serving.vllm.scale_check import checked_vectors
+from ia3rt.serving.vllm.source import Source
+
+logger = init_logger(__name__)
+AT_ONCE = 2
+"""Mixes that are composed at the same time, in threads beside the server's own; others wait."""
+
+
+class Admission:
+    """One API server's.
+
+    Args:
+        limit: what |s| and each weight may be at most.
+        composed: where composed mixes are kept.
+    """
+
+    def __init__(self, limit: float, composed: ComposedMixes) -> None:
+        self._limit = limit
+        self._composed = composed
+        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._asked = NameLocks()
+
+    async def check_adapter(self, source: Source) -> None:
+        """Reads one adapter.
+
+        Raises:
+            ValueError: a scale is beyond the limit, or the adapter is damaged.
+            FileNotFoundError: it is not there.
+        """
+        async with self._turns:
+            await asyncio.to_thread(self._vectors, source)
+
+    async def admit(self, source: Source) -> None:
+        """Composes a mix, where that was not done yet.
+
+        Raises:
+            ValueError: a scale or a weight is beyond the limit, or the adapters have other widths at one site.
+            FileNotFoundError: one of them is not there.
+        """
+        path = source.path()
+        if self._composed.holds(path):
+            return
+        async with self._asked[path]:
+            if not self._composed.holds(path):  # another request may have asked for it meanwhile
+                async with self._turns:
+                    vectors = await asyncio.to_thread(self._vectors, source)
+                self._keep(path, vectors)
+
+    def admit_now(self, source: Source) -> None:
+        """As `admit`, at once: where an adapter was loaded again between `admit` and the request's start."""
+        if not self._composed.holds(source.path()):
+            self._keep(source.path(), self._vectors(source))
+
+    def _vectors(self, source: Source) -> dict[Site, Tensor]:
+        return checked_vectors(source.bank(), source.mix, self._limit)
+
+    def _keep(self, path: str, vectors: dict[Site, Tensor]) -> None:
+        try:
+            self._composed.write(path, vectors)
+        except OSError as error:  # as where the disk is full: the engine then composes the mix itself
+            logger.warning("A composed mix could not be kept: %s", error)
