@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ FILE_NAMES = (CONFIG_NAME, *PEFT_NAMES, *ADAPTERHUB_NAMES, *ADAPTERHUB_HEAD_NAME
 """All files of an adapter that are read, PEFT's and AdapterHub's."""
 
 _MODEL_NAME = "config.json"
+_MOST_SHOWN = 80  # characters of what is not even a path
 _MOST_NAMED = 5  # subfolders in one message
 
 
@@ -43,6 +45,12 @@ def local_folder(
             message names the folders inside that hold one.
     """
     given = Path(path_or_hub_id)
+    try:
+        os.stat(given)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a repository on the Hub, perhaps
+    except (OSError, ValueError) as error:  # too long, a NUL in it, a folder that may not be read
+        raise FileNotFoundError(f"{str(given)[:_MOST_SHOWN]!r} is no folder that can be read: {error}") from error
     if given.is_file():
         raise FileNotFoundError(f"{given} is a file: give the folder that holds it, {str(given.parent)!r}")
     if given.is_dir():
