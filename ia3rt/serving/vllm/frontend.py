@@ -9,7 +9,6 @@ find as a loaded adapter, which would go on with an adapter's old numbers after 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -17,18 +16,23 @@ from typing import Any
 
 from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
-from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
+from vllm.lora.utils import get_adapter_absolute_path
 
 from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.mix import Mix
-from ia3rt.serving.vllm import metrics
+from ia3rt.serving.access import folder_of
+from ia3rt.serving.limits import check_files
+from ia3rt.serving.settings import allowed_folder, is_key_for_all
+from ia3rt.serving.vllm import doors, metrics, resolvers
+from ia3rt.serving.vllm.keeping import keeping
+from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.names import MixNameError, parse, spelled
-from ia3rt.serving.vllm.requests import Requests, is_stored, public_name, store_root
-from ia3rt.serving.vllm.store import store
+from ia3rt.serving.vllm.refusals import refusal
+from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
+from ia3rt.serving.vllm.store import discard
 
 
 class UnknownAdapterError(ValueError):
@@ -43,9 +47,11 @@ def install() -> None:
         (OpenAIServingModels, "model_name", _model_name),
         (BaseServing, "_check_model", _check_model),
         (BaseServing, "_maybe_get_adapters", _maybe_get_adapters),
-        (FilesystemResolver, "_get_lora_req_from_path", _get_lora_req_from_path),
     ):
         setattr(owner, name, made(getattr(owner, name)))
+    resolvers.install()
+    if is_key_for_all():
+        doors.install()
 
 
 def requested_mix(models: Any, name: str | None) -> LoRARequest | None:
@@ -90,23 +96,34 @@ def _named_mix(models: Any, name: str | None) -> Mix | None:
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         """POST /v1/load_lora_adapter and --lora-modules."""
-        if not request.lora_path or not await asyncio.to_thread(_holds_ia3, request.lora_path):
+        if not request.lora_path:
+            return await original(self, request, base_model_name)
+        try:
+            folder, ours = await apart(_look, request.lora_path, _allowed(self, request))
+        except (OSError, ValueError) as error:
+            metrics.REFUSED.inc()
+            return refusal(error)
+        if not ours:
             return await original(self, request, base_model_name)
         name = request.lora_name
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)
             if refused is not None:
                 return refused
+            stored: Path | None = None
             try:
-                folder = await asyncio.to_thread(store, request.lora_path, store_root())
-                made = _requests(self).adapter(name, folder)
+                stored = await apart(keeping().store, str(folder), name)
+                made = _requests(self).adapter(name, stored)
                 if base_model_name is not None and self.is_base_model(base_model_name):
                     made.base_model_name = base_model_name
                 await self.engine_client.add_lora(made)
             except Exception as error:  # of any kind: the worker's come as vLLM wraps them
                 metrics.REFUSED.inc()
-                return create_error_response(_sentence(error), "BadRequestError", HTTPStatus.BAD_REQUEST)
+                if stored is not None:
+                    await apart(_forget, self, stored)
+                return refusal(error)
             self.lora_requests[name] = made
+        keeping().hold_only(_stored(self))
         metrics.watch(self.engine_client)
         return f"Success: LoRA adapter '{name}' added successfully."
 
@@ -142,13 +159,16 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise MixNameError(f"With {FIELD}, model must be the base model, not `{request.model}`.")
                 request.model = spelled(read_merged_adapters(body))
             await _resolve(self.models, request.model)
-            if requested_mix(self.models, request.model) is not None:
-                return None
+            refused = None
+            if requested_mix(self.models, request.model) is None:
+                refused = await original(self, request)
+            if refused is None:
+                await _look_after(self.models, request.model)
         except UnknownAdapterError as error:
             return self.create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
-        except ValueError as error:
-            return self.create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST, "model")
-        return await original(self, request)
+        except (OSError, ValueError, LookupError) as error:  # a resolver's, of a LoRA, may be any of them
+            return refusal(error, "model")
+        return refused
 
     return check_model
 
@@ -165,20 +185,6 @@ def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_get_adapters
 
 
-def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def get_lora_req_from_path(
-        self: Any, lora_name: str, lora_path: str, base_model_name: str
-    ) -> LoRARequest | None:
-        """What vLLM's resolvers, of a folder or the Hub, found under a name."""
-        found: LoRARequest | None = await original(self, lora_name, lora_path, base_model_name)
-        if found is None and is_ia3(Path(lora_path)):
-            folder = await asyncio.to_thread(store, lora_path, store_root())
-            found = LoRARequest(lora_name, 1, str(folder))  # vLLM numbers it
-        return found
-
-    return get_lora_req_from_path
-
-
 def _requests(models: Any) -> Requests:
     """The requests of this server's OpenAIServingModels."""
     if "ia3rt_requests" not in vars(models):
@@ -189,12 +195,44 @@ def _requests(models: Any) -> Requests:
     return known
 
 
-def _holds_ia3(path: str) -> bool:
-    from vllm.lora.utils import get_adapter_absolute_path
+def _allowed(models: Any, request: Any) -> Path | None:
+    """The folder that a request may load from; None for any. What the operator named at the start is from anywhere."""
+    static = models.static_lora_modules or ()
+    if any((each.name, each.path) == (request.lora_name, request.lora_path) for each in static):
+        return None
+    return allowed_folder()
 
-    return is_ia3(Path(get_adapter_absolute_path(path)))
+
+def _look(path: str, allowed: Path | None) -> tuple[Path, bool]:
+    """The folder that a client's path means, and whether it holds an IA³ adapter; see access.folder_of."""
+    if envs.VLLM_USE_MODELSCOPE and allowed is None:
+        path = get_adapter_absolute_path(path)
+    folder = folder_of(path, allowed)
+    check_files(folder)
+    return folder, is_ia3(folder)
 
 
-def _sentence(error: Exception) -> str:
-    """What went wrong, without the traceback that vLLM appends to a worker's error."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _stored(models: Any) -> set[Path]:
+    """The copies of all IA³ adapters that are loaded."""
+    return {Path(request.lora_path) for request in models.lora_requests.values() if is_stored(request)}
+
+
+def _forget(models: Any, folder: Path) -> None:
+    """Removes the copy of an adapter that the workers refused, where it is nobody's."""
+    keeping().hold_only(_stored(models))
+    discard(folder)
+
+
+async def _look_after(models: Any, name: str | None) -> None:
+    """Sees that the copies of what a request wears are as they were stored, or are again.
+
+    Raises:
+        DamagedCopyError: one is not, and its original cannot give it back.
+        StoreError: the store cannot be written.
+        SlowLoadError: that took too long.
+    """
+    mix = _named_mix(models, name)
+    for adapter in (name,) if mix is None else mix.adapters:
+        request = models.lora_requests.get(adapter)
+        if request is not None and is_stored(request) and not keeping().is_as_it_was(Path(request.lora_path)):
+            await apart(keeping().mend, Path(request.lora_path), adapter)

@@ -11,10 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vllm import envs
 from vllm.lora.request import LoRARequest
 
 from ia3rt.adapters.mix import Mix
+from ia3rt.serving.vllm.keeping import is_stored_path
 from ia3rt.serving.vllm.names import canonical, spelled
 from ia3rt.serving.vllm.source import Source
 
@@ -83,11 +83,6 @@ class Requests:
         return self._known[key]
 
 
-def store_root() -> Path:
-    """The folder of stored adapters, which all workers have to see: VLLM_CACHE_ROOT's ia3rt/adapters."""
-    return Path(envs.VLLM_CACHE_ROOT).expanduser() / "ia3rt" / "adapters"
-
-
 def public_name(name: str) -> str:
     """What users call the adapter or mix whose request has this name."""
     return name.rpartition(_MARK)[0] or name
@@ -95,7 +90,7 @@ def public_name(name: str) -> str:
 
 def is_stored(request: LoRARequest) -> bool:
     """Whether a request is for one IA³ adapter that was stored here."""
-    return Path(request.lora_path).parent == store_root()
+    return is_stored_path(request.lora_path)
 
 
 def kind(request: LoRARequest) -> str | None:

@@ -84,6 +84,17 @@ SYMBOLS = (
         "OpenAIServingModels._check_load_lora_adapter_request",
         ("self", "request"),
     ),
+    Symbol("vllm.entrypoints.serve.middleware.authenticate", "GUARDED_PREFIX"),
+    Symbol(
+        "vllm.entrypoints.serve.middleware.authenticate",
+        "AuthenticationMiddleware.__call__",
+        ("self", "scope", "receive", "send"),
+    ),
+    Symbol(
+        "vllm.plugins.lora_resolvers.filesystem_resolver",
+        "FilesystemResolver.resolve_lora",
+        ("self", "base_model_name", "lora_name"),
+    ),
     Symbol(
         "vllm.plugins.lora_resolvers.filesystem_resolver",
         "FilesystemResolver._get_lora_req_from_path",
