@@ -43,3 +43,10 @@ def store_bytes(environment: Mapping[str, str] = os.environ) -> float:
 def is_key_for_all(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether vLLM's key is asked for where vLLM itself asks for none."""
     return environment.get(KEY_FOR_ALL) == "1"
+
+
+def store_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder of stored adapters, which all workers have to see: ia3rt/adapters in vLLM's folder for caches."""
+    caches = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    root = environment.get("VLLM_CACHE_ROOT") or f"{caches}/vllm"
+    return Path(root).expanduser() / "ia3rt" / "adapters"

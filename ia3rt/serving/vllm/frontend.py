@@ -102,7 +102,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             folder, ours = await apart(_look, request.lora_path, _allowed(self, request))
         except (OSError, ValueError) as error:
             metrics.REFUSED.inc()
-            return refusal(error)
+            return refusal(error, request.lora_name)
         if not ours:
             return await original(self, request, base_model_name)
         name = request.lora_name
@@ -121,7 +121,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                 metrics.REFUSED.inc()
                 if stored is not None:
                     await apart(_forget, self, stored)
-                return refusal(error)
+                return refusal(error, name)
             self.lora_requests[name] = made
         keeping().hold_only(_stored(self))
         metrics.watch(self.engine_client)
@@ -167,7 +167,7 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
         except UnknownAdapterError as error:
             return self.create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
         except (OSError, ValueError, LookupError) as error:  # a resolver's, of a LoRA, may be any of them
-            return refusal(error, "model")
+            return refusal(error, str(request.model), "model")
         return refused
 
     return check_model

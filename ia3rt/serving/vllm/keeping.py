@@ -7,9 +7,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from vllm import envs
-
-from ia3rt.serving.settings import store_bytes
+from ia3rt.serving.settings import store_bytes, store_folder
 from ia3rt.serving.vllm.cleaning import sweep
 from ia3rt.serving.vllm.store import DamagedCopyError, Held, is_stored_name, read_stored, signature, store
 
@@ -85,17 +83,12 @@ class Keeping:
 @functools.cache
 def keeping() -> Keeping:
     """This process's."""
-    return Keeping(store_root())
-
-
-def store_root() -> Path:
-    """The folder of stored adapters, which all workers have to see: VLLM_CACHE_ROOT's ia3rt/adapters."""
-    return Path(envs.VLLM_CACHE_ROOT).expanduser() / "ia3rt" / "adapters"
+    return Keeping(store_folder())
 
 
 def is_stored_path(path: str) -> bool:
     """Whether a LoRARequest's path is that of a stored copy."""
-    return is_stored_name(Path(path).name) and Path(path).parent == store_root()
+    return is_stored_name(Path(path).name) and Path(path).parent == store_folder()
 
 
 def _lost(name: str, damage: DamagedCopyError, why: str) -> DamagedCopyError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
 
-from ia3rt.serving.access import ForbiddenPathError
+from ia3rt.serving.access import ForbiddenPathError, shown
 from ia3rt.serving.vllm.loading import SlowLoadError
 from ia3rt.serving.vllm.store import DamagedCopyError, StoreError
 
@@ -20,17 +20,20 @@ _STATUSES: tuple[tuple[type[Exception], HTTPStatus, str], ...] = (
 )
 
 
-def refusal(error: Exception, param: str | None = None) -> Any:
+def refusal(error: Exception, name: str, param: str | None = None) -> Any:
     """vLLM's ErrorResponse: what a client can mend is 4xx, and what an operator must is 5xx.
 
     Args:
         error: of any kind: the worker's come as vLLM wraps them.
+        name: the adapter's, which the answer names: vLLM takes paths out of what clients are told.
         param: the field of the request that is to blame.
     """
-    for kind, status, called in _STATUSES:
-        if isinstance(error, kind):
-            return create_error_response(_sentence(error), called, status, param)
-    return create_error_response(_sentence(error), "BadRequestError", HTTPStatus.BAD_REQUEST, param)
+    found = ((status, called) for kind, status, called in _STATUSES if isinstance(error, kind))
+    status, called = next(found, (HTTPStatus.BAD_REQUEST, "BadRequestError"))
+    says = _sentence(error)
+    return create_error_response(
+        says if repr(name) in says else f"adapter {shown(name)}: {says}", called, status, param
+    )
 
 
 def _sentence(error: Exception) -> str:
