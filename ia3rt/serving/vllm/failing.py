@@ -1,8 +1,8 @@
 """An adapter that a worker cannot read fails the requests that wear it, and never the step of all the others.
 
-vLLM has no way for that: what is raised in a step ends the engine. So a worker gives the adapter a slot of ones and says
-so with the step's output; and the scheduler, before a token of that leaves it, ends the adapter's requests with an error
-and forgets their keys and values, which the prefix cache would give to others.
+vLLM has no way for that: what is raised in a step ends the engine. So a worker gives the adapter a slot of ones and
+says so with the step's output; and the scheduler, before a token of that leaves it, ends the adapter's requests with an
+error and forgets their keys and values, which the prefix cache would give to others.
 """
 
 from __future__ import annotations
