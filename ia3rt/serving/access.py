@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from ia3rt.adapters.folder import FILE_NAMES, local_folder
+from ia3rt.adapters.folder import local_folder
+from ia3rt.serving.limits import FILES
 
 MOST_SHOWN = 80
 """Characters that an error repeats of what a client sent."""
@@ -34,7 +35,7 @@ def folder_of(path: str, allowed: Path | None) -> Path:
         raise ValueError(f"lora_path {shown(path)} is no path: it has {len(path):,} characters, or one of control")
     given = Path(os.path.expanduser(path))
     if allowed is not None:
-        inside = [given, *(given / name for name in FILE_NAMES)]
+        inside = [given, *(given / name for name in FILES)]
         if not is_within(allowed, inside):
             raise ForbiddenPathError(
                 f"lora_path {shown(path)} is not in the folder that adapters may be loaded from here: ask the operator "
@@ -57,7 +58,7 @@ def is_name_within(root: Path, name: str) -> bool:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name != "/".join(parts) or not name.isprintable():
         return False
-    return is_within(root, [root / name, *(root / name / file for file in FILE_NAMES)])
+    return is_within(root, [root / name, *(root / name / file for file in FILES)])
 
 
 def shown(text: str) -> str:

@@ -15,8 +15,8 @@ MOST_BYTES = 1 << 28
 """Bytes of a file. In float32 every linear layer of a model of 405 billion weights wears a third of that."""
 MOST_VECTORS = 1 << 14
 """Vectors of an adapter; the same model has 882 linear layers."""
-_VLLM_READS = ("adapter_model.pt",)
-"""Of a LoRA, besides what an IA³ adapter may have."""
+FILES = (*FILE_NAMES, "adapter_model.pt")
+"""All that is read of an adapter, IA³ or LoRA, by ia3rt or by vLLM."""
 
 
 def check_files(folder: Path) -> None:
@@ -25,7 +25,7 @@ def check_files(folder: Path) -> None:
     Raises:
         ValueError: one is a pipe, a device or the like.
     """
-    for name in (*FILE_NAMES, *_VLLM_READS):
+    for name in FILES:
         try:
             check_plain(folder / name)
         except FileNotFoundError:

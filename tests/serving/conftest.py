@@ -18,7 +18,7 @@ OPTIONS += ["--max-loras", "6", "--max-cpu-loras", "12", "--block-size", "32", "
 if importlib.util.find_spec("vllm") is None:
     # They import vLLM's own classes, and run in an environment of their own (.ci/serving).
     of_vllm = ["activations", "layers", "placing", "requests", "server", "symbols", "tensor_parallel"]
-    of_vllm += ["access", "keeping", "loading", "store_server"]
+    of_vllm += ["access", "failing", "keeping", "loading", "store_server"]
     collect_ignore = [f"test_{name}.py" for name in of_vllm]
 else:
     from server import Server
