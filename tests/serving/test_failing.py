@@ -74,31 +74,33 @@ def add(scheduler: Scheduler, name: str, worn: LoRARequest | None) -> None:
     scheduler.add_request(request)
 
 
-def step(scheduler: Scheduler, unreadable: frozenset[int] = frozenset()) -> dict[str, object]:
-    """Runs a step in which every request gets token 7; returns what each is told."""
+def step(scheduler: Scheduler, unreadable: frozenset[int] = frozenset()) -> dict[str, tuple[list[int], object]]:
+    """Runs a step in which every request gets token 7; returns the tokens that each is told, and why it ends."""
     scheduled = scheduler.schedule()
     names = list(scheduled.num_scheduled_tokens)
     output = ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, [[7] for _ in names])
     manager = SimpleNamespace(**{failing.FIELD: unreadable})
     failing.tell(SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)), output)
     told = scheduler.update_from_output(scheduled, output)
-    return {each.request_id: each for outputs in told.values() for each in outputs.outputs}
+    said: dict[str, tuple[list[int], object]] = {}
+    for each in (each for outputs in told.values() for each in outputs.outputs):
+        tokens, _ = said.get(each.request_id, ([], None))
+        said[each.request_id] = [*tokens, *each.new_token_ids], each.finish_reason
+    return said
 
 
 def test_its_requests_fail_and_no_others(scheduler) -> None:
     for name, worn in (("g", GONE), ("a", GOOD), ("b", None)):
         add(scheduler, name, worn)
     told = step(scheduler, frozenset({GONE.lora_int_id}))
-    assert told["g"].finish_reason == FinishReason.ERROR and told["g"].new_token_ids == []
-    assert [told[name].new_token_ids for name in "ab"] == [[7], [7]]
+    assert told == {"g": ([], FinishReason.ERROR), "a": ([7], None), "b": ([7], None)}
     assert step(scheduler).keys() == {"a", "b"} and "g" not in scheduler.requests
 
 
 def test_one_that_wore_it_before_fails_in_the_middle(scheduler) -> None:
     add(scheduler, "g", GONE)
-    assert step(scheduler)["g"].new_token_ids == [7]
-    told = step(scheduler, frozenset({GONE.lora_int_id}))
-    assert told["g"].finish_reason == FinishReason.ERROR and told["g"].new_token_ids == []
+    assert step(scheduler) == {"g": ([7], None)}
+    assert step(scheduler, frozenset({GONE.lora_int_id})) == {"g": ([], FinishReason.ERROR)}
 
 
 @pytest.mark.parametrize("is_unreadable", [False, True])
