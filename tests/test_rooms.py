@@ -32,6 +32,7 @@ MAY_IMPORT = {
 UPWARDS = {
     ("ia3rt.cli.main", "ia3rt.bench.cli"),
     ("ia3rt.cli.main", "ia3rt.serving.command"),
+    ("ia3rt.cli.main", "ia3rt.serving.store_command"),
     ("ia3rt.cli.demo", "ia3rt.bench.interleaved"),
 }
 

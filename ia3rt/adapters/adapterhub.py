@@ -8,7 +8,7 @@ makes is another model than the one that was trained, and ia3rt computes the tra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,18 @@ def is_ia3(config: Mapping[str, Any]) -> bool:
     return _settings(config).get("composition_mode") == "scale"
 
 
-def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[SiteKey, Tensor], dict[str, dict[str, Tensor]]]:
+def read(
+    folder: Path,
+    config: Mapping[str, Any],
+    accept: Callable[[dict[SiteKey, Tensor], dict[str, dict[str, Tensor]]], object],
+) -> tuple[dict[SiteKey, Tensor], dict[str, dict[str, Tensor]]]:
     """The vectors of an AdapterHub adapter, and the modules of the head that was saved beside it.
 
     Args:
         folder: the adapter's.
         config: its adapter_config.json.
+        accept: is given the vectors, and then the modules, before a number of theirs is read, of device meta. What it
+            raises is raised.
 
     Returns:
         As in `Checkpoint`: [out_features, 1] by site, and the head's tensors by module path and name.
@@ -61,8 +67,22 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[SiteKey, Tensor]
             f"{folder} is an AdapterHub adapter with use_gating: its scale depends on the input, IA³'s does not"
         )
     file = find_file(folder, ADAPTERHUB_NAMES)
+
+    def sort(tensors: Mapping[str, Tensor]) -> dict[SiteKey, Tensor]:
+        return _vectors(file, tensors, settings)
+
+    vectors = sort(read_tensors(file, lambda tensors: accept(sort(tensors), {})))
+    return vectors, _head(folder, lambda modules: accept({}, modules))
+
+
+def as_peft(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What PEFT's adapter_config.json would say of it besides the sites and the head."""
+    return {"peft_type": "IA3", "task_type": None, "base_model_name_or_path": config.get("model_name") or None}
+
+
+def _vectors(file: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[SiteKey, Tensor]:
     vectors: dict[SiteKey, Tensor] = {}
-    for key, tensor in read_tensors(file).items():
+    for key, tensor in tensors.items():
         match = _VECTOR.fullmatch(key)
         if match is None:
             raise ValueError(f"{file} holds {key!r}, which is no IA³ vector of AdapterHub (….loras.NAME.lora_B)")
@@ -72,12 +92,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> tuple[dict[SiteKey, Tensor]
         vectors[site] = _vector(match["path"], tensor, settings)
     if not vectors:
         raise ValueError(f"{file} holds no vectors")
-    return vectors, _head(folder)
-
-
-def as_peft(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What PEFT's adapter_config.json would say of it besides the sites and the head."""
-    return {"peft_type": "IA3", "task_type": None, "base_model_name_or_path": config.get("model_name") or None}
+    return vectors
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,23 +107,36 @@ def _vector(path: str, tensor: Tensor, settings: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"the vector at {path!r} is of dtype {tensor.dtype}: expected a floating point one")
     if tensor.dim() != 2 or tensor.shape[1] != 1:
         raise ValueError(f"the vector at {path!r} has shape {tuple(tensor.shape)}: AdapterHub's have [out_features, 1]")
-    scaled = [name in settings.get("attn_matrices", ("k", "v")) for name in _ATTENTION]
+    matrices, scaled_by = settings.get("attn_matrices", ("k", "v")), settings.get("alpha", 1)
+    if not isinstance(matrices, list | tuple | str) or not isinstance(scaled_by, int | float):
+        raise ValueError(
+            f"attn_matrices is {matrices!r} and alpha {scaled_by!r}: AdapterHub's are names, such as ['k', 'v'], and a "
+            "number"
+        )
+    scaled = [name in matrices for name in _ATTENTION]
     if path.rpartition(".")[2] in _FUSED and any(scaled):
         parts = iter(tensor.chunk(sum(scaled)))
-        ones = torch.ones(len(tensor) // sum(scaled), 1, dtype=tensor.dtype)
+        ones = torch.ones(len(tensor) // sum(scaled), 1, dtype=tensor.dtype, device=tensor.device)
         tensor = torch.cat([next(parts) if each else ones for each in scaled])
-    scaled_by: float = settings.get("alpha", 1)
     return tensor * scaled_by
 
 
-def _head(folder: Path) -> dict[str, dict[str, Tensor]]:
+def _head(folder: Path, accept: Callable[[dict[str, dict[str, Tensor]]], object]) -> dict[str, dict[str, Tensor]]:
     """The head's tensors by module path and name; none where no head was saved."""
     try:
         file = find_file(folder, ADAPTERHUB_HEAD_NAMES)
     except FileNotFoundError:
         return {}
+
+    def sort(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return _modules(file, tensors)
+
+    return sort(read_tensors(file, lambda tensors: accept(sort(tensors))))
+
+
+def _modules(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_tensors(file).items():
+    for key, tensor in tensors.items():
         path, _, name = key.partition(".")
         if path == "heads":
             raise ValueError(

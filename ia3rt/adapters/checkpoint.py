@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,12 @@ from torch import Tensor
 from ia3rt.adapters import adapterhub
 from ia3rt.adapters.folder import CONFIG_NAME, PEFT_NAMES, SAFETENSORS_NAME, find_file, local_folder
 from ia3rt.adapters.keys import PREFIX, SUFFIX, modules_to_save, saved_paths, sort_keys
+from ia3rt.adapters.plain_file import read_plain
 from ia3rt.adapters.site import Side, Site, SiteKey, name_matches
 from ia3rt.adapters.tensor_file import read_tensors
+
+MOST_CONFIG = 1 << 22
+"""Bytes of an adapter_config.json; PEFT's have a few hundred, and a hundred thousand where they name every module."""
 
 
 @dataclass(frozen=True)
@@ -59,39 +63,60 @@ def read_checkpoint(
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
+    accept: Callable[[Checkpoint], object] | None = None,
 ) -> Checkpoint:
     """Reads an IA³ checkpoint that PEFT, `write_checkpoint` or AdapterHub wrote. Nothing in it is executed.
+
+    Names, dtypes and shapes decide before a number is read.
 
     Args:
         path_or_hub_id: a folder, or the id of a repository on the Hugging Face Hub.
         revision: the repository's branch, tag or commit.
         subfolder: the folder inside `path_or_hub_id` that holds the adapter.
         token: the Hub token, as in huggingface_hub.
+        accept: is given the checkpoint before a number is read, its tensors of device meta, once for each file that it
+            is in. What it raises is raised.
 
     Raises:
         FileNotFoundError: there is no adapter_config.json, or no weights beside it.
         ValueError: the adapter is of another kind, or its files are damaged or hold something else.
     """
+
+    def declared(checkpoint: Checkpoint) -> None:
+        if accept is not None:
+            accept(checkpoint)
+
     folder = local_folder(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
     config = read_config(folder / CONFIG_NAME)
     if adapterhub.is_config(config):
-        vectors, modules = adapterhub.read(folder, config)
-        return Checkpoint(vectors, adapterhub.as_peft(config), modules, frozenset(), "AdapterHub")
+        said = adapterhub.as_peft(config)
+        vectors, modules = adapterhub.read(
+            folder, config, lambda *parts: declared(Checkpoint(parts[0], said, parts[1], frozenset(), "AdapterHub"))
+        )
+        return Checkpoint(vectors, said, modules, frozenset(), "AdapterHub")
     kind = config.get("peft_type")
     if kind is None:
         raise ValueError(f"{folder / CONFIG_NAME} says no peft_type: it is no PEFT adapter's, and no AdapterHub one's")
     if kind != "IA3":
         raise ValueError(f"{folder} is a PEFT adapter of type {kind!r}: ia3rt runs IA3 adapters")
     file = find_file(folder, PEFT_NAMES)
-    contents = sort_keys(read_tensors(file), config, str(file))
-    return Checkpoint(contents.vectors, config, contents.modules, frozenset(contents.unnamed))
+
+    def sort(tensors: Mapping[str, Tensor]) -> Checkpoint:
+        contents = sort_keys(tensors, config, str(file))
+        return Checkpoint(contents.vectors, config, contents.modules, frozenset(contents.unnamed))
+
+    return sort(read_tensors(file, lambda tensors: declared(sort(tensors))))
 
 
 def is_ia3(folder: Path) -> bool:
-    """Whether a folder's adapter_config.json says that it holds an IA³ adapter."""
+    """Whether a folder has an adapter_config.json, and it says that it is an IA³ adapter's.
+
+    Raises:
+        ValueError: it is damaged, so that nobody can say.
+    """
     try:
         config = read_config(folder / CONFIG_NAME)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return config.get("peft_type") == "IA3" or (adapterhub.is_config(config) and adapterhub.is_ia3(config))
 
@@ -100,14 +125,15 @@ def read_config(file: Path) -> dict[str, Any]:
     """An adapter_config.json.
 
     Raises:
-        ValueError: it is damaged.
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, too large, or no regular file.
     """
-    text = file.read_bytes()
+    text = read_plain(file, MOST_CONFIG)
     if not text.strip():
         raise ValueError(f"{file} is damaged: it is empty")
     try:
         config = json.loads(text.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} is damaged: it holds a {type(config).__name__} and no names with values")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from ia3rt.adapters.plain_file import check_plain
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -20,6 +23,7 @@ FILE_NAMES = (CONFIG_NAME, *PEFT_NAMES, *ADAPTERHUB_NAMES, *ADAPTERHUB_HEAD_NAME
 """All files of an adapter that are read, PEFT's and AdapterHub's."""
 
 _MODEL_NAME = "config.json"
+_MOST_SHOWN = 80  # characters of what is not even a path
 _MOST_NAMED = 5  # subfolders in one message
 
 
@@ -41,13 +45,20 @@ def local_folder(
     Raises:
         FileNotFoundError: it is neither a folder nor a repository that the Hub gave, or there is no adapter in it; the
             message names the folders inside that hold one.
+        ValueError: its adapter_config.json is no regular file.
     """
     given = Path(path_or_hub_id)
+    try:
+        os.stat(given)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a repository on the Hub, perhaps
+    except (OSError, ValueError) as error:  # too long, a NUL in it, a folder that may not be read
+        raise FileNotFoundError(f"{str(given)[:_MOST_SHOWN]!r} is no folder that can be read: {error}") from error
     if given.is_file():
         raise FileNotFoundError(f"{given} is a file: give the folder that holds it, {str(given.parent)!r}")
     if given.is_dir():
         folder = given / (subfolder or "")
-        if not (folder / CONFIG_NAME).is_file():
+        if not _is_there(folder / CONFIG_NAME):
             raise FileNotFoundError(_without_adapter(str(path_or_hub_id), subfolder, list(_here(given, subfolder))))
         return folder
     return _download(str(path_or_hub_id), revision, subfolder, token)
@@ -58,13 +69,22 @@ def find_file(folder: Path, names: tuple[str, ...]) -> Path:
 
     Raises:
         FileNotFoundError: none is.
+        ValueError: one is, and is no regular file.
     """
     for name in names:
-        if (folder / name).is_file():
+        if _is_there(folder / name):
             return folder / name
     raise FileNotFoundError(
         f"{folder} holds neither {' nor '.join(names)} beside its {CONFIG_NAME}: the adapter's numbers are missing"
     )
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        check_plain(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _download(repo: str, revision: str | None, subfolder: str | None, token: str | bool | None) -> Path:

@@ -14,6 +14,9 @@ from ia3rt.adapters.site import Side, SiteKey, name_matches
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
 
+MOST_NAMED = 1_000
+"""Modules that a config may name as an adapter's own: every key is compared with each."""
+
 # What wrappers put into names: torch.compile, FSDP, activation checkpointing. DistributedDataParallel's `module.`
 # stands in front only.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -98,8 +101,10 @@ def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
         ValueError: the config's are no list of names.
     """
     named = config.get("modules_to_save") or ()
-    if isinstance(named, str) or not all(isinstance(name, str) and name for name in named):
-        raise ValueError(f"modules_to_save is {named!r}: expected a list of modules' names")
+    if not isinstance(named, list | tuple | set) or not all(isinstance(name, str) and name for name in named):
+        raise ValueError(f"modules_to_save is {str(named)[:80]!r}: expected a list of modules' names")
+    if len(named) > MOST_NAMED:
+        raise ValueError(f"modules_to_save names {len(named):,} modules: {MOST_NAMED:,} are the most")
     return tuple(dict.fromkeys((*named, *task_modules(config))))
 
 
@@ -168,7 +173,13 @@ def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
     if tensor.dim() == 2 and tensor.shape[1] == 1 and tensor.shape[0] > 1:
         return "out"
     if tensor.dim() == 2 and tensor.numel() == 1:
-        return "in" if name_matches(path, config.get("feedforward_modules") or ()) else "out"
+        named = config.get("feedforward_modules") or ()
+        if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever
+            raise ValueError(
+                f"feedforward_modules is {str(named)[:80]!r}, and the vector at {path!r} has one number: expected a "
+                "list of modules' names, which says on which side it acts"
+            )
+        return "in" if name_matches(path, named) else "out"
     says = f"the vector at {path!r} has shape {tuple(tensor.shape)}"
     if tensor.dim() in (4, 5) and tensor.numel() == tensor.shape[1]:
         raise ValueError(f"{says}, that of a Conv{tensor.dim() - 2}d's: ia3rt runs vectors of linear layers only")

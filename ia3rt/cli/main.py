@@ -95,6 +95,11 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    allow_adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Let clients load adapters while it runs, from this folder only."),
+    ] = None,
+    store_gb: Annotated[float, typer.Option(metavar="GB", help="How large the store of adapters may become.")] = 8.0,
 ) -> None:
     """Serve a model with a folder of adapters: vLLM's OpenAI server, with the options that this needs.
 
@@ -104,7 +109,28 @@ def serve(
     from ia3rt.serving.command import serve as become_server
 
     with errors_in_a_line():
-        become_server(Console(), model, adapters, host, port, max_loras, max_scale, context.args)
+        become_server(
+            Console(), model, adapters, host, port, max_loras, max_scale, context.args, allow_adapters, store_gb
+        )
+
+
+@app.command()
+def store(
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Remove what no running server has loaded, down to --keep-gb.")
+    ] = False,
+    keep_gb: Annotated[
+        float, typer.Option(metavar="GB", min=0.0, help="With --clean: how many GB of the last used to keep.")
+    ] = 0.0,
+) -> None:
+    """List the servers' store of adapters, or clean it."""
+    from ia3rt.serving.store_command import clean_store, list_store
+
+    with errors_in_a_line():
+        if clean:
+            clean_store(Console(), keep_gb)
+        else:
+            list_store(Console())
 
 
 @app.command()

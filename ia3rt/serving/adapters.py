@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia3rt.adapters.checkpoint import read_checkpoint, read_config
+from ia3rt.adapters.checkpoint import read_config
 from ia3rt.adapters.folder import CONFIG_NAME
+from ia3rt.serving.limits import check_files, read_served
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ def find_adapters(folder: Path) -> list[Served]:
 
 
 def _read(folder: Path) -> Served:
+    check_files(folder)
     config = read_config(folder / CONFIG_NAME)
     if config.get("peft_type") == "LORA":
         ranks = [config["r"], *config.get("rank_pattern", {}).values()]
         return Served(folder.name, folder.absolute(), frozenset(), 0, max(ranks))
-    vectors = read_checkpoint(folder).vectors_alone(folder.name)  # which refuses other kinds
+    vectors = read_served(folder, folder.name).vectors  # which refuses other kinds
     modules = frozenset(path.rpartition(".")[2] for path, _ in vectors)
     return Served(folder.name, folder.absolute(), modules, sum(vector.numel() for vector in vectors.values()))

@@ -15,6 +15,7 @@ from rich.text import Text
 from ia3rt.cli.errors import MissingPackageError, UsageError
 from ia3rt.serving.adapters import Served, find_adapters
 from ia3rt.serving.max_scale import OPTION, VARIABLE, read_max_scale
+from ia3rt.serving.settings import ALLOW_ADAPTERS, DEFAULT_STORE_GB, KEY_FOR_ALL, STORE_GB
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -32,6 +33,8 @@ def serve(
     slots: int | None,
     scale: str | None,
     more: Sequence[str],
+    allowed: Path | None = None,
+    store_gb: float = DEFAULT_STORE_GB,
 ) -> None:
     """Becomes the server; this process does not come back.
 
@@ -45,11 +48,14 @@ def serve(
             most 32.
         scale: what |s| and the weights of mixes may be at most; None for what the model's dtype has room for.
         more: options for vLLM, as they are.
+        allowed: the folder that clients may load adapters from; None where they may load none, unless the environment
+            lets them load any.
+        store_gb: how many GB the store of adapters may take.
 
     Raises:
         MissingPackageError: vLLM is not installed.
-        UsageError: `more` has an option that this command sets, there is not one slot, or the scale is no number from
-            1 on.
+        UsageError: `more` has an option that this command sets, there is not one slot, the scale is no number from 1
+            on, no room for the store, or no folder `allowed`.
         FileNotFoundError: there are no adapters.
         ValueError: one of them is damaged.
     """
@@ -67,10 +73,23 @@ def serve(
             os.environ[VARIABLE] = repr(read_max_scale(scale))
         except ValueError as error:
             raise UsageError(OPTION, str(error)) from error
+    if allowed is not None and not allowed.is_dir():
+        raise UsageError("--allow-adapters", f"{allowed} is no folder")
+    if not 0 < store_gb < float("inf"):
+        raise UsageError("--store-gb", "the store of adapters needs some room")
     found = find_adapters(adapters)
     command = server_command(model, found, host, port, slots or min(32, len(found)), more)
     show(console, found, host, port)
+    os.environ.update(server_environment(allowed, store_gb))
     os.execv(command[0], command)
+
+
+def server_environment(allowed: Path | None, store_gb: float) -> dict[str, str]:
+    """What the plugin is told, and vLLM: that clients may load adapters, where there is a folder of them."""
+    told = {KEY_FOR_ALL: "1", STORE_GB: str(store_gb)}
+    if allowed is not None:
+        told |= {ALLOW_ADAPTERS: str(allowed.absolute()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return told
 
 
 def server_command(

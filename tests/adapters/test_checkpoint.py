@@ -1,6 +1,7 @@
 """PEFT's files: each side loads the other's, and nothing in a bad one is run or half loaded."""
 
 import json
+import os
 import pickle
 
 import peft
@@ -148,6 +149,31 @@ def _rewrite(folder, change):
     save_file(change(load_file(file)), file)
 
 
+def _pipe(name):
+    def damage(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def _huge_config(folder):
+    os.truncate(folder / "adapter_config.json", 1 << 33)
+
+
+def _huge_header(folder):
+    (folder / "adapter_model.safetensors").write_bytes((99_000_000).to_bytes(8, "little"))
+    os.truncate(folder / "adapter_model.safetensors", 1 << 33)
+
+
+def _huge_lora(folder):
+    """Eight gigabytes of numbers that nobody has to read to see that they are no vector's."""
+    entry = {"dtype": "F32", "shape": [2, 1 << 30], "data_offsets": [0, 1 << 33]}
+    header = json.dumps({"base_model.model.model.layers.0.mlp.down_proj.ia3_l": entry}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(folder / "adapter_model.safetensors", 8 + len(header) + (1 << 33))
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -156,6 +182,11 @@ def _rewrite(folder, change):
         (_bomb, ValueError, "adapter_model.bin is damaged"),
         (_no_mapping, ValueError, "holds no mapping of names to tensors"),
         (_lora, ValueError, "of type 'LORA': ia3rt runs IA3 adapters"),
+        (_pipe("adapter_config.json"), ValueError, "adapter_config.json is a pipe"),
+        (_pipe("adapter_model.safetensors"), ValueError, "adapter_model.safetensors is a pipe"),
+        (_huge_config, ValueError, "adapter_config.json is too large"),
+        (_huge_header, ValueError, "has a header of 99,000,000 bytes"),
+        (_huge_lora, ValueError, r"has shape \(2, 1073741824\)"),
         (_bad_json, ValueError, "adapter_config.json is damaged"),
         (_modules_to_save, ValueError, "weights for 'score' .weight., a module that LlamaForCausalLM lacks"),
         (_odd_shape, ValueError, r"at 'model.layers.0.*' has shape \(2, 3\)"),

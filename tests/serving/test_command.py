@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from ia3rt.cli.main import app
 from ia3rt.serving import max_scale
+from ia3rt.serving.settings import ALLOW_ADAPTERS, KEY_FOR_ALL, STORE_GB, allowed_folder, is_key_for_all, store_bytes
 
+LOADING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 
 
@@ -26,6 +28,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     spec = importlib.machinery.ModuleSpec("vllm", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: spec if name == "vllm" else find(name, *more))
     monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     return commands
 
 
@@ -90,6 +93,9 @@ def test_as_many_slots_as_are_asked_for(started) -> None:
         (["--adapters", "empty"], "holds no adapter"),
         (["--adapters", "damaged"], "damaged"),
         (["--adapters", EXAMPLES, "--max-loras", "0"], "one slot"),
+        (["--adapters", EXAMPLES, "--allow-adapters", "missing"], "missing is no folder"),
+        (["--adapters", EXAMPLES, "--store-gb", "0"], "some room"),
+        (["--adapters", EXAMPLES, "--store-gb", "nan"], "some room"),
         (["--adapters", EXAMPLES, "--max-lora-rank=8"], "is set by ia3rt serve"),
     ],
 )
@@ -101,6 +107,18 @@ def test_what_cannot_be_served(started, arguments, told, tmp_path, monkeypatch) 
     result = serve("m", *arguments)
     assert result.exit_code != 0 and told in " ".join(result.output.split())
     assert started == []
+
+
+def test_what_the_plugin_is_told(started, tmp_path, monkeypatch) -> None:
+    for name in (ALLOW_ADAPTERS, STORE_GB, KEY_FOR_ALL, LOADING):
+        monkeypatch.delenv(name, raising=False)
+    assert serve("m", "--adapters", EXAMPLES).exit_code == 0
+    told = os.environ
+    assert is_key_for_all(told) and allowed_folder(told) is None and store_bytes(told) == 8e9 and LOADING not in told
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "open").mkdir()
+    assert serve("m", "--adapters", EXAMPLES, "--allow-adapters", "open", "--store-gb", 0.5).exit_code == 0
+    assert allowed_folder(told) == tmp_path / "open" and store_bytes(told) == 5e8 and told[LOADING] == "1"
 
 
 def test_without_vllm(monkeypatch) -> None:

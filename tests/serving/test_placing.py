@@ -70,12 +70,23 @@ def test_another_pipeline_stage_has_the_rest(model) -> None:
         (Site("layers.1.up_proj", "out", OUT + 1), f"{OUT} wide"),
         (Site("layers.1.up_proj", "in", IN), "no vector at its input"),
         (Site("head", "out", 1), "no vector at its output"),
+        (Site(UP, "out", OUT), "made of layers.1.gate_proj, layers.1.up_proj"),
     ],
 )
 def test_what_does_not_fit_is_told(model, site, told) -> None:
     with pytest.raises(ValueError, match=told) as refused:
         find(model).place("sql", ones(site))
     assert "'sql'" in str(refused.value) and str(site) in str(refused.value)
+
+
+def test_two_vectors_for_one_place_are_refused(model) -> None:
+    renamed = SimpleNamespace(_map_name=lambda name: name.replace("model.language.", ""))
+    model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: renamed)
+    for path in ("layers.1.up_proj", OUTER):
+        same = Site(path, "out", OUT), Site(f"model.language.{path}", "out", OUT)
+        with pytest.raises(ValueError, match="two vectors for one place") as refused:
+            find(model).place("sql", ones(*same))
+        assert "'sql'" in str(refused.value) and str(same[1]) in str(refused.value)
 
 
 def test_a_compiled_layer_gets_no_table_later(model) -> None:

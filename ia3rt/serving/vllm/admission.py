@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 
 from torch import Tensor
 from vllm.logger import init_logger
@@ -14,6 +15,8 @@ from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
 
 logger = init_logger(__name__)
+resolving: ContextVar[Admission | None] = ContextVar("ia3_resolving", default=None)
+"""What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
 AT_ONCE = 2
 """Mixes that are composed at the same time, in threads beside the server's own; others wait."""
 

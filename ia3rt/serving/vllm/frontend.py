@@ -9,37 +9,37 @@ find as a loaded adapter, which would go on with an adapter's old numbers after 
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable
-from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
-from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
+from vllm.lora.utils import get_adapter_absolute_path
 
 from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.mix import Mix
+from ia3rt.serving.access import folder_of
+from ia3rt.serving.limits import check_files
 from ia3rt.serving.max_scale import max_scale
-from ia3rt.serving.vllm import metrics
+from ia3rt.serving.settings import allowed_folder, is_key_for_all
+from ia3rt.serving.vllm import doors, metrics, resolvers
 from ia3rt.serving.vllm.adapter_numbers import AdapterNumbers
-from ia3rt.serving.vllm.admission import Admission
+from ia3rt.serving.vllm.admission import Admission, resolving
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes, mixes_root
+from ia3rt.serving.vllm.keeping import keeping
+from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.names import MixNameError, canonical, parse, short, spelled
-from ia3rt.serving.vllm.requests import Requests, is_stored, public_name, store_root
+from ia3rt.serving.vllm.refusals import refusal
+from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
-from ia3rt.serving.vllm.store import store
-
-_resolving: ContextVar[Admission | None] = ContextVar("_resolving", default=None)
-"""What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
+from ia3rt.serving.vllm.store import discard
 
 
 class UnknownAdapterError(ValueError):
@@ -57,9 +57,11 @@ def install() -> None:
         (OpenAIServingModels, "model_name", _model_name),
         (BaseServing, "_check_model", _check_model),
         (BaseServing, "_maybe_get_adapters", _maybe_get_adapters),
-        (FilesystemResolver, "_get_lora_req_from_path", _get_lora_req_from_path),
     ):
         setattr(owner, name, made(getattr(owner, name)))
+    resolvers.install()
+    if is_key_for_all():
+        doors.install()
 
 
 def requested_source(models: Any, name: str | None) -> Source | None:
@@ -122,28 +124,36 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         """POST /v1/load_lora_adapter and --lora-modules."""
+        if not request.lora_path:
+            return _echoing_little(await original(self, request, base_model_name), request)
         try:
             _check_meaning(request)
-        except ValueError as error:
-            return _refused(str(error))
-        if not request.lora_path or not await asyncio.to_thread(_holds_ia3, request.lora_path):
+            folder, ours = await apart(_look, request.lora_path, _allowed(self, request))
+        except (OSError, ValueError) as error:
+            metrics.REFUSED.inc()
+            return refusal(error, request.lora_name)
+        if not ours:
             return _echoing_little(await _load_lora(original, self, request, base_model_name), request)
         name = request.lora_name
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)
             if refused is not None:
                 return _echoing_little(refused, request)
+            stored: Path | None = None
             try:
-                folder = await asyncio.to_thread(store, request.lora_path, store_root())
-                await _admission(self).check_adapter(Source(Mix((name,)), {name: str(folder)}))
-                made = _requests(self).adapter(name, folder)
+                stored = await apart(keeping().store, str(folder), name)
+                await _admission(self).check_adapter(Source(Mix((name,)), {name: str(stored)}))
+                made = _requests(self).adapter(name, stored)
                 if base_model_name is not None and self.is_base_model(base_model_name):
                     made.base_model_name = base_model_name
                 await self.engine_client.add_lora(made)
             except Exception as error:  # of any kind: the worker's come as vLLM wraps them
                 metrics.REFUSED.inc()
-                return _echoing_little(_refused(_sentence(error)), request)
+                if stored is not None:
+                    await apart(_forget, self, stored)
+                return _echoing_little(refusal(error, name), request)
             self.lora_requests[name] = made
+        keeping().hold_only(_stored(self))
         metrics.watch(self.engine_client)
         return f"Success: LoRA adapter '{name}' added successfully."
 
@@ -198,12 +208,12 @@ def _unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 def _resolve_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def resolve_lora(self: Any, lora_name: str) -> Any:
         """The adapter that vLLM's resolvers found under a name, or what it answers where they found none."""
-        token = _resolving.set(_admission(self))
+        token = resolving.set(_admission(self))
         try:
             with self.lora_id_counter.lent() as numbers:
                 found = await original(self, lora_name)
         finally:
-            _resolving.reset(token)
+            resolving.reset(token)
         if isinstance(found, LoRARequest):
             if numbers:  # or it was loaded before
                 found.lora_name = _requests(self).claimed(lora_name)
@@ -243,15 +253,20 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise MixNameError(f"With {FIELD}, model must be the base model, not `{short(request.model)}`.")
                 request.model = spelled(read_merged_adapters(body))
             await _resolve(self.models, request.model)
-            source = requested_source(self.models, request.model)
+            refused, source = None, requested_source(self.models, request.model)
+            if source is None:
+                refused = _echoing_little(await original(self, request), request)
+            if getattr(refused, "error", None) is None:
+                await _look_after(self.models, request.model)
             if source is not None:
                 await _admission(self.models).admit(source)
-                return None
-            return _echoing_little(await original(self, request), request)
         except UnknownAdapterError as error:
             return self.create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
-        except ValueError as error:
+        except MixNameError as error:
             return self.create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST, "model")
+        except (OSError, ValueError, LookupError) as error:  # a resolver's, of a LoRA, may be any of them
+            return _echoing_little(refusal(error, str(request.model), "model"), request)
+        return refused
 
     return check_model
 
@@ -271,23 +286,6 @@ def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_get_adapters
 
 
-def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def get_lora_req_from_path(
-        self: Any, lora_name: str, lora_path: str, base_model_name: str
-    ) -> LoRARequest | None:
-        """What vLLM's resolvers, of a folder or the Hub, found under a name."""
-        found: LoRARequest | None = await original(self, lora_name, lora_path, base_model_name)
-        if found is None and is_ia3(Path(lora_path)):
-            folder = await asyncio.to_thread(store, lora_path, store_root())
-            admission = _resolving.get()
-            if admission is not None:
-                await admission.check_adapter(Source(Mix((lora_name,)), {lora_name: str(folder)}))
-            found = LoRARequest(lora_name, 1, str(folder))  # vLLM numbers it
-        return found
-
-    return get_lora_req_from_path
-
-
 def _requests(models: Any) -> Requests:
     """The requests of this server's OpenAIServingModels."""
     known: Requests = models.ia3rt_requests
@@ -300,10 +298,6 @@ def _admission(models: Any) -> Admission:
     return admission
 
 
-def _refused(sentence: str) -> Any:
-    return create_error_response(sentence, "BadRequestError", HTTPStatus.BAD_REQUEST)
-
-
 def _echoing_little(answer: Any, request: Any) -> Any:
     """An answer of vLLM's; an error does not repeat all of a long name or path."""
     if hasattr(answer, "error"):
@@ -314,12 +308,44 @@ def _echoing_little(answer: Any, request: Any) -> Any:
     return answer
 
 
-def _holds_ia3(path: str) -> bool:
-    from vllm.lora.utils import get_adapter_absolute_path
+def _allowed(models: Any, request: Any) -> Path | None:
+    """The folder that a request may load from; None for any. What the operator named at the start is from anywhere."""
+    static = models.static_lora_modules or ()
+    if any((each.name, each.path) == (request.lora_name, request.lora_path) for each in static):
+        return None
+    return allowed_folder()
 
-    return is_ia3(Path(get_adapter_absolute_path(path)))
+
+def _look(path: str, allowed: Path | None) -> tuple[Path, bool]:
+    """The folder that a client's path means, and whether it holds an IA³ adapter; see access.folder_of."""
+    if envs.VLLM_USE_MODELSCOPE and allowed is None:
+        path = get_adapter_absolute_path(path)
+    folder = folder_of(path, allowed)
+    check_files(folder)
+    return folder, is_ia3(folder)
 
 
-def _sentence(error: Exception) -> str:
-    """What went wrong, without the traceback that vLLM appends to a worker's error."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _stored(models: Any) -> set[Path]:
+    """The copies of all IA³ adapters that are loaded."""
+    return {Path(request.lora_path) for request in models.lora_requests.values() if is_stored(request)}
+
+
+def _forget(models: Any, folder: Path) -> None:
+    """Removes the copy of an adapter that the workers refused, where it is nobody's."""
+    keeping().hold_only(_stored(models))
+    discard(folder)
+
+
+async def _look_after(models: Any, name: str | None) -> None:
+    """Sees that the copies of what a request wears are as they were stored, or are again.
+
+    Raises:
+        DamagedCopyError: one is not, and its original cannot give it back.
+        StoreError: the store cannot be written.
+        SlowLoadError: that took too long.
+    """
+    mix = _named_mix(models, name)
+    for adapter in (name,) if mix is None else mix.adapters:
+        request = models.lora_requests.get(adapter)
+        if request is not None and is_stored(request) and not keeping().is_as_it_was(Path(request.lora_path)):
+            await apart(keeping().mend, Path(request.lora_path), adapter)

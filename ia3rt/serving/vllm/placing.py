@@ -28,6 +28,7 @@ class Layers:
     def __init__(self, model: Any, wrapped: Mapping[str, Any], packed: Mapping[str, list[str]], may_grow: bool) -> None:
         self._model = model
         self._wrapped = wrapped
+        self._packed = packed
         self._parts = {part: (name, index) for name, parts in packed.items() for index, part in enumerate(parts)}
         self._may_grow = may_grow
         mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -53,16 +54,26 @@ class Layers:
             layer = self._wrapped.get(whole)
             if layer is None and self._is_elsewhere(whole):
                 continue
-            self._check(name, site, whole, index, layer)
+            self._check(name, site, path, whole, index, layer)
             sides = placed.setdefault(whole, {})
-            sides.setdefault(site.side, [None] * len(layer.ia3_widths(site.side)))[index] = vector  # type: ignore[union-attr]
+            parts = sides.setdefault(site.side, [None] * len(layer.ia3_widths(site.side)))  # type: ignore[union-attr]
+            if parts[index] is not None:
+                raise ValueError(
+                    f"adapter {name!r} cannot be served: it has two vectors for one place of the served model, {whole} "
+                    f"(part {index}, {site.side}put), one of them at {site}: leave one of them"
+                )
+            parts[index] = vector
         return placed
 
-    def _check(self, name: str, site: Site, whole: str, index: int, layer: Any) -> None:
+    def _check(self, name: str, site: Site, path: str, whole: str, index: int, layer: Any) -> None:
         refused = f"adapter {name!r} cannot be served: it acts at {site}, "
         if layer is None:
             raise ValueError(
                 refused + "and the served model has no such layer, or none that --lora-target-modules names"
+            )
+        if site.side == "out" and whole == path and whole in self._packed and whole not in self._packed[whole]:
+            raise ValueError(
+                refused + f"which vLLM made of {', '.join(self._packed[whole])}: name those, each with its own vector"
             )
         widths = layer.ia3_widths(site.side) if isinstance(layer, IA3Layer) else ()
         if index >= len(widths):

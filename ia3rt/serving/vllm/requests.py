@@ -13,10 +13,10 @@ from collections.abc import Callable
 from itertools import count as counting
 from pathlib import Path
 
-from vllm import envs
 from vllm.lora.request import LoRARequest
 
 from ia3rt.serving.vllm.adapter_numbers import MixNumbers
+from ia3rt.serving.vllm.keeping import is_stored_path
 from ia3rt.serving.vllm.names import canonical, spelled
 from ia3rt.serving.vllm.source import Source
 
@@ -105,11 +105,6 @@ class Requests:
         return self._known[key]
 
 
-def store_root() -> Path:
-    """The folder of stored adapters, which all workers have to see: VLLM_CACHE_ROOT's ia3rt/adapters."""
-    return Path(envs.VLLM_CACHE_ROOT).expanduser() / "ia3rt" / "adapters"
-
-
 def public_name(name: str) -> str:
     """What users call the adapter or mix whose request has this name."""
     numbered = _NUMBERED.fullmatch(name)
@@ -118,7 +113,7 @@ def public_name(name: str) -> str:
 
 def is_stored(request: LoRARequest) -> bool:
     """Whether a request is for one IA³ adapter that was stored here."""
-    return Path(request.lora_path).parent == store_root()
+    return is_stored_path(request.lora_path)
 
 
 def kind(request: LoRARequest) -> str | None:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ia3rt.adapters.bank import Bank
-from ia3rt.adapters.checkpoint import is_ia3, read_checkpoint
+from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.site import Site
+from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.routing.composed import composed_vectors
+from ia3rt.serving.limits import check_files, read_served
+from ia3rt.serving.vllm.store import is_stored_name, read_stored
 
 _PREFIX = "ia3rt-mix:"
 
@@ -44,11 +46,19 @@ class Source:
 
     @classmethod
     def of(cls, path: str, name: str) -> Source | None:
-        """What a LoRARequest's name and path mean; None where they are no IA³ adapter's, but a LoRA's."""
+        """What a LoRARequest's name and path mean; None where they are no IA³ adapter's, but a LoRA's.
+
+        Raises:
+            ValueError: an adapter's files are pipes or the like, or its config is damaged.
+        """
         mix = cls.mix_of(path)
         if mix is not None:
             return cls(mix, json.loads(path[len(_PREFIX) :])["folders"])
-        return cls(Mix((name,)), {name: path}) if is_ia3(Path(path)) else None
+        one = cls(Mix((name,)), {name: path})
+        if is_stored_name(Path(path).name):  # also where it is gone
+            return one
+        check_files(Path(path))
+        return one if is_ia3(Path(path)) else None
 
     @staticmethod
     def is_mix(path: str) -> bool:
@@ -68,7 +78,8 @@ class Source:
 
         Raises:
             FileNotFoundError: a folder is not there.
-            ValueError: a file is damaged, an adapter has more than vectors, or two of them have other widths at one.
+            ValueError: a file is damaged, a stored copy is gone or not what was stored, an adapter has more than
+                vectors, or two of them have other widths at one site.
         """
         bank = self.bank()
         return composed_vectors(bank, bank.resolve(self.mix))
@@ -77,8 +88,12 @@ class Source:
         """Reads the adapters: float32, on the CPU. Raises what `vectors` does."""
         bank = Bank([], torch.device("cpu"), torch.float32, len(self.folders))
         for name, folder in self.folders.items():
-            read = read_checkpoint(folder).vectors_alone(name)
+            read = _read(Path(folder), name)
             known = bank.sites
             vectors = {known.get(key) or Site(*key, tensor.numel()): tensor for key, tensor in read.items()}
             bank.add(name, vectors)
         return bank
+
+
+def _read(folder: Path, name: str) -> dict[SiteKey, Tensor]:
+    return read_stored(folder) if is_stored_name(folder.name) else read_served(folder, name).vectors

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -16,12 +19,15 @@ from ia3rt.serving.vllm.model_manager import IA3Model, IA3ModelManager
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.source import Source
 
+logger = init_logger(__name__)
+
 
 class IA3WorkerManager(LRUCacheWorkerLoRAManager):
     """LRUCacheWorkerLoRAManager for LoRAs and IA³ mixes.
 
     Attributes:
         ia3_counts: how many adapters and mixes were read, and the seconds that this took.
+        ia3rt_unreadable: the numbers of the step's adapters that could not be read, LoRAs too (failing.py).
     """
 
     _manager_cls = IA3ModelManager
@@ -30,6 +36,8 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ia3_counts: dict[str, float] = {"loads": 0, "load_seconds": 0.0}
+        self.ia3rt_unreadable: set[int] = set()
+        self._stand_ins: set[int] = set()
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         path, name = lora_request.lora_path, lora_request.lora_name
@@ -50,6 +58,9 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Makes sure that an adapter is read and has a slot; called for each adapter of each step."""
         manager, number = self._adapter_manager, lora_request.lora_int_id
+        if number in self._stand_ins:  # it may be there again
+            manager.remove_adapter(number)
+            self._stand_ins.remove(number)
         if lora_request.load_inplace or number not in manager._registered_adapters:
             added: bool = super().add_adapter(lora_request)
             return added
@@ -57,3 +68,58 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         manager.get_adapter(number)  # which is used last from now on
         manager.activate_adapter(number)
         return True
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """Gives each adapter of a step its slot; those that cannot be read get ones, and the step goes on.
+
+        Raises:
+            RuntimeError: there are more adapters than slots.
+            Exception: one cannot be read, and the model's stages are in several processes, of which only the last
+                can say so.
+        """
+        requests = sorted(filter(None, lora_requests), key=lambda request: request.lora_int_id)
+        if len(requests) > self._adapter_manager.lora_slots:
+            raise RuntimeError(f"{len(requests)} adapters in one step, and {self._adapter_manager.lora_slots} slots")
+        known = self._adapter_manager._registered_adapters
+        new = [each for each in requests if each.lora_int_id not in known or self._is_to_be_read(each)]
+        for request in requests:
+            if request not in new:
+                self.add_adapter(request)
+        failed = [self._is_unreadable(request) for request in new]
+        for request, is_so in zip(new, _anywhere(failed), strict=True):
+            if is_so:
+                self._stand_in(request.lora_int_id)
+        self.ia3rt_unreadable = self._stand_ins & {request.lora_int_id for request in requests}
+
+    def _is_to_be_read(self, request: LoRARequest) -> bool:
+        return request.load_inplace or request.lora_int_id in self._stand_ins
+
+    def _is_unreadable(self, request: LoRARequest) -> bool:
+        try:
+            self.add_adapter(request)
+        except Exception as error:  # of any kind: vLLM's for a LoRA too
+            if get_pp_group().world_size > 1:
+                raise
+            logger.error("Adapter %s could not be read: %s", request.lora_name, error)
+            return True
+        return False
+
+    def _stand_in(self, number: int) -> None:
+        """Puts ones where an adapter would be."""
+        manager = self._adapter_manager
+        manager.remove_adapter(number)
+        if len(manager) + 1 > manager.capacity:
+            manager.remove_oldest_adapter()
+        manager.add_adapter(IA3Model(number, {}))
+        manager.activate_adapter(number)
+        self._stand_ins.add(number)
+
+
+def _anywhere(failed: list[bool]) -> list[bool]:
+    """For each adapter, whether any of the processes failed that share the layers; all of them read the same."""
+    group = get_tp_group()
+    if not failed or group.world_size == 1:
+        return failed
+    flags = torch.tensor(failed, dtype=torch.int32)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return [bool(flag) for flag in flags]

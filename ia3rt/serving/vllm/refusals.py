@@ -1,0 +1,42 @@
+"""What a client is told, and by which status, where an adapter is not loaded or cannot be read."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from vllm.entrypoints.serve import create_error_response
+
+from ia3rt.serving.access import ForbiddenPathError, shown
+from ia3rt.serving.vllm.loading import SlowLoadError
+from ia3rt.serving.vllm.store import DamagedCopyError, StoreError
+
+_STATUSES: tuple[tuple[type[Exception], HTTPStatus, str], ...] = (
+    (ForbiddenPathError, HTTPStatus.FORBIDDEN, "ForbiddenError"),
+    (FileNotFoundError, HTTPStatus.NOT_FOUND, "NotFoundError"),
+    (SlowLoadError, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
+    (DamagedCopyError, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
+    (StoreError, HTTPStatus.INSUFFICIENT_STORAGE, "InternalServerError"),
+)
+
+
+def refusal(error: Exception, name: str, param: str | None = None) -> Any:
+    """vLLM's ErrorResponse: what a client can mend is 4xx, and what an operator must is 5xx.
+
+    Args:
+        error: of any kind: the worker's come as vLLM wraps them.
+        name: the adapter's, which the answer names: vLLM takes paths out of what clients are told.
+        param: the field of the request that is to blame.
+    """
+    found = ((status, called) for kind, status, called in _STATUSES if isinstance(error, kind))
+    status, called = next(found, (HTTPStatus.BAD_REQUEST, "BadRequestError"))
+    says = _sentence(error)
+    return create_error_response(
+        says if repr(name) in says else f"adapter {shown(name)}: {says}", called, status, param
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, without the traceback that vLLM appends to a worker's error, and without half characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0].encode("utf-8", "backslashreplace").decode() if lines else type(error).__name__
