@@ -186,7 +186,7 @@ def test_a_file_that_is_none_is_refused_at_once(doors, tmp_path, attack) -> None
         ("/etc/passwd", 404),
         ("/", 404),
         ("\n", 400),
-        ("ia3rt-mix:{}", 404),
+        ("ia3rt-mix:{}", 400),
     ],
 )
 def test_a_path_that_is_none_is_refused(doors, path, status) -> None:

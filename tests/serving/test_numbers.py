@@ -32,7 +32,7 @@ class Engine:
         self.taken: list[LoRARequest] = []
 
     async def add_lora(self, request: LoRARequest) -> bool:
-        if "refused" in request.lora_path:
+        if request.lora_path.endswith("refused"):
             raise ValueError("refused")
         self.taken.append(request)
         return True
@@ -52,10 +52,15 @@ def models(tmp_path, monkeypatch) -> Any:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     made = OpenAIServingModels(Engine(), [BaseModelPath("base", "base")])
     made.lora_resolvers = [Resolver()]
+    for name in ("lora", "refused"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    made.folder = tmp_path
     return made
 
 
-async def load(models: Any, name: str, path: str = "/adapters/lora", **more: Any) -> Any:
+async def load(models: Any, name: str, path: str = "lora", **more: Any) -> Any:
+    path = path and str(models.folder / path)
     return await models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=path, **more))
 
 
@@ -64,7 +69,7 @@ def test_what_is_not_found_counts_nothing_and_keeps_nothing(models) -> None:
         for start in range(0, 20_000, 100):
             await asyncio.gather(*(models.resolve_lora(f"nobody{start + number}") for number in range(100)))
             await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=f"nobody{start}"))
-            await load(models, f"nobody{start}", "/refused/nobody" if start % 1000 == 0 else "")
+            await load(models, f"nobody{start}", "refused" if start % 1000 == 0 else "")
         found = await asyncio.gather(*(models.resolve_lora(f"found{number}") for number in range(50)))
         assert len({request.lora_int_id for request in found}) == len({request.lora_name for request in found}) == 50
         # 100 were looked for at once, and each refused load took one.
@@ -148,7 +153,7 @@ def test_a_refused_lora_leaves_what_was_there(models) -> None:
     async def run() -> None:
         await load(models, "chat")
         before = models.lora_requests["chat"]
-        answer = await load(models, "chat", "/refused", load_inplace=True)
+        answer = await load(models, "chat", "refused", load_inplace=True)
         assert answer.error.code == 500 and "#" not in answer.error.message
         assert models.lora_requests == {"chat": before} and models.lora_requests["chat"] is before
         assert (await load(models, "chat")).error.code == 400
