@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -128,6 +129,9 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             return _echoing_little(await original(self, request, base_model_name), request)
         try:
             _check_meaning(request)
+        except ValueError as error:
+            return create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST)
+        try:
             folder, ours = await apart(_look, request.lora_path, _allowed(self, request))
         except (OSError, ValueError) as error:
             metrics.REFUSED.inc()
