@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ia3rt.modules.set_forward import is_reached
+from ia3rt.routing.hooks import models_in
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.traced import is_traced
 
@@ -58,10 +59,9 @@ class OwnReached:
                 hook.remove()
             self._hooks = []
         elif not self._hooks:
-            for each in self._model.modules():
-                if each is self._model or hasattr(each, "main_input_name"):  # a model that is called without it
-                    look = self._before_forward if each is self._model else self._before_part
-                    self._hooks.append(each.register_forward_pre_hook(look, prepend=True))
+            for each in models_in(self._model):
+                look = self._before_forward if each is self._model else self._before_part
+                self._hooks.append(each.register_forward_pre_hook(look, prepend=True))
 
     def _before_part(self, *args: object) -> None:
         if not is_traced() and self._routing.forward() is None:

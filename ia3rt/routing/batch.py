@@ -25,6 +25,11 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
 
 
+def numbered_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a function whose names are not looked up: those without a name by their number."""
+    return {**{str(at): value for at, value in enumerate(args)}, **kwargs}
+
+
 def main_input(arguments: Mapping[str, Any], model: nn.Module | None = None) -> Tensor | None:
     """The input that is counted in rows, [rows, ...]: text where there is any, else what the model calls its main one.
 

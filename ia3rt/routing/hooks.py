@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -42,9 +42,13 @@ def _nothing(*args: object) -> None:
 def install(model: nn.Module, routing: Routing) -> list[RemovableHandle]:
     """Lets a forward of the model, and of each model inside it, bind what is worn; gives what takes that back."""
     hooks: list[RemovableHandle] = []
-    for module in model.modules():
-        if module is model or hasattr(module, "main_input_name"):  # a model of its own, as an encoder is
-            begin = "before_forward" if module is model else "before_part"
-            hooks.append(module.register_forward_pre_hook(Hook(routing, begin), with_kwargs=True))
-            hooks.append(module.register_forward_hook(Hook(routing, "after_forward"), always_call=True))
+    for module in models_in(model):
+        begin = "before_forward" if module is model else "before_part"
+        hooks.append(module.register_forward_pre_hook(Hook(routing, begin), with_kwargs=True))
+        hooks.append(module.register_forward_hook(Hook(routing, "after_forward"), always_call=True))
     return hooks
+
+
+def models_in(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and those inside it that may be called without it, as `generate` calls an encoder."""
+    return (module for module in model.modules() if module is model or hasattr(module, "main_input_name"))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Bank
-from ia3rt.routing.batch import has_text, is_media, main_input, media_inputs, row_inputs
+from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import NOTHING, TOKENS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
@@ -34,10 +34,9 @@ class Probing:
         self.seen = 0
         self._by_shape = False  # whether how often rows are repeated somewhere depends on the batch's shape
 
-    def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
-        batch = main_input(arguments, model)
         if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
             return
         kind = _kind(model, arguments, batch, forward.worn.images), batch.shape[1:] if self._by_shape else None

@@ -55,6 +55,11 @@ class Route:
         return cls(tuple(distinct), slots_of_rows)
 
     @property
+    def of_rows(self) -> Tensor | None:
+        """`index` where each row has a mix; None where all have one, or each token has."""
+        return None if self.by_token else self.index
+
+    @property
     def by_token(self) -> bool:
         """Whether each token has a mix of its own."""
         return self.index is not None and self.index.dim() == 2

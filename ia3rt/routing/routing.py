@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, main_input, named_arguments
+from ia3rt.routing.batch import cached, main_input, named_arguments, numbered_arguments
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
@@ -120,11 +120,11 @@ class Routing:
 
     def wear_everywhere(self, route: Route) -> None:
         """Makes `route` what all contexts wear that have nothing of their own, and this one too."""
-        own = self._context.wearing
-        self._replace(self._context.everywhere, self.lay(route))
+        own, worn = self._context.wearing, self.lay(route)
+        self._replace(self._context.everywhere, worn)
         if own is not self._context.everywhere:
             if own.holds:
-                self._replace(own, self.lay(route))
+                self._replace(own, worn)
             else:
                 self._context.wear(self._context.everywhere)
 
@@ -219,8 +219,8 @@ class Routing:
                     "given to torch.compile, or route rows"
                 )
             if worn.by_row:
-                given = {**{str(at): value for at, value in enumerate(args)}, **kwargs}
-                self._check_rows(model, worn, given)
+                given = numbered_arguments(args, kwargs)
+                self._check_rows(worn, main_input(given, model))
                 self._compiled.see(tuple(name for name, x in given.items() if isinstance(x, Tensor)))
             return
         self._start(model, args, kwargs, sys._getframe(2))  # past the hook
@@ -241,17 +241,18 @@ class Routing:
                 outer.calls += 1
             return
         arguments: Mapping[str, Any] | None = None
+        batch: Tensor | None = None
         watch = None if self.guard is None or task != -1 else self.guard.before_forward(model, args, kwargs)
         again = self._past.find() if task != -1 else None
         worn = self._here() if again is None else again
         if again is None and worn.rows is not None:
             arguments = named_arguments(model, args, kwargs)
-            worn = self._over_batch(model, worn, arguments)
+            batch = main_input(arguments, model)
+            worn = self._over_batch(model, worn, arguments, batch)
         forward = Forward(self._bound(worn), model, task, outer, caller)
         if arguments is not None:
-            batch = main_input(arguments, model)
             forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
-            self.probing.begin(forward, model, arguments)
+            self.probing.begin(forward, model, arguments, batch)
         self._context.enter(forward)
         if watch is not None:
             forward.watch = watch
@@ -318,10 +319,9 @@ class Routing:
         self._past.begin(worn)
         return worn
 
-    def _over_batch(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> Worn:
+    def _over_batch(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any], batch: Tensor | None) -> Worn:
         """`worn` over the rows, tokens and images at hand."""
-        self._check_rows(model, worn, arguments)
-        batch = main_input(arguments, model)
+        self._check_rows(worn, batch)
         if batch is None:
             return worn
         if worn.route.by_token:
@@ -334,8 +334,8 @@ class Routing:
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)
 
-    def _check_rows(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any]) -> None:
-        batch, index = main_input(arguments, model), worn.route.index
+    def _check_rows(self, worn: Worn, batch: Tensor | None) -> None:
+        index = worn.route.index
         if batch is not None and index is not None and batch.shape[0] != index.shape[0]:
             raise ValueError(
                 f"the route has {index.shape[0]} rows, but the batch has {batch.shape[0]}: "
@@ -352,7 +352,7 @@ class Routing:
         # What a row generates wears the mix of its last token.
         columns = torch.arange(past, past + length).clamp_(max=index.shape[1] - 1)
         tokens = index[:, columns].reshape(-1).to(self.bank.table.device)
-        return worn.by_token(tokens, len(index), length)
+        return worn.by_token(tokens, length)
 
     def _replace(self, wearing: Wearing, worn: Worn) -> None:
         wearing.worn = worn

@@ -57,7 +57,7 @@ class TrainedAdapters:
     def worn(self, route: Route, backend: Backend) -> Worn:
         """What `route` is, as the parameters are now; gradients of it reach them."""
         used, mixes = used_rows(route.mixes)
-        by_row = None if route.index is None or route.by_token else route.index
+        by_row = route.of_rows
         scales = TrainedScales(self._vectors(used), mixes, by_row, keeps=route.by_token)
         tables, device = MixTables(), self._bank.table.device
         if backend == "triton":

@@ -32,7 +32,7 @@ class Memory:
     @outside_inference_mode
     def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
         """Writes a route; in place where one of as many rows was here before."""
-        by_row = None if route.index is None or route.by_token else route.index.tolist()
+        by_row = None if route.of_rows is None else route.of_rows.tolist()
         if composes:
             self.composed.write(bank, route.mixes, by_row)
         if backend == "triton":
@@ -84,8 +84,8 @@ class Worn:
         """Composes the mixes where only the kernels' tables were written."""
         written = self.of or self
         if isinstance(written.composed, ComposedMixes) and not written.is_composed:
-            by_row = None if self.route.index is None or self.route.by_token else self.route.index.tolist()
-            written.composed.write(bank, self.route.mixes, by_row)
+            by_row = self.route.of_rows
+            written.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
             written.is_composed = True
 
     def acts_at(self, position: int, bank: Bank) -> bool:
@@ -95,16 +95,16 @@ class Worn:
             self._acts = frozenset(place for place, key in enumerate(bank.sites) if key in sites)
         return position in self._acts
 
-    def by_token(self, tokens: Tensor, rows: int, length: int) -> Worn:
+    def by_token(self, tokens: Tensor, length: int) -> Worn:
         """The same mixes over tokens [rows * length]."""
-        made = Worn(self.route, rows, self.composed, self.tables.routed(tokens))
-        made.tokens, made.length, made.of = tokens, length, self
+        made = self._over(self.tables.routed(tokens))
+        made.tokens, made.length = tokens, length
         return made
 
     def with_images(self, images: Sequence[int]) -> Worn:
         """The same for a batch with images, of which these are the rows."""
-        made = Worn(self.route, self.rows, self.composed, self.tables)
-        made.length, made.tokens, made.images, made.of = self.length, self.tokens, images, self.of or self
+        made = self._over(self.tables)
+        made.images = images
         return made
 
     def kept(self, bank: Bank) -> Worn:
@@ -117,10 +117,15 @@ class Worn:
             rows = bank.table[torch.tensor(used, device=bank.table.device)]
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
             tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
-            kept = self._kept = Worn(self.route, self.rows, self.composed, tables)
-            kept.of = self.of or self
-            kept.length, kept.tokens, kept.images, kept._acts = self.length, self.tokens, self.images, self._acts
+            self._kept = self._over(tables)
         return self._kept
+
+    def _over(self, tables: MixTables) -> Worn:
+        """The same numbers, with other tables for the kernels."""
+        made = Worn(self.route, self.rows, self.composed, tables)
+        made.of = self.of or self
+        made.length, made.tokens, made.images, made._acts = self.length, self.tokens, self.images, self._acts
+        return made
 
     def order(self, bank: Bank) -> None:
         """Lets the current stream of a CUDA device wait for the one that this was written in."""
