@@ -12,7 +12,9 @@ from ia3rt.serving.limits import FILES
 MOST_SHOWN = 80
 """Characters that an error repeats of what a client sent."""
 MOST_PATH = 4_096
-"""Characters of a path, as on Linux."""
+"""Characters of a path, as on Linux,"""
+MOST_COMPONENT = 255
+"""and bytes of each of its names."""
 
 
 class ForbiddenPathError(PermissionError):
@@ -57,6 +59,8 @@ def is_name_within(root: Path, name: str) -> bool:
     """Whether an adapter's name means a folder in `root`, and is the one way to write it."""
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name != "/".join(parts) or not name.isprintable():
+        return False
+    if len(name) > MOST_PATH or any(len(part.encode()) > MOST_COMPONENT for part in parts):
         return False
     return is_within(root, [root / name, *(root / name / file for file in FILES)])
 

@@ -6,6 +6,7 @@ import asyncio
 
 import httpx
 import openai
+import psutil
 from truth import NEW_TOKENS
 
 from ia3rt.bench.serving import server
@@ -18,6 +19,11 @@ class Server(server.Server):
         """The numbers of /metrics, by name and labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if x and x[0] != "#")}
+
+    def memory(self) -> float:
+        """Bytes of memory that its processes have."""
+        process = psutil.Process(self._process.pid)
+        return float(sum(each.memory_info().rss for each in (process, *process.children(recursive=True))))
 
 
 def client(server: Server) -> openai.AsyncOpenAI:
