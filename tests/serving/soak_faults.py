@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from soak_traffic import ADAPTERS, SWAPPED, UNREADABLE, Traffic, Version
+from soak_traffic import ADAPTERS, SWAPPED, UNREADABLE, Traffic, Version, http_client
 from soak_truth import LAYERS, LORA, WIDTHS, Reference, Worn
 
 LONG = "A" * 5000
@@ -245,7 +245,7 @@ KINDS = [name for name in KINDS if name not in ("ask", "load", "is_loaded", "pos
 
 async def happen(faults: Faults, until: asyncio.Task, pause: float) -> None:
     """Lets faults happen, with pauses, until a task is done."""
-    async with httpx.AsyncClient(timeout=120) as http:
+    async with http_client() as http:
         while not until.done():
             await faults.one(http)
             await asyncio.sleep(pause)

@@ -152,11 +152,15 @@ KINDS = {"alone": 50, "base": 10, "product": 14, "sum": 12, "in_the_body": 5, "s
 """The kinds of requests, and how many of a hundred."""
 
 
+def http_client() -> httpx.AsyncClient:
+    """A client that asks by no connection that the server may be about to close, as it closes those that rest 5 s."""
+    return httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=2 * AT_ONCE, keepalive_expiry=2))
+
+
 async def send(traffic: Traffic, seconds: float, requests: int) -> None:
     """Keeps a server busy for so long, or so many requests."""
     end = time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=AT_ONCE)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as http:
+    async with http_client() as http:
 
         async def client() -> None:
             while time.monotonic() < end and sum(traffic.counts[kind] for kind in KINDS) < requests:
