@@ -239,7 +239,7 @@ def _find(module: str, name: str) -> object:
 
 
 def _has(kind: type, attribute: str) -> bool:
-    """Whether instances of a class have an attribute: of the class, a dataclass's field, or set by one of its methods."""
+    """Whether instances have an attribute: the class's, a dataclass's field, or one that a method sets."""
     if hasattr(kind, attribute) or attribute in getattr(kind, "__dataclass_fields__", {}):
         return True
     methods = (inspect.unwrap(each) for base in kind.__mro__ for each in vars(base).values() if callable(each))
