@@ -86,7 +86,7 @@ setup(
             "torchao>=0.16",
             "transformers>=5",
         ],
-        "vllm": ["vllm>=0.32,<0.33"],
+        "vllm": ["vllm>=0.32,<0.34"],
     },
     entry_points={
         "console_scripts": ["ia3rt=ia3rt.cli.main:app"],

@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -74,13 +74,29 @@ def add(scheduler: Scheduler, name: str, worn: LoRARequest | None) -> None:
     scheduler.add_request(request)
 
 
-def step(scheduler: Scheduler, unreadable: frozenset[int] = frozenset()) -> dict[str, tuple[list[int], object]]:
+class Later(AsyncModelRunnerOutput):
+    """A step's output that another thread waits for, as on a GPU."""
+
+    def __init__(self, output: ModelRunnerOutput) -> None:
+        self.kept = output
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self.kept
+
+    def get_kv_connector_output(self) -> None:
+        return None
+
+
+def step(
+    scheduler: Scheduler, unreadable: frozenset[int] = frozenset(), *, later: bool = False
+) -> dict[str, tuple[list[int], object]]:
     """Runs a step in which every request gets token 7; returns the tokens that each is told, and why it ends."""
     scheduled = scheduler.schedule()
     names = list(scheduled.num_scheduled_tokens)
     output = ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, [[7] for _ in names])
     manager = SimpleNamespace(**{failing.FIELD: unreadable})
-    failing.tell(SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)), output)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
+    output = failing.tell(worker, Later(output)).get_output() if later else failing.tell(worker, output)
     told = scheduler.update_from_output(scheduled, output)
     said: dict[str, tuple[list[int], object]] = {}
     for each in (each for outputs in told.values() for each in outputs.outputs):
@@ -89,10 +105,11 @@ def step(scheduler: Scheduler, unreadable: frozenset[int] = frozenset()) -> dict
     return said
 
 
-def test_its_requests_fail_and_no_others(scheduler) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_its_requests_fail_and_no_others(scheduler, later) -> None:
     for name, worn in (("g", GONE), ("a", GOOD), ("b", None)):
         add(scheduler, name, worn)
-    told = step(scheduler, frozenset({GONE.lora_int_id}))
+    told = step(scheduler, frozenset({GONE.lora_int_id}), later=later)
     assert told == {"g": ([], FinishReason.ERROR), "a": ([7], None), "b": ([7], None)}
     assert step(scheduler).keys() == {"a", "b"} and "g" not in scheduler.requests
 

@@ -94,7 +94,7 @@ def test_the_store_goes_while_requests_wait_in_the_engine(small, truth, folders)
         try:
             return name, row, await ask(api, name, prompts[row])
         except openai.APIStatusError as error:
-            assert error.status_code in (500, 503), error
+            assert error.status_code in (500, 503, 507), error  # 507: the store went while a copy was written
             return name, row, None
 
     async def spoil(work: list[asyncio.Task]) -> None:

@@ -20,7 +20,10 @@ def test_this_vllm_is_known() -> None:
 
 @pytest.mark.parametrize(
     ("version", "tested"),
-    [("0.32.0", True), ("0.32.7+cpu", True), ("0.31.9", False), ("0.33.0", False), ("1.0", False), ("dev", False)],
+    [
+        *(("0.32.0", True), ("0.32.7+cpu", True), ("0.33.0", True)),
+        *(("0.31.9", False), ("0.34.0", False), ("1.0", False), ("dev", False)),
+    ],
 )
 def test_versions(version, tested) -> None:
     assert symbols.is_tested(version) == tested
@@ -37,6 +40,23 @@ def test_another_signature_is_told(monkeypatch) -> None:
     with pytest.raises(
         symbols.ChangedVLLMError, match=r"slice_lora_b takes \(self, lora_b, rank\), not \(self, lora_b\)"
     ):
+        symbols.check_symbols()
+
+
+def test_what_instances_have_no_more_is_told(monkeypatch) -> None:
+    class Changed:
+        """A scheduler that calls its set of requests that fail something else."""
+
+        def __init__(self) -> None:
+            self.requests = self.kv_cache_manager = self.failing_reqs = None
+
+        def reads(self) -> object:
+            return self.encoder_cache_mismatch_reqs
+
+    monkeypatch.setattr(symbols, "SYMBOLS", ())
+    symbols.check_symbols()
+    monkeypatch.setattr("vllm.v1.core.sched.scheduler.Scheduler", Changed)
+    with pytest.raises(symbols.ChangedVLLMError, match=r"Scheduler has no attribute encoder_cache_mismatch_reqs"):
         symbols.check_symbols()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 logger = init_logger(__name__)
@@ -36,10 +36,19 @@ def tell(worker: Any, output: Any) -> Any:
         output: what its step returned, which may be another stage's input, or come later.
     """
     manager = getattr(getattr(worker, "model_runner", None), "lora_manager", None)
-    unreadable = getattr(manager, FIELD, None)
-    told = getattr(output, "_model_runner_output", output)
-    if unreadable and isinstance(told, ModelRunnerOutput) and told.req_ids:
-        setattr(told, FIELD, frozenset(unreadable))
+    unreadable = frozenset(getattr(manager, FIELD, ()))
+    if unreadable and isinstance(output, AsyncModelRunnerOutput):
+        later = (
+            output.get_output
+        )  # which another thread calls; what the class calls its part of it depends on the runner
+        output.get_output = lambda: _told(later(), unreadable)
+        return output
+    return _told(output, unreadable)
+
+
+def _told(output: Any, unreadable: frozenset[int]) -> Any:
+    if unreadable and isinstance(output, ModelRunnerOutput) and output.req_ids:
+        setattr(output, FIELD, unreadable)
     return output
 
 
@@ -47,7 +56,7 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
     """Takes what a step made with unreadable adapters out of its output, and has their requests end with an error.
 
     Args:
-        scheduler: vLLM's, which ends those that it holds in `grammar_compile_error_reqs` that way.
+        scheduler: vLLM's, which ends those that it holds in `encoder_cache_mismatch_reqs` that way.
         output: the step's, changed in place.
         unreadable: the adapters' numbers.
     """
@@ -66,7 +75,7 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
                 output.pooler_output[row] = None
             output.prompt_logprobs_dict.pop(name, None)
             output.prompt_token_id_logprobs_dict.pop(name, None)
-        scheduler.grammar_compile_error_reqs.add(name)
+        scheduler.encoder_cache_mismatch_reqs.add(name)
 
 
 def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:

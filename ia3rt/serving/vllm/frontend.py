@@ -9,6 +9,7 @@ find as a loaded adapter, which would go on with an adapter's old numbers after 
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable
 from http import HTTPStatus
@@ -108,6 +109,7 @@ def _named_mix(models: Any, name: str | None) -> Mix | None:
 
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         """What vLLM counts and locks by, and what this plugin knows of a server."""
         original(self, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -50,6 +51,7 @@ def install() -> None:
 
 
 def _labelled(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         """A request as vLLM's statistics know it.
 

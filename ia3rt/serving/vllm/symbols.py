@@ -6,12 +6,15 @@ then has to say so when it is loaded, and not serve something wrong.
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
+from types import CodeType
 from typing import NamedTuple
 
-TESTED = ((0, 32), (0, 33))
-"""Versions of vLLM from the first (inclusive) to the second (exclusive) are those that the tests ran on."""
+TESTED = ((0, 32), (0, 34))
+"""Versions of vLLM from the first (inclusive) to the second (exclusive) are those that the tests ran on: 0.32 as it is
+published for CPUs, and the Python of 0.33 on the compiled operations of that."""
 
 
 class Symbol(NamedTuple):
@@ -22,6 +25,14 @@ class Symbol(NamedTuple):
     parameters: tuple[str, ...] | None = None
 
 
+class Instances(NamedTuple):
+    """A class, and what its instances have that is read or written here."""
+
+    module: str
+    name: str
+    attributes: tuple[str, ...]
+
+
 SYMBOLS = (
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")),
@@ -29,6 +40,8 @@ SYMBOLS = (
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._apply_adapters", ("self", "lora_requests")),
     Symbol("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager"),
     Symbol("vllm.v1.worker.worker_base", "WorkerWrapperBase.execute_model", ("self", "scheduler_output")),
+    Symbol("vllm.v1.worker.worker_base", "WorkerBase.sample_tokens", ("self", "grammar_output")),
+    Symbol("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", ("self",)),
     Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
@@ -36,7 +49,14 @@ SYMBOLS = (
     ),
     Symbol("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("self", "block_ids")),
     Symbol("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("self", "request_id")),
+    Symbol(
+        "vllm.lora.lora_model", "LoRAModel", ("lora_model_id", "rank", "loras", "is_3d_lora_weight", "modules_to_save")
+    ),
     Symbol("vllm.lora.model_manager", "DEFAULT_LANGUAGE_WRAPPER_KEY"),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._deactivate_adapter", ("self", "lora_id")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.add_adapter", ("self", "lora")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.remove_adapter", ("self", "adapter_id")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.remove_oldest_adapter", ("self",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.get_adapter", ("self", "adapter_id")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_merged_loras_inplace", ("self", "lora_model")),
@@ -83,8 +103,11 @@ SYMBOLS = (
     ),
     Symbol("vllm.model_executor.models.utils", "PPMissingLayer"),
     Symbol("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
-    Symbol("vllm.entrypoints.serve", "create_error_response"),
+    Symbol("vllm.model_executor.models.utils", "WeightsMapper._map_name", ("self", "key")),
+    Symbol("vllm.model_executor.models.utils", "WeightsMapper.get_rename_mapper", ("self",)),
+    Symbol("vllm.entrypoints.serve", "create_error_response", ("message", "err_type", "status_code", "param")),
     Symbol("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", ("self", "request")),
+    Symbol("vllm.entrypoints.serve.engine.serving", "BaseServing._is_model_supported", ("self", "model_name")),
     Symbol(
         "vllm.entrypoints.serve.engine.serving",
         "BaseServing._maybe_get_adapters",
@@ -100,7 +123,10 @@ SYMBOLS = (
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", ("self",)),
     Symbol("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter", ("self", "request")),
     Symbol("vllm.utils.counter", "AtomicCounter.inc", ("self", "num")),
-    Symbol("vllm.v1.engine.output_processor", "RequestState"),
+    Symbol("vllm.envs", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    Symbol("vllm.envs", "VLLM_BATCH_INVARIANT"),
+    Symbol("vllm.envs", "VLLM_CACHE_ROOT"),
+    Symbol("vllm.envs", "VLLM_USE_MODELSCOPE"),
     Symbol(
         "vllm.entrypoints.openai.models.serving",
         "OpenAIServingModels._check_load_lora_adapter_request",
@@ -125,6 +151,54 @@ SYMBOLS = (
 )
 
 
+INSTANCES = (
+    Instances(
+        "vllm.v1.core.sched.scheduler", "Scheduler", ("encoder_cache_mismatch_reqs", "kv_cache_manager", "requests")
+    ),
+    Instances(
+        "vllm.v1.outputs",
+        "ModelRunnerOutput",
+        (
+            *("req_ids", "req_id_to_index", "sampled_token_ids", "pooler_output"),
+            *("prompt_logprobs_dict", "prompt_token_id_logprobs_dict"),
+        ),
+    ),
+    Instances("vllm.v1.engine.output_processor", "RequestState", ("lora_name", "lora_request")),
+    Instances(
+        "vllm.lora.model_manager",
+        "LRUCacheLoRAModelManager",
+        (
+            *("_registered_adapters", "lora_index_to_id", "lora_slots", "capacity", "modules", "packed_modules"),
+            *("punica_wrapper_mapping", "mm_mapping", "supports_mm", "max_num_batched_tokens", "model", "device"),
+        ),
+    ),
+    Instances(
+        "vllm.lora.layers",
+        "MergedQKVParallelLinearWithLoRA",
+        ("base_layer", "device", "input_size", "n_slices", "output_slices", "punica_wrapper", "tp_size"),
+    ),
+    Instances("vllm.lora.layers", "MergedColumnParallelLinearWithLoRA", ("output_sizes",)),
+    Instances("vllm.lora.layers", "QKVParallelLinearWithLoRA", ("kv_proj_total_size", "q_proj_total_size")),
+    Instances(
+        "vllm.model_executor.layers.linear",
+        "QKVParallelLinear",
+        (
+            *("bias", "head_size", "input_size", "output_size", "quant_method", "skip_bias_add"),
+            *("total_num_heads", "total_num_kv_heads"),
+        ),
+    ),
+    Instances(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels",
+        (
+            *("engine_client", "lora_id_counter", "lora_requests", "lora_resolver_lock", "lora_resolvers"),
+            *("model_config", "static_lora_modules"),
+        ),
+    ),
+    Instances("vllm.plugins.lora_resolvers.filesystem_resolver", "FilesystemResolver", ("lora_cache_dir",)),
+)
+
+
 class ChangedVLLMError(ImportError):
     """The installed vLLM is not as the plugin knows it."""
 
@@ -136,20 +210,46 @@ def check_symbols() -> None:
         ChangedVLLMError: with a sentence that says which one has changed, and which versions were tested.
     """
     for symbol in SYMBOLS:
-        where = f"{symbol.module}.{symbol.name}"
-        try:
-            found = importlib.import_module(symbol.module)
-            for part in symbol.name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
-            raise ChangedVLLMError(f"ia3rt cannot serve IA³ adapters in {_version()}: it has no {where}") from error
+        found = _find(symbol.module, symbol.name)
         if symbol.parameters is not None:
             given = tuple(inspect.signature(found).parameters)  # type: ignore[arg-type]
             if given != symbol.parameters:
                 raise ChangedVLLMError(
-                    f"ia3rt cannot serve IA³ adapters in {_version()}: {where} takes ({', '.join(given)}), not "
-                    f"({', '.join(symbol.parameters)})"
+                    f"ia3rt cannot serve IA³ adapters in {_version()}: {symbol.module}.{symbol.name} takes "
+                    f"({', '.join(given)}), not ({', '.join(symbol.parameters)})"
                 )
+    for instances in INSTANCES:
+        kind = _find(instances.module, instances.name)
+        for attribute in instances.attributes:
+            if not _has(kind, attribute):  # type: ignore[arg-type]
+                raise ChangedVLLMError(
+                    f"ia3rt cannot serve IA³ adapters in {_version()}: {instances.module}.{instances.name} has no "
+                    f"attribute {attribute}"
+                )
+
+
+def _find(module: str, name: str) -> object:
+    try:
+        found: object = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ChangedVLLMError(f"ia3rt cannot serve IA³ adapters in {_version()}: it has no {module}.{name}") from error
+    return found
+
+
+def _has(kind: type, attribute: str) -> bool:
+    """Whether instances have an attribute: the class's, a dataclass's field, or one that a method sets."""
+    if hasattr(kind, attribute) or attribute in getattr(kind, "__dataclass_fields__", {}):
+        return True
+    methods = (inspect.unwrap(each) for base in kind.__mro__ for each in vars(base).values() if callable(each))
+    return any(_sets(method.__code__, attribute) for method in methods if hasattr(method, "__code__"))
+
+
+def _sets(code: CodeType, attribute: str) -> bool:
+    if attribute not in code.co_names:
+        return False
+    return any(each.opname == "STORE_ATTR" and each.argval == attribute for each in dis.get_instructions(code))
 
 
 def is_tested(version: str) -> bool:
