@@ -32,11 +32,12 @@ from ia3rt.serving.vllm import doors, metrics, resolvers
 from ia3rt.serving.vllm.adapter_numbers import AdapterNumbers
 from ia3rt.serving.vllm.admission import Admission, resolving
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes, mixes_root
+from ia3rt.serving.vllm.hints import hint
 from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
-from ia3rt.serving.vllm.names import MixNameError, canonical, parse, short, spelled
+from ia3rt.serving.vllm.names import MixNameError, canonical, check_loaded_name, parse, short, spelled
 from ia3rt.serving.vllm.refusals import refusal
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
@@ -82,7 +83,10 @@ def requested_source(models: Any, name: str | None) -> Source | None:
     told, loaded = short(name, 40), models.lora_requests
     for adapter in mix.adapters:
         if adapter not in loaded:
-            raise UnknownAdapterError(f"The mix `{told}` needs adapter `{short(adapter, 40)}`, which is not loaded.")
+            raise UnknownAdapterError(
+                f"The mix `{told}` needs adapter `{short(adapter, 40)}`, which is not loaded."
+                + hint(name or "", adapter, loaded)
+            )
         if not is_stored(loaded[adapter]):
             raise MixNameError(
                 f"The mix `{told}` has adapter `{short(adapter, 40)}`, which is a LoRA: only IA³ adapters mix."
@@ -190,14 +194,9 @@ async def _load_lora(original: Callable[..., Any], models: Any, request: Any, ba
 
 def _check_meaning(request: Any) -> None:
     """Raises ValueError where a name or a path to load has a meaning of its own here."""
-    name, path = request.lora_name, request.lora_path
-    try:
-        means_a_mix = parse(name or "") is not None
-    except MixNameError:
-        means_a_mix = True
-    if means_a_mix:
-        raise ValueError(f"The name `{short(name)}` means a mix of adapters: load the adapter under another one.")
-    if Source.is_mix(path or ""):
+    check_loaded_name(request.lora_name or "")
+    path = request.lora_path or ""
+    if Source.is_mix(path):
         raise ValueError(f"`{short(path)}` is no folder: a mix is no adapter that can be loaded, name it as a model.")
 
 
@@ -257,11 +256,15 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise MixNameError(f"With {FIELD}, model must be the base model, not `{short(request.model)}`.")
                 request.model = spelled(read_merged_adapters(body))
             await _resolve(self.models, request.model)
-            refused, source = None, requested_source(self.models, request.model)
+            refused: Any = None
+            source = requested_source(self.models, request.model)
             if source is None:
                 refused = _echoing_little(await original(self, request), request)
             if getattr(refused, "error", None) is None:
                 await _look_after(self.models, request.model)
+            elif refused.error.code == HTTPStatus.NOT_FOUND:
+                known = (*(base.name for base in self.models.base_model_paths), *self.models.lora_requests)
+                refused.error.message += hint(request.model, request.model, known)
             if source is not None:
                 await _admission(self.models).admit(source)
         except UnknownAdapterError as error:

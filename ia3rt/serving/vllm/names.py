@@ -21,6 +21,7 @@ MOST = 64
 ECHO = 80
 """Characters of a client's own that an error repeats: it is answered, and logged, as often as it is sent."""
 _PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
+PREFIXES = tuple(_PREFIXES)
 _NAME = re.compile(r"[^*+:\s]+")
 # The plus of an exponent, as in a*1e+2, begins no term.
 _TERM = re.compile(r"([^*+]*)(?:\*((?:[^+]|(?<=[\d.][eE])\+(?=\d))*))?(\+|\Z)")
@@ -69,6 +70,20 @@ def check_size(name: str, adapters: int) -> None:
     """Raises MixNameError where a mix has more adapters than MOST."""
     if adapters > MOST:
         raise MixNameError(f"{short(name)!r} mixes {adapters} adapters: {MOST} is the most")
+
+
+def check_loaded_name(name: str) -> None:
+    """Raises MixNameError where no adapter is loaded under a name: it means a mix, or would break a log's lines."""
+    try:
+        means_a_mix = parse(name) is not None
+    except MixNameError:
+        means_a_mix = True
+    if means_a_mix:
+        raise MixNameError(f"The name `{short(name)}` means a mix of adapters: load the adapter under another one.")
+    if not name.isprintable():
+        raise MixNameError(
+            f"The name {short(repr(name))} has characters of control: load the adapter under another one."
+        )
 
 
 def check_name(name: str) -> None:

@@ -30,6 +30,12 @@ SYMBOLS = (
     Symbol("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager"),
     Symbol("vllm.v1.worker.worker_base", "WorkerWrapperBase.execute_model", ("self", "scheduler_output")),
     Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output", "intermediate_tensors"),
+    ),
+    Symbol("vllm.sequence", "IntermediateTensors"),
+    Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
         ("self", "scheduler_output", "model_runner_output"),
