@@ -10,6 +10,8 @@ find as a loaded adapter, which would go on with an adapter's old numbers after 
 from __future__ import annotations
 
 import secrets
+import sys
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -33,12 +35,13 @@ from ia3rt.serving.vllm.adapter_numbers import AdapterNumbers
 from ia3rt.serving.vllm.admission import Admission, resolving
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes, mixes_root
 from ia3rt.serving.vllm.hints import hint
-from ia3rt.serving.vllm.keeping import keeping
+from ia3rt.serving.vllm.keeping import is_stored_path, keeping
 from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.names import MixNameError, canonical, check_loaded_name, parse, short, spelled
-from ia3rt.serving.vllm.refusals import refusal
+from ia3rt.serving.vllm.origins import Origins, log_refusal, resolved
+from ia3rt.serving.vllm.refusals import refusal, unwrapped
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
 from ia3rt.serving.vllm.store import discard
@@ -52,7 +55,9 @@ def install() -> None:
     """Puts the functions of this file in front of vLLM's methods."""
     for owner, name, made in (
         (OpenAIServingModels, "__init__", _init),
+        (OpenAIServingModels, "init_static_loras", _init_static_loras),
         (OpenAIServingModels, "load_lora_adapter", _load_lora_adapter),
+        (OpenAIServingModels, "load_lora_adapter", _logged),
         (OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter),
         (OpenAIServingModels, "resolve_lora", _resolve_lora),
         (OpenAIServingModels, "show_available_models", _show_available_models),
@@ -121,9 +126,33 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         rank, count = config.parallel_config._api_process_rank, config.parallel_config._api_process_count
         self.ia3rt_requests = Requests(lambda: self.lora_id_counter.inc(1), rank, count)
         limit = max_scale(str(self.model_config.dtype).removeprefix("torch."))
+        self.ia3rt_origins = Origins()
         self.ia3rt_admission = Admission(limit, ComposedMixes(mixes_root()))
 
     return init
+
+
+def _init_static_loras(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def init_static_loras(self: Any) -> None:
+        """--lora-modules: one that cannot be loaded ends the server with a sentence, and no traceback."""
+        try:
+            await original(self)
+        except ValueError as error:
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+
+    return init_static_loras
+
+
+def _logged(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        """Says in the log what was refused."""
+        answer = await original(self, request, base_model_name)
+        if hasattr(answer, "error"):
+            log_refusal(request.lora_name, request.lora_path, answer)
+        return answer
+
+    return load_lora_adapter
 
 
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +168,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             folder, ours = await apart(_look, request.lora_path, _allowed(self, request))
         except (OSError, ValueError) as error:
             metrics.REFUSED.inc()
-            return refusal(error, request.lora_name)
+            return _echoing_little(refusal(error, request.lora_name), request)
         if not ours:
             return _echoing_little(await _load_lora(original, self, request, base_model_name), request)
         name = request.lora_name
@@ -148,9 +177,10 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             if refused is not None:
                 return _echoing_little(refused, request)
             stored: Path | None = None
+            start = time.perf_counter()
             try:
                 stored = await apart(keeping().store, str(folder), name)
-                await _admission(self).check_adapter(Source(Mix((name,)), {name: str(stored)}))
+                vectors = await _admission(self).check_adapter(Source(Mix((name,)), {name: str(stored)}))
                 made = _requests(self).adapter(name, stored)
                 if base_model_name is not None and self.is_base_model(base_model_name):
                     made.base_model_name = base_model_name
@@ -161,6 +191,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                     await apart(_forget, self, stored)
                 return _echoing_little(refusal(error, name), request)
             self.lora_requests[name] = made
+            self.ia3rt_origins.loaded(name, request.lora_path, stored, vectors, time.perf_counter() - start)
         keeping().hold_only(_stored(self))
         metrics.watch(self.engine_client)
         return f"Success: LoRA adapter '{name}' added successfully."
@@ -184,7 +215,7 @@ async def _load_lora(original: Callable[..., Any], models: Any, request: Any, ba
         loading = request.model_copy(update={"lora_name": alias, "load_inplace": False})
         loaded = await original(models, loading, base_model_name)
         if alias not in models.lora_requests:
-            loaded.error.message = loaded.error.message.replace(alias, name)
+            loaded.error.message = unwrapped(loaded.error.message.replace(alias, name))
             return loaded
         made = models.lora_requests.pop(alias)
         made.lora_name = _requests(models).claimed(name)
@@ -203,7 +234,10 @@ def _check_meaning(request: Any) -> None:
 def _unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
         """POST /v1/unload_lora_adapter."""
-        return _echoing_little(await original(self, request), request)
+        answer = _echoing_little(await original(self, request), request)
+        if request.lora_name not in self.lora_requests:
+            self.ia3rt_origins.unloaded(request.lora_name)
+        return answer
 
     return unload_lora_adapter
 
@@ -220,6 +254,8 @@ def _resolve_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(found, LoRARequest):
             if numbers:  # or it was loaded before
                 found.lora_name = _requests(self).claimed(lora_name)
+                if is_stored(found):
+                    self.ia3rt_origins.loaded(lora_name, *resolved.get())
         elif found.error.code == HTTPStatus.NOT_FOUND:
             self.lora_id_counter.give_back(numbers)
         return found
@@ -232,7 +268,7 @@ def _show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
         """GET /v1/models."""
         shown = await original(self)
         for card in shown.data:
-            card.id = public_name(card.id)
+            self.ia3rt_origins.show(card, is_stored_path(card.root or ""))
         return shown
 
     return show_available_models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -17,6 +18,12 @@ _STATUSES: tuple[tuple[type[Exception], HTTPStatus, str], ...] = (
     (SlowLoadError, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     (DamagedCopyError, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     (StoreError, HTTPStatus.INSUFFICIENT_STORAGE, "InternalServerError"),
+)
+
+_WRAPPED = re.compile(
+    r"Worker failed with error (?P<quote>['\"])(?P<said>.+)(?P=quote), please check the stack trace above.*"
+    r"|Call to \w+ method failed: (?P<called>.+)",
+    re.DOTALL,
 )
 
 
@@ -36,7 +43,14 @@ def refusal(error: Exception, name: str, param: str | None = None) -> Any:
     )
 
 
+def unwrapped(message: str) -> str:
+    """What a worker said, without what vLLM puts around it on its way: the method, and to look for a stack trace."""
+    while (wrapped := _WRAPPED.match(message)) is not None:
+        message = wrapped["said"] or wrapped["called"]
+    return message
+
+
 def _sentence(error: Exception) -> str:
     """What went wrong, without the traceback that vLLM appends to a worker's error, and without half characters."""
-    lines = str(error).strip().splitlines()
+    lines = unwrapped(str(error).strip()).splitlines()
     return lines[0].encode("utf-8", "backslashreplace").decode() if lines else type(error).__name__
