@@ -38,11 +38,10 @@ def doors(tmp_path, monkeypatch) -> Doors:
 def lines(caplog, monkeypatch):
     """What the log says, a line for each."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("ia3rt"), "propagate", True)
     caplog.set_level(logging.INFO)
 
     def since() -> list[str]:
-        said = [record.getMessage() for record in caplog.records if record.name.startswith("ia3rt")]
+        said = [record.getMessage() for record in caplog.records if record.name.startswith("vllm.ia3rt")]
         caplog.clear()
         return said
 
@@ -107,8 +106,8 @@ def test_a_refusal_is_one_short_line(doors, tmp_path, lines, name, path) -> None
     [
         ("Call to add_lora method failed: it is too wide", "it is too wide"),
         (
-            "Call to add_lora method failed: Worker failed with error 'adapter 'a' is too wide', please check the stack "
-            "trace above for the root cause",
+            "Call to add_lora method failed: Worker failed with error 'adapter 'a' is too wide', please check "
+            "the stack trace above for the root cause",
             "adapter 'a' is too wide",
         ),
         ("Worker failed with error 'two\nlines', please check the stack trace above for the root cause", "two\nlines"),

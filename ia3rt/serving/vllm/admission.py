@@ -14,7 +14,7 @@ from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 resolving: ContextVar[Admission | None] = ContextVar("ia3_resolving", default=None)
 """What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
 AT_ONCE = 2

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from ia3rt.serving.access import MOST_PATH, shown
 from ia3rt.serving.vllm.requests import public_name
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 resolved: ContextVar[tuple[str, Path, int, float]] = ContextVar("ia3_resolved")
 """What a resolver found last in this task: `Origins.loaded` takes it, with the name."""
 _DIGEST = 19

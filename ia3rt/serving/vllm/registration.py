@@ -13,7 +13,7 @@ from ia3rt.serving.vllm import failing, frontend, metrics, stages, symbols
 from ia3rt.serving.vllm.layers import CLASSES
 from ia3rt.serving.vllm.worker_manager import IA3WorkerManager
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 
 @functools.cache

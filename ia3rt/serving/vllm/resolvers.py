@@ -22,7 +22,7 @@ from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.origins import resolved
 from ia3rt.serving.vllm.source import Source
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 
 def install() -> None:

@@ -19,7 +19,7 @@ from ia3rt.serving.vllm.model_manager import IA3Model, IA3ModelManager
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.source import Source
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 
 class IA3WorkerManager(LRUCacheWorkerLoRAManager):
