@@ -300,7 +300,8 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 await _look_after(self.models, request.model)
             elif refused.error.code == HTTPStatus.NOT_FOUND:
                 known = (*(base.name for base in self.models.base_model_paths), *self.models.lora_requests)
-                refused.error.message += hint(request.model, request.model, known)
+                told = hint(request.model, request.model, known)
+                refused.error.message = refused.error.message.rstrip(".") + "." + told
             if source is not None:
                 await _admission(self.models).admit(source)
         except UnknownAdapterError as error:

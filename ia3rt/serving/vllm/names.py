@@ -22,6 +22,8 @@ ECHO = 80
 """Characters of a client's own that an error repeats: it is answered, and logged, as often as it is sent."""
 _PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
 PREFIXES = tuple(_PREFIXES)
+# Python's float() also reads 1_0, and digits of any script.
+_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 _NAME = re.compile(r"[^*+:\s]+")
 # The plus of an exponent, as in a*1e+2, begins no term.
 _TERM = re.compile(r"([^*+]*)(?:\*((?:[^+]|(?<=[\d.][eE])\+(?=\d))*))?(\+|\Z)")
@@ -127,7 +129,7 @@ def _adapter(name: str, part: str) -> str:
 
 def _weight(name: str, part: str) -> float:
     try:
-        number = float(part)
+        number = float(part) if _NUMBER.fullmatch(part) else math.nan
         if not math.isfinite(number):
             raise ValueError
         return number
