@@ -53,7 +53,7 @@ async def _spoil(server: Server, truth: Truth, prompts: list[list[int]]) -> list
         try:
             return name, row, await ask(api, name, prompts[row])
         except openai.APIStatusError as error:
-            assert error.status_code in (500, 503), error
+            assert error.status_code in (500, 503, 507), error
             return name, row, None
 
     def move(away: bool) -> None:
