@@ -19,7 +19,17 @@ if importlib.util.find_spec("vllm") is None:
     # They import vLLM's own classes, and run in an environment of their own (.ci/serving).
     of_vllm = ("activations", "composed_mixes", "finite", "identity", "layers", "numbers", "placing", "poison")
     of_vllm += ("requests", "server", "symbols", "tensor_parallel")
-    of_vllm += ("access", "failing", "keeping", "loading", "origins", "store_server", "pipeline_parallel", "memory")
+    of_vllm += (
+        "access",
+        "failing",
+        "keeping",
+        "loading",
+        "origins",
+        "stages",
+        "store_server",
+        "pipeline_parallel",
+        "memory",
+    )
     collect_ignore = [f"test_{name}.py" for name in of_vllm]
 else:
     from server import Server
