@@ -41,7 +41,7 @@ from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.names import MixNameError, canonical, check_loaded_name, parse, short, spelled
 from ia3rt.serving.vllm.origins import Origins, log_refusal, resolved
-from ia3rt.serving.vllm.refusals import refusal, unwrapped
+from ia3rt.serving.vllm.refusals import named, refusal, unwrapped
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
 from ia3rt.serving.vllm.store import discard
@@ -215,7 +215,7 @@ async def _load_lora(original: Callable[..., Any], models: Any, request: Any, ba
         loading = request.model_copy(update={"lora_name": alias, "load_inplace": False})
         loaded = await original(models, loading, base_model_name)
         if alias not in models.lora_requests:
-            loaded.error.message = unwrapped(loaded.error.message.replace(alias, name))
+            loaded.error.message = named(name, unwrapped(loaded.error.message.replace(alias, name)))
             return loaded
         made = models.lora_requests.pop(alias)
         made.lora_name = _requests(models).claimed(name)

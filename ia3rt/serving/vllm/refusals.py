@@ -37,10 +37,12 @@ def refusal(error: Exception, name: str, param: str | None = None) -> Any:
     """
     found = ((status, called) for kind, status, called in _STATUSES if isinstance(error, kind))
     status, called = next(found, (HTTPStatus.BAD_REQUEST, "BadRequestError"))
-    says = _sentence(error)
-    return create_error_response(
-        says if repr(name) in says else f"adapter {shown(name)}: {says}", called, status, param
-    )
+    return create_error_response(named(name, _sentence(error)), called, status, param)
+
+
+def named(name: str, says: str) -> str:
+    """A sentence that names the adapter that it is about."""
+    return says if repr(name) in says else f"adapter {shown(name)}: {says}"
 
 
 def unwrapped(message: str) -> str:
