@@ -91,10 +91,9 @@ def serve(
     check_free(host, port)
     if cpu.is_cpu_build():
         told += cpu.settings(cpu.this_machine(), os.environ, more)
-    options = [part for setting in told if setting.is_option for part in (setting.name, setting.value)]
-    command = server_command(model, found, host, port, slots or min(32, len(found)), [*options, *more])
+    command = server_command(model, found, host, port, slots or min(32, len(found)), more)
     show(console, found, told, host, port)
-    os.environ.update({setting.name: setting.value for setting in told if not setting.is_option})
+    os.environ.update({setting.name: setting.value for setting in told})
     os.execv(command[0], command)
 
 
@@ -178,7 +177,7 @@ def show(console: Console, adapters: Sequence[Served], told: Sequence[Setting], 
         table.add_row(adapter.name, kind, ", ".join(sorted(adapter.modules)), size)
     console.print(table)
     if told:
-        console.print("\nSet for it:")
+        console.print("\nSet in its environment:")
     for setting in told:
         console.print(Text(f"  {setting.name}={setting.value}  ({setting.why})"), soft_wrap=True)
     ours = [adapter.name for adapter in adapters if not adapter.rank]

@@ -22,10 +22,12 @@ THREADS = "OMP_NUM_THREADS"
 _GIB = 1 << 30
 _SHARE = 4
 """A quarter of the free memory is for the cache: the weights, which come before it, may take the rest."""
-UTILIZATION = "--gpu-memory-utilization"
-_CACHE_OPTIONS = ("--kv-cache-memory-bytes", UTILIZATION)
-_STAGES = ("--pipeline-parallel-size", "-pp")
-_PROCESSES = (_STAGES, ("--tensor-parallel-size", "-tp"), ("--data-parallel-size", "-dp"))
+_CACHE_OPTIONS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+_PROCESSES = (
+    ("--pipeline-parallel-size", "-pp"),
+    ("--tensor-parallel-size", "-tp"),
+    ("--data-parallel-size", "-dp"),
+)
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -72,15 +74,8 @@ def settings(machine: Machine, environment: Mapping[str, str], options: Sequence
     given = {option.partition("=")[0].replace("_", "-") for option in options}
     if not environment.get(CACHE) and not given & set(_CACHE_OPTIONS):
         free = f"{machine.free / _GIB:.1f} of {machine.memory / _GIB:.1f} GiB are free{each}"
-        if _number(_STAGES, options) > 1:
-            # vLLM 0.32 makes what its later stages are given when it warms up; with a cache of given size it does not.
-            share = f"{max(0.01, machine.free / machine.memory / 2 / processes):.2f}"
-            made.append(Setting(UTILIZATION, share, f"of the memory, for weights and cache: {free}"))
-        else:
-            room = max(1, machine.free // (_SHARE * processes * _GIB))
-            made.append(
-                Setting(CACHE, str(room), f"GiB for keys and values: {free}; vLLM's own default is 92 % of all")
-            )
+        room = max(1, machine.free // (_SHARE * processes * _GIB))
+        made.append(Setting(CACHE, str(room), f"GiB for keys and values: {free}; vLLM's own default is 92 % of all"))
     threads, bind = environment.get(THREADS), environment.get(BIND)
     if bind:
         return made

@@ -25,16 +25,11 @@ DEFAULT_STORE_GB = 8.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What a server is started with: a variable of the environment or an option of vLLM's, its value, and why."""
+    """A variable of the environment that a server is started with, its value, and why."""
 
     name: str
     value: str
     why: str
-
-    @property
-    def is_option(self) -> bool:
-        """Whether it is an option."""
-        return self.name.startswith("--")
 
 
 def check_settings(environment: Mapping[str, str] = os.environ) -> None:

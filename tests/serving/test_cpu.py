@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ia3rt.serving import cpu
-from ia3rt.serving.cpu import BIND, CACHE, THREADS, UTILIZATION, Machine, settings
+from ia3rt.serving.cpu import BIND, CACHE, THREADS, Machine, settings
 
 GIB = 1 << 30
 PLAIN = Machine(32 * GIB, 16 * GIB, 8, 1)
@@ -30,14 +30,12 @@ def test_what_the_operator_said_stays() -> None:
     assert made(PLAIN, {THREADS: "3"}) == {CACHE: "4", BIND: "nobind"}
 
 
-@pytest.mark.parametrize("options", [("--tensor-parallel-size", "2"), ("--tensor_parallel_size=2",), ("-tp", "2")])
+@pytest.mark.parametrize(
+    "options", [("--tensor-parallel-size", "2"), ("--tensor_parallel_size=2",), ("-tp", "2"), ("-pp", "2")]
+)
 def test_two_processes_share(options) -> None:
     assert made(PLAIN, {}, *options) == {CACHE: "2", BIND: "nobind", THREADS: "3"}
     assert made(Machine(32 * GIB, 16 * GIB, 8, 2), {}, *options) == {CACHE: "2"}
-
-
-def test_stages_are_warmed_up() -> None:
-    assert made(PLAIN, {}, "-pp", "2") == {UTILIZATION: "0.12", BIND: "nobind", THREADS: "3"}
 
 
 def test_a_container_that_may_use_some_of_the_cores() -> None:
