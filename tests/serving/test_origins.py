@@ -128,8 +128,10 @@ def test_what_cannot_be_loaded_at_the_start_ends_it_with_a_sentence(doors, tmp_p
         ("a*b", write(tmp_path / "good"), "means a mix"),
         ("base", tmp_path / "good", "conflicts with a served base model"),
         ("c", tmp_path / "missing", "neither a folder here"),
+        ("twice", tmp_path / "good", "has already been loaded"),
     ):
-        doors.models.static_lora_modules = [LoRAModulePath(name=name, path=str(path))]
+        named = [LoRAModulePath(name=name, path=str(path))]
+        doors.models.static_lora_modules = named * (2 if name == "twice" else 1)
         with pytest.raises(SystemExit) as ended:
             asyncio.run(doors.models.init_static_loras())
         said = capsys.readouterr().err
