@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
             if getattr(refused, "error", None) is None:
                 await _look_after(self.models, request.model)
             elif refused.error.code == HTTPStatus.NOT_FOUND:
-                known = (*(base.name for base in self.models.base_model_paths), *self.models.lora_requests)
+                known = chain((base.name for base in self.models.base_model_paths), self.models.lora_requests)
                 told = hint(request.model, request.model, known)
                 refused.error.message = refused.error.message.rstrip(".") + "." + told
             if source is not None:
