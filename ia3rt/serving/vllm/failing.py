@@ -72,6 +72,9 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
 def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         """A worker's step; a pooling model's returns its output."""
+        manager = getattr(getattr(self.worker, "model_runner", None), "lora_manager", None)
+        if manager is not None:
+            manager.ia3rt_is_told = True
         return tell(self.worker, original(self, scheduler_output))
 
     return execute_model
