@@ -14,7 +14,7 @@ from truth import Truth
 MIXES = 10_000
 AT_ONCE = 16
 GROWTH = 24
-"""MB that a process may have more at the end than at the half: 10,000 mixes are remembered, of a kilobyte or two each."""
+"""MB that a process may have more at the end than at the half: mixes are remembered, of a kilobyte or two each."""
 
 
 def memory(server: Server) -> dict[str, float]:
