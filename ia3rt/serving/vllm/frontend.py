@@ -255,8 +255,9 @@ def _resolve_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(found, LoRARequest):
             if numbers:  # or it was loaded before
                 found.lora_name = _requests(self).claimed(lora_name)
-                if is_stored(found):
-                    self.ia3rt_origins.loaded(lora_name, *resolved.get())
+                where = resolved.get()
+                if where is not None and str(where[1]) == found.lora_path:
+                    self.ia3rt_origins.loaded(lora_name, *where)
         elif found.error.code == HTTPStatus.NOT_FOUND:
             self.lora_id_counter.give_back(numbers)
         return found

@@ -15,7 +15,7 @@ from ia3rt.serving.access import MOST_PATH, shown
 from ia3rt.serving.vllm.requests import public_name
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
-resolved: ContextVar[tuple[str, Path, int, float]] = ContextVar("ia3_resolved")
+resolved: ContextVar[tuple[str, Path, int, float] | None] = ContextVar("ia3_resolved", default=None)
 """What a resolver found last in this task: `Origins.loaded` takes it, with the name."""
 _DIGEST = 19
 """Characters of a stored copy's name that tell it from others: "sha256-" and twelve."""
