@@ -62,7 +62,7 @@ setup(
         "ia3rt": ["py.typed"],
         "ia3rt.kernels": ["tuned/*.json"],
         "ia3rt.bench": ["budget.json"],
-        "ia3rt.examples": ["*.md", "adapters/*/*"],  # what `ia3rt demo` shows
+        "ia3rt.examples": ["*.md", "adapters/*/*", "serving/*"],  # adapters: what `ia3rt demo` shows
     },
     install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
     extras_require={

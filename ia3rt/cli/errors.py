@@ -38,7 +38,7 @@ def errors_in_a_line() -> Iterator[None]:
         yield
     except UsageError as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from error
-    except (ValueError, FileNotFoundError, MissingPackageError) as error:
+    except (ValueError, OSError, MissingPackageError) as error:
         line = " ".join(str(error).split())
         Console(stderr=True).print(Text(f"Error: {line}", style="red"), soft_wrap=True)
         raise typer.Exit(1) from error

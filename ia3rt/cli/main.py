@@ -78,7 +78,7 @@ def serve(
         Path, typer.Option(metavar="DIR", help="A folder with a folder for each adapter, IA³ or LoRA.")
     ],
     host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where the server listens.")] = 8000,
+    port: Annotated[int, typer.Option(help="Where the server listens.", min=0, max=65535)] = 8000,
     max_loras: Annotated[
         int | None,
         typer.Option(
@@ -99,7 +99,10 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="Let clients load adapters while it runs, from this folder only."),
     ] = None,
-    store_gb: Annotated[float, typer.Option(metavar="GB", help="How large the store of adapters may become.")] = 8.0,
+    store_gb: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="How large the store of adapters may become; 8.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve a model with a folder of adapters: vLLM's OpenAI server, with the options that this needs.
 

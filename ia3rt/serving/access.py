@@ -65,6 +65,6 @@ def is_name_within(root: Path, name: str) -> bool:
     return is_within(root, [root / name, *(root / name / file for file in FILES)])
 
 
-def shown(text: str) -> str:
-    """What a client sent, as an error repeats it: short, in quotes, and without what no terminal can show."""
-    return repr(text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…")
+def shown(text: str, most: int = MOST_SHOWN) -> str:
+    """What a client sent, as an error or a log repeats it: short, in quotes, and without what no terminal can show."""
+    return repr(text if len(text) <= most else text[: most - 1] + "…")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ia3rt.adapters.checkpoint import read_config
 from ia3rt.adapters.folder import CONFIG_NAME
+from ia3rt.serving.access import shown
 from ia3rt.serving.limits import check_files, read_served
+from ia3rt.serving.vllm.names import check_loaded_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ def find_adapters(folder: Path) -> list[Served]:
 
     Raises:
         FileNotFoundError: there is no such folder, or no adapter in it.
-        ValueError: an adapter is damaged, or of another kind.
+        ValueError: an adapter is damaged, of another kind, or its folder has a name that means a mix.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: --adapters takes one that holds a folder for each adapter")
@@ -45,11 +49,23 @@ def find_adapters(folder: Path) -> list[Served]:
 
 
 def _read(folder: Path) -> Served:
+    check_loaded_name(folder.name)
     check_files(folder)
     config = read_config(folder / CONFIG_NAME)
     if config.get("peft_type") == "LORA":
-        ranks = [config["r"], *config.get("rank_pattern", {}).values()]
-        return Served(folder.name, folder.absolute(), frozenset(), 0, max(ranks))
+        return Served(folder.name, folder.absolute(), frozenset(), 0, _rank(folder, config))
     vectors = read_served(folder, folder.name).vectors  # which refuses other kinds
     modules = frozenset(path.rpartition(".")[2] for path, _ in vectors)
     return Served(folder.name, folder.absolute(), modules, sum(vector.numel() for vector in vectors.values()))
+
+
+def _rank(folder: Path, config: Mapping[str, Any]) -> int:
+    """The largest rank that a LoRA has anywhere."""
+    pattern = config.get("rank_pattern") or {}
+    ranks: list[Any] = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else [None])]
+    if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 for rank in ranks):
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is damaged: a LoRA's r and what its rank_pattern holds are whole numbers, "
+            f"not {shown(str(config.get('r')))} and {shown(str(pattern))}"
+        )
+    return int(max(ranks))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shlex
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,9 +16,21 @@ from rich.table import Table
 from rich.text import Text
 
 from ia3rt.cli.errors import MissingPackageError, UsageError
+from ia3rt.serving import cpu
 from ia3rt.serving.adapters import Served, find_adapters
 from ia3rt.serving.max_scale import OPTION, VARIABLE, read_max_scale
-from ia3rt.serving.settings import ALLOW_ADAPTERS, DEFAULT_STORE_GB, KEY_FOR_ALL, STORE_GB
+from ia3rt.serving.settings import (
+    ALLOW_ADAPTERS,
+    KEY_FOR_ALL,
+    LOADING,
+    STORE_GB,
+    Setting,
+    allowed_folder,
+    check_settings,
+    store_bytes,
+    store_folder,
+)
+from ia3rt.serving.vllm.store import check_writable
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
@@ -34,7 +49,7 @@ def serve(
     scale: str | None,
     more: Sequence[str],
     allowed: Path | None = None,
-    store_gb: float = DEFAULT_STORE_GB,
+    store_gb: float | None = None,
 ) -> None:
     """Becomes the server; this process does not come back.
 
@@ -50,14 +65,15 @@ def serve(
         more: options for vLLM, as they are.
         allowed: the folder that clients may load adapters from; None where they may load none, unless the environment
             lets them load any.
-        store_gb: how many GB the store of adapters may take.
+        store_gb: how many GB the store of adapters may take; None for what the environment says, or 8.
 
     Raises:
         MissingPackageError: vLLM is not installed.
         UsageError: `more` has an option that this command sets, there is not one slot, the scale is no number from 1
-            on, no room for the store, or no folder `allowed`.
+            on, no room for the store, no folder `allowed`, or somebody listens there already.
         FileNotFoundError: there are no adapters.
-        ValueError: one of them is damaged.
+        StoreError: the store cannot be written.
+        ValueError: an adapter is damaged, or a variable of the environment says nothing that this knows.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingPackageError(
@@ -68,28 +84,64 @@ def serve(
             raise UsageError(option, "is set by ia3rt serve: see its own options")
     if slots is not None and slots < 1:
         raise UsageError("--max-loras", "there has to be one slot at least")
-    if scale is not None:
-        try:
-            os.environ[VARIABLE] = repr(read_max_scale(scale))
-        except ValueError as error:
-            raise UsageError(OPTION, str(error)) from error
-    if allowed is not None and not allowed.is_dir():
-        raise UsageError("--allow-adapters", f"{allowed} is no folder")
-    if not 0 < store_gb < float("inf"):
-        raise UsageError("--store-gb", "the store of adapters needs some room")
+    told = server_environment(scale, allowed, store_gb, os.environ)
+    check_settings(os.environ)
     found = find_adapters(adapters)
+    check_writable(store_folder(os.environ))
+    check_free(host, port)
+    if cpu.is_cpu_build():
+        told += cpu.settings(cpu.this_machine(), os.environ, more)
     command = server_command(model, found, host, port, slots or min(32, len(found)), more)
-    show(console, found, host, port)
-    os.environ.update(server_environment(allowed, store_gb))
+    show(console, found, told, host, port)
+    os.environ.update({setting.name: setting.value for setting in told})
     os.execv(command[0], command)
 
 
-def server_environment(allowed: Path | None, store_gb: float) -> dict[str, str]:
-    """What the plugin is told, and vLLM: that clients may load adapters, where there is a folder of them."""
-    told = {KEY_FOR_ALL: "1", STORE_GB: str(store_gb)}
+def server_environment(
+    scale: str | None, allowed: Path | None, store_gb: float | None, environment: Mapping[str, str]
+) -> list[Setting]:
+    """What the plugin is told by the environment, and vLLM; what is set there already stays, where no option says else.
+
+    Raises:
+        UsageError: an option is of no use.
+    """
+    told = []
+    if KEY_FOR_ALL not in environment:
+        told.append(Setting(KEY_FOR_ALL, "1", "a key, where there is one, is asked for at every door"))
+    if scale is not None:
+        try:
+            told.append(Setting(VARIABLE, repr(read_max_scale(scale)), OPTION))
+        except ValueError as error:
+            raise UsageError(OPTION, str(error)) from error
+    if store_gb is not None:
+        told.append(Setting(STORE_GB, str(store_gb), "--store-gb"))
+        try:
+            store_bytes({STORE_GB: str(store_gb)})
+        except ValueError as error:
+            raise UsageError("--store-gb", "the store of adapters needs some room") from error
+    folder = allowed or allowed_folder(environment)
+    if folder is not None and not folder.is_dir():
+        raise UsageError("--allow-adapters" if allowed else ALLOW_ADAPTERS, f"{folder} is no folder")
     if allowed is not None:
-        told |= {ALLOW_ADAPTERS: str(allowed.absolute()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        told.append(Setting(ALLOW_ADAPTERS, str(allowed.absolute()), "--allow-adapters"))
+        told.append(Setting(LOADING, "1", "--allow-adapters: clients may load"))
     return told
+
+
+def check_free(host: str, port: int) -> None:
+    """Looks whether a server can listen there, before one starts, which takes a minute.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except (OSError, OverflowError) as error:
+        where = "--host" if isinstance(error, socket.gaierror) else "--port"
+        raise UsageError(where, f"no server can listen at {host}:{port}: {error}") from error
 
 
 def server_command(
@@ -107,14 +159,15 @@ def server_command(
     # All of them, and as many mixes, stay read.
     command += ["--max-cpu-loras", str(max(slots, 2 * len(adapters)))]
     if rank == 0:
-        modules = sorted(frozenset().union(*(adapter.modules for adapter in adapters)))
-        command += ["--lora-target-modules", *modules]
-    command += ["--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in adapters)]
+        targets = sorted(frozenset().union(*(adapter.modules for adapter in adapters)))
+        command += ["--lora-target-modules", *targets]
+    modules = [{"name": adapter.name, "path": str(adapter.folder)} for adapter in adapters]
+    command += ["--lora-modules", *map(json.dumps, modules)]  # as a name and a path may have "=" and "," in them
     return [*command, *more]
 
 
-def show(console: Console, adapters: Sequence[Served], host: str, port: int) -> None:
-    """Prints what is served, and a line to try."""
+def show(console: Console, adapters: Sequence[Served], told: Sequence[Setting], host: str, port: int) -> None:
+    """Prints what is served, what was set for it and why, and lines to try."""
     table = Table(box=None, header_style="bold")
     for title in ("adapter", "kind", "acts on", "kB a slot"):
         table.add_column(title, justify="right" if title == "kB a slot" else "left")
@@ -123,12 +176,16 @@ def show(console: Console, adapters: Sequence[Served], host: str, port: int) -> 
         size = f"{BYTES_PER_NUMBER * adapter.numbers / 1e3:,.0f}" if adapter.numbers else ""
         table.add_row(adapter.name, kind, ", ".join(sorted(adapter.modules)), size)
     console.print(table)
+    if told:
+        console.print("\nSet in its environment:")
+    for setting in told:
+        console.print(Text(f"  {setting.name}={setting.value}  ({setting.why})"), soft_wrap=True)
     ours = [adapter.name for adapter in adapters if not adapter.rank]
     names = [ours[0], f"mix:{ours[0]}*0.7+{ours[1]}*0.3"] if len(ours) > 1 else [adapters[0].name]
     console.print("\nWhen it is up, try:")
     for name in names:
-        body = f'{{"model": "{name}", "prompt": "Hello", "max_tokens": 16}}'
-        line = f"curl http://{_reachable(host)}:{port}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+        body = shlex.quote(json.dumps({"model": name, "prompt": "Hello", "max_tokens": 16}))
+        line = f"curl http://{_reachable(host)}:{port}/v1/completions -H 'Content-Type: application/json' -d {body}"
         console.print(Text(line), soft_wrap=True)
     console.print()
 

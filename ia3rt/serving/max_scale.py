@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 
 VARIABLE = "IA3RT_MAX_SCALE"
 """How the option reaches the plugin, which vLLM loads without arguments."""
@@ -17,16 +18,17 @@ _DEFAULT = 1000.0
 _DEFAULTS = {"float16": 2.0}
 
 
-def max_scale(dtype: str) -> float:
+def max_scale(dtype: str, environment: Mapping[str, str] = os.environ) -> float:
     """The limit on |s|, and on the weights of a mix.
 
     Args:
         dtype: the model's, such as "bfloat16". float16 ends at 65,504, bfloat16 and float32 at 3.4e38.
+        environment: what the operator has set.
 
     Raises:
         ValueError: IA3RT_MAX_SCALE is no number, or less than 1, which everything that is not worn has.
     """
-    given = os.environ.get(VARIABLE)
+    given = environment.get(VARIABLE)
     return read_max_scale(given) if given else _DEFAULTS.get(dtype, _DEFAULT)
 
 

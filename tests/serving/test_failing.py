@@ -20,7 +20,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from ia3rt.serving.vllm import failing, register
+from ia3rt.serving.vllm import failing, register, worker_manager
 
 BLOCK = 16
 PROMPT = list(range(1, 3 * BLOCK + 2))
@@ -130,3 +130,31 @@ def test_what_it_left_in_the_prefix_cache_is_forgotten(scheduler, is_unreadable)
     computed = scheduler.schedule().num_scheduled_tokens  # what the cache does not have
     assert computed["g2"] == (len(PROMPT) if is_unreadable else len(PROMPT) - 3 * BLOCK)
     assert computed["a2"] == len(PROMPT) - 3 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("stages", "is_told", "hands_on", "is_raised"),
+    [(1, True, False, False), (1, False, False, True), (2, True, True, False), (2, True, False, True)],
+)
+def test_where_nobody_is_told_it_is_raised(monkeypatch, stages, is_told, hands_on, is_raised) -> None:
+    """Or its requests would be answered as the base model's."""
+    monkeypatch.setattr(worker_manager, "get_pp_group", lambda: SimpleNamespace(world_size=stages))
+    manager = worker_manager.IA3WorkerManager.__new__(worker_manager.IA3WorkerManager)
+    manager.ia3rt_is_told, manager.ia3rt_hands_on = is_told, hands_on
+
+    def unreadable(request: LoRARequest) -> bool:
+        raise ValueError("gone")
+
+    manager.add_adapter = unreadable
+    if is_raised:
+        with pytest.raises(ValueError, match="gone"):
+            manager._is_unreadable(GONE)
+    else:
+        assert manager._is_unreadable(GONE)
+
+
+def test_a_workers_step_says_that_it_tells() -> None:
+    manager = SimpleNamespace(**{failing.FIELD: set()})
+    worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
+    step = failing._execute_model(lambda self, output: output)
+    assert step(SimpleNamespace(worker=worker), "output") == "output" and manager.ia3rt_is_told

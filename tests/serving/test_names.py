@@ -34,7 +34,22 @@ def test_what_a_name_means(name, mix) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["*", "a*", "a**b", "a*b c*d", "mix:", "mix:a*", "mix:a*b", "mix:+a", "mix:a*nan", "mix:a*0.5*2", "delta:a b"],
+    [
+        "*",
+        "a*",
+        "a**b",
+        "a*b c*d",
+        "mix:",
+        "mix:a*",
+        "mix:a*b",
+        "mix:+a",
+        "mix:a*nan",
+        "mix:a*0.5*2",
+        "mix:a*1_0",
+        "mix:a*٣",
+        "mix:a*0x1",
+        "delta:a b",
+    ],
 )
 def test_a_name_that_goes_on_as_no_mix(name) -> None:
     with pytest.raises(MixNameError) as refused:

@@ -11,9 +11,12 @@ def register() -> None:
 
     Raises:
         ChangedVLLMError: the installed vLLM lacks something that this needs; nothing is changed then.
+        ValueError: a variable of the environment (settings.py) says nothing that this knows.
     """
+    from ia3rt.serving.settings import check_settings
     from ia3rt.serving.vllm.symbols import check_symbols
 
+    check_settings()
     check_symbols()
     from ia3rt.serving.vllm.registration import register_once
 

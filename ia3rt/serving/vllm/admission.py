@@ -14,7 +14,7 @@ from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 resolving: ContextVar[Admission | None] = ContextVar("ia3_resolving", default=None)
 """What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
 AT_ONCE = 2
@@ -35,15 +35,15 @@ class Admission:
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._asked = NameLocks()
 
-    async def check_adapter(self, source: Source) -> None:
-        """Reads one adapter.
+    async def check_adapter(self, source: Source) -> int:
+        """Reads one adapter, and counts its vectors.
 
         Raises:
             ValueError: a scale is beyond the limit, or the adapter is damaged.
             FileNotFoundError: it is not there.
         """
         async with self._turns:
-            await asyncio.to_thread(self._vectors, source)
+            return len(await asyncio.to_thread(self._vectors, source))
 
     async def admit(self, source: Source) -> None:
         """Composes a mix, where that was not done yet.

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 FIELD = "ia3rt_unreadable"
 """Of a step's output: the numbers of the adapters that the step could not read."""
@@ -81,6 +81,9 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
 def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         """A worker's step; a pooling model's returns its output."""
+        manager = getattr(getattr(self.worker, "model_runner", None), "lora_manager", None)
+        if manager is not None:
+            manager.ia3rt_is_told = True
         return tell(self.worker, original(self, scheduler_output))
 
     return execute_model

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import functools
 import secrets
+import sys
+import time
 from collections.abc import Callable
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,14 @@ from ia3rt.serving.vllm import doors, metrics, resolvers
 from ia3rt.serving.vllm.adapter_numbers import AdapterNumbers
 from ia3rt.serving.vllm.admission import Admission, resolving
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes, mixes_root
-from ia3rt.serving.vllm.keeping import keeping
+from ia3rt.serving.vllm.hints import hint
+from ia3rt.serving.vllm.keeping import is_stored_path, keeping
 from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
-from ia3rt.serving.vllm.names import MixNameError, canonical, parse, short, spelled
-from ia3rt.serving.vllm.refusals import refusal
+from ia3rt.serving.vllm.names import MixNameError, canonical, check_loaded_name, parse, short, spelled
+from ia3rt.serving.vllm.origins import Origins, log_refusal, resolved
+from ia3rt.serving.vllm.refusals import named, refusal, unwrapped
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
 from ia3rt.serving.vllm.store import discard
@@ -52,7 +57,9 @@ def install() -> None:
     """Puts the functions of this file in front of vLLM's methods."""
     for owner, name, made in (
         (OpenAIServingModels, "__init__", _init),
+        (OpenAIServingModels, "init_static_loras", _init_static_loras),
         (OpenAIServingModels, "load_lora_adapter", _load_lora_adapter),
+        (OpenAIServingModels, "load_lora_adapter", _logged),
         (OpenAIServingModels, "unload_lora_adapter", _unload_lora_adapter),
         (OpenAIServingModels, "resolve_lora", _resolve_lora),
         (OpenAIServingModels, "show_available_models", _show_available_models),
@@ -83,7 +90,10 @@ def requested_source(models: Any, name: str | None) -> Source | None:
     told, loaded = short(name, 40), models.lora_requests
     for adapter in mix.adapters:
         if adapter not in loaded:
-            raise UnknownAdapterError(f"The mix `{told}` needs adapter `{short(adapter, 40)}`, which is not loaded.")
+            raise UnknownAdapterError(
+                f"The mix `{told}` needs adapter `{short(adapter, 40)}`, which is not loaded."
+                + hint(name or "", adapter, loaded)
+            )
         if not is_stored(loaded[adapter]):
             raise MixNameError(
                 f"The mix `{told}` has adapter `{short(adapter, 40)}`, which is a LoRA: only IA³ adapters mix."
@@ -119,9 +129,33 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         rank, count = config.parallel_config._api_process_rank, config.parallel_config._api_process_count
         self.ia3rt_requests = Requests(lambda: self.lora_id_counter.inc(1), rank, count)
         limit = max_scale(str(self.model_config.dtype).removeprefix("torch."))
+        self.ia3rt_origins = Origins()
         self.ia3rt_admission = Admission(limit, ComposedMixes(mixes_root()))
 
     return init
+
+
+def _init_static_loras(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def init_static_loras(self: Any) -> None:
+        """--lora-modules: one that cannot be loaded ends the server with a sentence, and no traceback."""
+        try:
+            await original(self)
+        except ValueError as error:
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+
+    return init_static_loras
+
+
+def _logged(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        """Says in the log what was refused."""
+        answer = await original(self, request, base_model_name)
+        if hasattr(answer, "error"):
+            log_refusal(request.lora_name, request.lora_path, answer)
+        return answer
+
+    return load_lora_adapter
 
 
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +171,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             folder, ours = await apart(_look, request.lora_path, _allowed(self, request))
         except (OSError, ValueError) as error:
             metrics.REFUSED.inc()
-            return refusal(error, request.lora_name)
+            return _echoing_little(refusal(error, request.lora_name), request)
         if not ours:
             return _echoing_little(await _load_lora(original, self, request, base_model_name), request)
         name = request.lora_name
@@ -146,9 +180,10 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             if refused is not None:
                 return _echoing_little(refused, request)
             stored: Path | None = None
+            start = time.perf_counter()
             try:
                 stored = await apart(keeping().store, str(folder), name)
-                await _admission(self).check_adapter(Source(Mix((name,)), {name: str(stored)}))
+                vectors = await _admission(self).check_adapter(Source(Mix((name,)), {name: str(stored)}))
                 made = _requests(self).adapter(name, stored)
                 if base_model_name is not None and self.is_base_model(base_model_name):
                     made.base_model_name = base_model_name
@@ -159,6 +194,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
                     await apart(_forget, self, stored)
                 return _echoing_little(refusal(error, name), request)
             self.lora_requests[name] = made
+            self.ia3rt_origins.loaded(name, request.lora_path, stored, vectors, time.perf_counter() - start)
         keeping().hold_only(_stored(self))
         metrics.watch(self.engine_client)
         return f"Success: LoRA adapter '{name}' added successfully."
@@ -182,7 +218,7 @@ async def _load_lora(original: Callable[..., Any], models: Any, request: Any, ba
         loading = request.model_copy(update={"lora_name": alias, "load_inplace": False})
         loaded = await original(models, loading, base_model_name)
         if alias not in models.lora_requests:
-            loaded.error.message = loaded.error.message.replace(alias, name)
+            loaded.error.message = named(name, unwrapped(loaded.error.message.replace(alias, name)))
             return loaded
         made = models.lora_requests.pop(alias)
         made.lora_name = _requests(models).claimed(name)
@@ -192,21 +228,19 @@ async def _load_lora(original: Callable[..., Any], models: Any, request: Any, ba
 
 def _check_meaning(request: Any) -> None:
     """Raises ValueError where a name or a path to load has a meaning of its own here."""
-    name, path = request.lora_name, request.lora_path
-    try:
-        means_a_mix = parse(name or "") is not None
-    except MixNameError:
-        means_a_mix = True
-    if means_a_mix:
-        raise ValueError(f"The name `{short(name)}` means a mix of adapters: load the adapter under another one.")
-    if Source.is_mix(path or ""):
+    check_loaded_name(request.lora_name or "")
+    path = request.lora_path or ""
+    if Source.is_mix(path):
         raise ValueError(f"`{short(path)}` is no folder: a mix is no adapter that can be loaded, name it as a model.")
 
 
 def _unload_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
         """POST /v1/unload_lora_adapter."""
-        return _echoing_little(await original(self, request), request)
+        answer = _echoing_little(await original(self, request), request)
+        if request.lora_name not in self.lora_requests:
+            self.ia3rt_origins.unloaded(request.lora_name)
+        return answer
 
     return unload_lora_adapter
 
@@ -223,6 +257,9 @@ def _resolve_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(found, LoRARequest):
             if numbers:  # or it was loaded before
                 found.lora_name = _requests(self).claimed(lora_name)
+                where = resolved.get()
+                if where is not None and str(where[1]) == found.lora_path:
+                    self.ia3rt_origins.loaded(lora_name, *where)
         elif found.error.code == HTTPStatus.NOT_FOUND:
             self.lora_id_counter.give_back(numbers)
         return found
@@ -235,7 +272,7 @@ def _show_available_models(original: Callable[..., Any]) -> Callable[..., Any]:
         """GET /v1/models."""
         shown = await original(self)
         for card in shown.data:
-            card.id = public_name(card.id)
+            self.ia3rt_origins.show(card, is_stored_path(card.root or ""))
         return shown
 
     return show_available_models
@@ -259,11 +296,16 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise MixNameError(f"With {FIELD}, model must be the base model, not `{short(request.model)}`.")
                 request.model = spelled(read_merged_adapters(body))
             await _resolve(self.models, request.model)
-            refused, source = None, requested_source(self.models, request.model)
+            refused: Any = None
+            source = requested_source(self.models, request.model)
             if source is None:
                 refused = _echoing_little(await original(self, request), request)
             if getattr(refused, "error", None) is None:
                 await _look_after(self.models, request.model)
+            elif refused.error.code == HTTPStatus.NOT_FOUND:
+                known = chain((base.name for base in self.models.base_model_paths), self.models.lora_requests)
+                told = hint(request.model, request.model, known)
+                refused.error.message = refused.error.message.rstrip(".") + "." + told
             if source is not None:
                 await _admission(self.models).admit(source)
         except UnknownAdapterError as error:

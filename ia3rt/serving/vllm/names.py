@@ -21,6 +21,9 @@ MOST = 64
 ECHO = 80
 """Characters of a client's own that an error repeats: it is answered, and logged, as often as it is sent."""
 _PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
+PREFIXES = tuple(_PREFIXES)
+# Python's float() also reads 1_0, and digits of any script.
+_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 _NAME = re.compile(r"[^*+:\s]+")
 # The plus of an exponent, as in a*1e+2, begins no term.
 _TERM = re.compile(r"([^*+]*)(?:\*((?:[^+]|(?<=[\d.][eE])\+(?=\d))*))?(\+|\Z)")
@@ -71,6 +74,20 @@ def check_size(name: str, adapters: int) -> None:
         raise MixNameError(f"{short(name)!r} mixes {adapters} adapters: {MOST} is the most")
 
 
+def check_loaded_name(name: str) -> None:
+    """Raises MixNameError where no adapter is loaded under a name: it means a mix, or would break a log's lines."""
+    try:
+        means_a_mix = parse(name) is not None
+    except MixNameError:
+        means_a_mix = True
+    if means_a_mix:
+        raise MixNameError(f"The name `{short(name)}` means a mix of adapters: load the adapter under another one.")
+    if not name.isprintable():
+        raise MixNameError(
+            f"The name {short(repr(name))} has characters of control: load the adapter under another one."
+        )
+
+
 def check_name(name: str) -> None:
     """Raises MixNameError where an adapter of this name cannot be part of a mix."""
     if not _NAME.fullmatch(name):
@@ -112,7 +129,7 @@ def _adapter(name: str, part: str) -> str:
 
 def _weight(name: str, part: str) -> float:
     try:
-        number = float(part)
+        number = float(part) if _NUMBER.fullmatch(part) else math.nan
         if not math.isfinite(number):
             raise ValueError
         return number

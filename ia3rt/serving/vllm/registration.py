@@ -9,11 +9,11 @@ from vllm.logger import init_logger
 from vllm.lora import utils
 from vllm.v1.worker import lora_model_runner_mixin
 
-from ia3rt.serving.vllm import failing, frontend, metrics, symbols
+from ia3rt.serving.vllm import failing, frontend, metrics, stages, symbols
 from ia3rt.serving.vllm.layers import CLASSES
 from ia3rt.serving.vllm.worker_manager import IA3WorkerManager
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 
 @functools.cache
@@ -25,4 +25,5 @@ def register_once() -> None:
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = IA3WorkerManager
     metrics.install()
     failing.install()
+    stages.install()
     frontend.install()

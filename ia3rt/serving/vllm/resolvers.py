@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from ia3rt.serving.limits import check_files
 from ia3rt.serving.vllm.admission import resolving
 from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.loading import apart
+from ia3rt.serving.vllm.origins import resolved
 from ia3rt.serving.vllm.source import Source
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 
 def install() -> None:
@@ -58,10 +60,12 @@ def _get_lora_req_from_path(original: Callable[..., Any]) -> Callable[..., Any]:
                 base_model_name,
             )
             return None
+        start = time.perf_counter()
         folder = await apart(keeping().store, lora_path, lora_name)
         admission = resolving.get()
         if admission is not None:
-            await admission.check_adapter(Source(Mix((lora_name,)), {lora_name: str(folder)}))
+            vectors = await admission.check_adapter(Source(Mix((lora_name,)), {lora_name: str(folder)}))
+            resolved.set((lora_path, folder, vectors, time.perf_counter() - start))
         return LoRARequest(lora_name, 1, str(folder))  # vLLM numbers it
 
     return get_lora_req_from_path

@@ -77,6 +77,17 @@ def store(adapter: str | Path, root: Path, name: str | None = None) -> Path:
     return target
 
 
+def check_writable(root: Path) -> None:
+    """Makes the store's folder where it is missing, and sees that a copy could be written there.
+
+    Raises:
+        StoreError: none could.
+    """
+    with _writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=root))
+
+
 def is_stored_name(name: str) -> bool:
     """Whether a folder's name is that of a stored copy."""
     return _STORED.fullmatch(name) is not None
@@ -176,7 +187,9 @@ def _writing(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = "the disk is full" if error.errno in _FULL else str(error)
-        raise StoreError(f"the store of adapters, {root}, cannot be written: {what}") from error
+        raise StoreError(
+            f"the store of adapters, {root}, cannot be written: {what}; VLLM_CACHE_ROOT moves it"
+        ) from error
 
 
 def _is_good(folder: Path) -> bool:

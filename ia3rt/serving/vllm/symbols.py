@@ -43,6 +43,12 @@ SYMBOLS = (
     Symbol("vllm.v1.worker.worker_base", "WorkerBase.sample_tokens", ("self", "grammar_output")),
     Symbol("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", ("self",)),
     Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output", "intermediate_tensors"),
+    ),
+    Symbol("vllm.sequence", "IntermediateTensors"),
+    Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
         ("self", "scheduler_output", "model_runner_output"),

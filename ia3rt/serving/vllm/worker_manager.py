@@ -19,7 +19,7 @@ from ia3rt.serving.vllm.model_manager import IA3Model, IA3ModelManager
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.source import Source
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 
 class IA3WorkerManager(LRUCacheWorkerLoRAManager):
@@ -28,6 +28,8 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
     Attributes:
         ia3_counts: how many adapters and mixes were read, and the seconds that this took.
         ia3rt_unreadable: the numbers of the step's adapters that could not be read, LoRAs too (failing.py).
+        ia3rt_is_told: whether the scheduler is told of them; some of vLLM's executors step another way.
+        ia3rt_hands_on: whether a stage's next one is told of them (stages.py).
     """
 
     _manager_cls = IA3ModelManager
@@ -37,6 +39,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         super().__init__(*args, **kwargs)
         self.ia3_counts: dict[str, float] = {"loads": 0, "load_seconds": 0.0}
         self.ia3rt_unreadable: set[int] = set()
+        self.ia3rt_is_told = self.ia3rt_hands_on = False
         self._stand_ins: set[int] = set()
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
@@ -74,8 +77,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
 
         Raises:
             RuntimeError: there are more adapters than slots.
-            Exception: one cannot be read, and the model's stages are in several processes, of which only the last
-                can say so.
+            Exception: one cannot be read, and nobody would be told.
         """
         requests = sorted(filter(None, lora_requests), key=lambda request: request.lora_int_id)
         if len(requests) > self._adapter_manager.lora_slots:
@@ -98,7 +100,8 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         try:
             self.add_adapter(request)
         except Exception as error:  # of any kind: vLLM's for a LoRA too
-            if get_pp_group().world_size > 1:
+            stages = get_pp_group().world_size
+            if not self.ia3rt_is_told or (stages > 1 and not self.ia3rt_hands_on):
                 raise
             logger.error("Adapter %s could not be read: %s", request.lora_name, error)
             return True
