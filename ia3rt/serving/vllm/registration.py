@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.lora import utils
 from vllm.v1.worker import lora_model_runner_mixin
 
-from ia3rt.serving.vllm import failing, frontend, metrics, symbols
+from ia3rt.serving.vllm import failing, frontend, metrics, symbols, told_engine
 from ia3rt.serving.vllm.layers import CLASSES
 from ia3rt.serving.vllm.worker_manager import IA3WorkerManager
 
@@ -25,4 +25,5 @@ def register_once() -> None:
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = IA3WorkerManager
     metrics.install()
     failing.install()
+    told_engine.install()
     frontend.install()

@@ -1,0 +1,233 @@
+"""What an engine is told to wear, by whomever: it is looked at before, and one that cannot be worn is an exception.
+
+vLLM reads an adapter in a step, and what is raised there ends the engine, or the request with an empty answer. So the
+first request that wears an adapter has it read here, against the limit on scales, and then loaded outside of a step,
+where a worker that refuses it says so. That serves vLLM's `LLM` and `AsyncLLM`; its server's requests were looked at by
+the frontend, which tells it here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from ia3rt.adapters.folder import CONFIG_NAME
+from ia3rt.serving.access import shown
+from ia3rt.serving.max_scale import max_scale
+from ia3rt.serving.vllm.name_locks import NameLocks
+from ia3rt.serving.vllm.requests import public_name
+from ia3rt.serving.vllm.scale_check import checked_vectors
+from ia3rt.serving.vllm.source import Source
+
+MOST = 20_000
+"""Adapters and mixes that are known to have been looked at. One that was forgotten is loaded again, which is nothing
+where it still is."""
+
+
+class Told:
+    """What one engine was told to wear, by number."""
+
+    def __init__(self) -> None:
+        self.locks = NameLocks()
+        self._requests: OrderedDict[int, tuple[LoRARequest, bool]] = OrderedDict()
+
+    def knows(self, request: LoRARequest) -> bool:
+        """Whether the engine has taken this, and need not read it again."""
+        known, _ = self._requests.get(request.lora_int_id, (None, False))
+        if known is None or known.lora_path != request.lora_path or request.load_inplace:
+            return False
+        self._requests.move_to_end(request.lora_int_id)
+        return True
+
+    def check_number(self, request: LoRARequest, *, is_ia3: bool) -> None:
+        """Raises ValueError where the number is another's, which the engine would go on to wear.
+
+        Of two LoRAs vLLM says nothing, and nor does this.
+        """
+        known, was_ia3 = self._requests.get(request.lora_int_id, (request, False))
+        if known.lora_path != request.lora_path and (is_ia3 or was_ia3) and not request.load_inplace:
+            raise ValueError(
+                f"lora_int_id {request.lora_int_id} is that of adapter {shown(known.lora_name)}, and cannot be that of "
+                f"{shown(request.lora_name)} too: give each adapter a number of its own"
+            )
+
+    def add(self, request: LoRARequest, *, is_ia3: bool) -> None:
+        """Remembers what the engine has taken."""
+        self._requests[request.lora_int_id] = request, is_ia3
+        self._requests.move_to_end(request.lora_int_id)
+        if len(self._requests) > MOST:
+            self._requests.popitem(last=False)
+
+    def forget(self, number: int) -> None:
+        """Forgets what was taken from the engine."""
+        self._requests.pop(number, None)
+
+
+def told(engine: Any) -> Told:
+    """What an engine of vLLM's, LLMEngine or AsyncLLM, was told."""
+    known: Told = vars(engine).setdefault("ia3rt_told", Told())
+    return known
+
+
+def install() -> None:
+    """Puts the functions of this file in front of vLLM's methods."""
+    for owner, name, made in (
+        (LLMEngine, "add_lora", _add_lora),
+        (LLMEngine, "remove_lora", _remove_lora),
+        (LLMEngine, "add_request", _add_request),
+        (AsyncLLM, "add_lora", _add_lora_async),
+        (AsyncLLM, "remove_lora", _remove_lora_async),
+        (AsyncLLM, "add_request", _add_request_async),
+    ):
+        setattr(owner, name, made(getattr(owner, name)))
+
+
+def check(request: LoRARequest, dtype: str) -> bool:
+    """Reads what a request is to wear, and returns whether it is IA³. A LoRA is left to vLLM.
+
+    Args:
+        request: with the path of an adapter's folder, or of a mix.
+        dtype: the model's, such as "bfloat16".
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: it is damaged, of another kind, or a scale is beyond the limit.
+    """
+    path, name = request.lora_path, public_name(request.lora_name)
+    source = Source.of(path, name)
+    if source is None and "://" not in path:
+        path = get_adapter_absolute_path(path)
+        source = Source.of(path, name)
+        if source is None and not (Path(path) / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"adapter {shown(name)} is not there: {shown(path)} has no {CONFIG_NAME}")
+    if source is None:
+        return False
+    checked_vectors(source.bank(), source.mix, max_scale(dtype))
+    return True
+
+
+def _refused(error: Exception, request: LoRARequest) -> ValueError:
+    """What a worker refused, as one sentence; in another process vLLM makes a text of it, with a traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    name, says = public_name(request.lora_name), lines[0].removeprefix(_CALL_FAILED)
+    return ValueError(says if repr(name) in says else f"adapter {shown(name)} cannot be loaded: {says}")
+
+
+_CALL_FAILED = "Call to add_lora method failed: "
+
+
+def _dtype(engine: Any) -> str:
+    return str(engine.vllm_config.model_config.dtype).removeprefix("torch.")
+
+
+def _worn(engine: Any, prompt: Any, request: LoRARequest | None) -> LoRARequest | None:
+    """What a request is to wear that has to be looked at; vLLM's own check speaks where adapters are not enabled."""
+    worn = request or getattr(prompt, "lora_request", None)  # a prompt may be vLLM's request
+    is_new = worn is not None and engine.vllm_config.lora_config is not None and not told(engine).knows(worn)
+    return worn if is_new else None
+
+
+def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        """Loads an adapter, or raises what `check` does, or ValueError where it does not fit the model."""
+        is_ia3 = check(lora_request, _dtype(self))
+        told(self).check_number(lora_request, is_ia3=is_ia3)
+        try:
+            added: bool = original(self, lora_request)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # of any kind, from vLLM's workers
+            raise _refused(error, lora_request) from error
+        told(self).add(lora_request, is_ia3=is_ia3)
+        return added
+
+    return add_lora
+
+
+def _add_lora_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        """As `_add_lora`."""
+        is_ia3 = await asyncio.to_thread(check, lora_request, _dtype(self))
+        told(self).check_number(lora_request, is_ia3=is_ia3)
+        try:
+            added: bool = await original(self, lora_request)
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            raise _refused(error, lora_request) from error
+        told(self).add(lora_request, is_ia3=is_ia3)
+        return added
+
+    return add_lora
+
+
+def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        """Removes an adapter, whose number may be another's then."""
+        told(self).forget(lora_id)
+        removed: bool = original(self, lora_id)
+        return removed
+
+    return remove_lora
+
+
+def _remove_lora_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def remove_lora(self: Any, lora_id: int) -> bool:
+        """As `_remove_lora`."""
+        told(self).forget(lora_id)
+        removed: bool = await original(self, lora_id)
+        return removed
+
+    return remove_lora
+
+
+def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_request(
+        self: Any,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        arrival_time: float | None = None,
+        lora_request: LoRARequest | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> str:
+        """Tells the engine of a request, and before of an adapter that it does not know; see `_add_lora`."""
+        worn = _worn(self, prompt, lora_request)
+        if worn is not None:
+            self.add_lora(worn)
+        added: str = original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
+        return added
+
+    return add_request
+
+
+def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def add_request(
+        self: Any,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        arrival_time: float | None = None,
+        lora_request: LoRARequest | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As `_add_request`."""
+        worn = _worn(self, prompt, lora_request)
+        if worn is not None:
+            async with told(self).locks[str(worn.lora_int_id)]:
+                if not told(self).knows(worn):  # another request may have loaded it meanwhile
+                    await self.add_lora(worn)
+        return await original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
+
+    return add_request
