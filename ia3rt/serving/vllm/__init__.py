@@ -29,14 +29,14 @@ def register() -> None:
 
 
 def lora_request(model: str, adapters: Mapping[str, str | Path]) -> LoRARequest:
-    """The `lora_request=` of vLLM's `LLM` and `AsyncLLM` for an adapter or a mix, named as a request to a server has it.
+    """The `lora_request=` of vLLM's `LLM` and `AsyncLLM` for an adapter or a mix, named as in a request to a server.
 
     The vectors are copied into the store, so a folder may change afterwards; call this again for what it holds then.
     Equal mixes of the same numbers are one request, and no number or name is one that users give their own.
 
     Args:
         model: an adapter's name, or a mix: `a*b`, `mix:a*0.7+b*0.3`, `delta:a*0.5`.
-        adapters: where the adapters are, by name: folders, or ids on the Hugging Face Hub. A LoRA is worn, but not mixed.
+        adapters: where the adapters are, by name: folders, or ids on the Hugging Face Hub. A LoRA is not mixed.
 
     Raises:
         FileNotFoundError: an adapter is not there.

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm import envs
@@ -20,7 +21,9 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.handlers import validation
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -39,7 +42,7 @@ from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
-from ia3rt.serving.vllm.names import MixNameError, canonical, parse, short, spelled
+from ia3rt.serving.vllm.names import ECHO, MixNameError, canonical, parse, short, spelled
 from ia3rt.serving.vllm.refusals import refusal
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
@@ -63,8 +66,10 @@ def install() -> None:
         (BaseServing, "_check_model", _check_model),
         (BaseServing, "_maybe_get_adapters", _maybe_get_adapters),
         (PoolingBaseServing, "_check_model", _check_pooling_model),
+        (RealtimeConnection, "_check_model", _check_realtime_model),
     ):
         setattr(owner, name, made(getattr(owner, name)))
+    validation._MAX_ERROR_INPUT_CHARS = ECHO  # of a name that is no text
     bodies.install()
     resolvers.install()
     if is_key_for_all():
@@ -307,6 +312,14 @@ def _check_pooling_model(original: Callable[..., Any]) -> Callable[..., Any]:
         refused = await BaseServing._check_model(self, request)
         if refused is not None:
             _raise(refused)
+
+    return check_model
+
+
+def _check_realtime_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_model(self: Any, model: str | None) -> Any:
+        """None where a WebSocket's session names the base model; vLLM knows no other there."""
+        return _echoing_little(original(self, model), SimpleNamespace(model=model))
 
     return check_model
 

@@ -110,6 +110,8 @@ SYMBOLS = (
     Symbol("vllm.entrypoints.serve.middleware.authenticate", "GUARDED_PREFIX"),
     Symbol("vllm.entrypoints.launchers.app", "init_entrypoints_middleware", ("args", "app", "supported_tasks")),
     Symbol("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model", ("self", "request")),
+    Symbol("vllm.entrypoints.speech_to_text.realtime.connection", "RealtimeConnection._check_model", ("self", "model")),
+    Symbol("vllm.entrypoints.serve.exception_handling.handlers.validation", "_MAX_ERROR_INPUT_CHARS"),
     Symbol("vllm.entrypoints.serve.exception_handling.utils", "sanitize_message", ("message",)),
     Symbol("vllm.exceptions", "GracefulHTTPError", ("message", "http_status")),
     Symbol("vllm.exceptions", "VLLMNotFoundError"),

@@ -9,6 +9,8 @@ the frontend, which tells it here.
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
 
+_WRAPPED = re.compile(r"Worker failed with error '(.*)', please check the stack trace")
 MOST = 20_000
 """Adapters and mixes that are known to have been looked at. One that was forgotten is loaded again, which is nothing
 where it still is."""
@@ -105,7 +108,11 @@ def check(request: LoRARequest, dtype: str) -> bool:
     path, name = request.lora_path, public_name(request.lora_name)
     source = Source.of(path, name)
     if source is None and "://" not in path:
-        path = get_adapter_absolute_path(path)
+        try:
+            path = get_adapter_absolute_path(path)
+        except OSError as error:  # the Hub's, which does not name the adapter
+            says = f"adapter {shown(name)} is not there: {shown(path)} is no folder here, and the Hub did not give it"
+            raise FileNotFoundError(says) from error
         source = Source.of(path, name)
         if source is None and not (Path(path) / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"adapter {shown(name)} is not there: {shown(path)} has no {CONFIG_NAME}")
@@ -116,13 +123,11 @@ def check(request: LoRARequest, dtype: str) -> bool:
 
 
 def _refused(error: Exception, request: LoRARequest) -> ValueError:
-    """What a worker refused, as one sentence; in another process vLLM makes a text of it, with a traceback."""
+    """What a worker refused, as one sentence: vLLM's processes wrap it twice, and add a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    name, says = public_name(request.lora_name), lines[0].removeprefix(_CALL_FAILED)
+    wrapped = _WRAPPED.search(lines[0])
+    name, says = public_name(request.lora_name), lines[0] if wrapped is None else wrapped[1]
     return ValueError(says if repr(name) in says else f"adapter {shown(name)} cannot be loaded: {says}")
-
-
-_CALL_FAILED = "Call to add_lora method failed: "
 
 
 def _dtype(engine: Any) -> str:
@@ -191,6 +196,7 @@ def _remove_lora_async(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def add_request(
         self: Any,
         request_id: str,
@@ -212,6 +218,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     async def add_request(
         self: Any,
         request_id: str,
