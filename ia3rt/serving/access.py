@@ -13,6 +13,8 @@ MOST_SHOWN = 80
 """Characters that an error repeats of what a client sent."""
 MOST_PATH = 4_096
 """Characters of a path, as on Linux."""
+MOST_NAME = 255
+"""Bytes of a file's or folder's name, as on Linux."""
 
 
 class ForbiddenPathError(PermissionError):
@@ -57,6 +59,8 @@ def is_name_within(root: Path, name: str) -> bool:
     """Whether an adapter's name means a folder in `root`, and is the one way to write it."""
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name != "/".join(parts) or not name.isprintable():
+        return False
+    if any(len(part.encode()) > MOST_NAME for part in parts):  # what is printable has no half characters
         return False
     return is_within(root, [root / name, *(root / name / file for file in FILES)])
 

@@ -151,6 +151,20 @@ def test_requests_do_not_see_each_others(app) -> None:
     assert seen == {number: {"ids": [str(number)]} if number % 2 else None for number in range(60)}
 
 
+def test_a_model_that_was_lost_is_found_again(app) -> None:
+    serving = BaseServing(OpenAIModelRegistry(None, [BaseModelPath("base", "base")]), None)
+
+    @app.post("/loses")
+    async def loses() -> Any:
+        request = CompletionRequest(prompt="x")
+        refused = await serving._check_model(request)
+        return request.model if refused is None else refused.error.code
+
+    client = TestClient(app)
+    told = [client.post("/loses", json=body).json() for body in ({"model": "base"}, {}, {"model": "x"}, {"model": [1]})]
+    assert told == ["base", None, 404, 400]
+
+
 def test_a_form_keeps_its_fields(client, seen) -> None:
     files = {"file": ("x.wav", b"sound")}
     response = client.post("/form", data={"model": "base", "merged_adapters": json.dumps(MIX)}, files=files)

@@ -27,15 +27,16 @@ _FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 _POLICY_VIOLATION = 1008
 
 
-class _Asked:
-    """What a body's field holds, and whether it was taken."""
+class _Body:
+    """A request's body, and whether its field was taken."""
 
-    def __init__(self, given: object) -> None:
-        self.given = given
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.given = _field(content)
         self.is_taken = False
 
 
-_asked: ContextVar[_Asked | None] = ContextVar("_asked", default=None)
+_body: ContextVar[_Body | None] = ContextVar("_body", default=None)
 
 
 def install() -> None:
@@ -49,11 +50,17 @@ def take(request: Any) -> object:
     Args:
         request: vLLM's. One that came by no JSON body, such as a form or a line of a batch, has the field itself.
     """
-    asked = _asked.get()
-    if asked is None:
+    body = _body.get()
+    if body is None:
         return (getattr(request, "model_extra", None) or {}).get(FIELD)
-    asked.is_taken = True
-    return asked.given
+    body.is_taken = True
+    return body.given
+
+
+def named_model() -> object:
+    """What the request's body has as `model`, for where that was lost: /invocations takes it from a header alone."""
+    body = _body.get()
+    return None if body is None else _parsed(body.content).get("model")
 
 
 class BodyMiddleware:
@@ -76,18 +83,15 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
 
     async def _answer(self, scope: Any, receive: _Receive, send: _Send) -> None:
-        messages = await _body(receive)
-        given = _field(b"".join(message.get("body", b"") for message in messages))
-        receive = _again(messages, receive)
-        if given is None:
-            await self._app(scope, receive, send)
-            return
-        asked = _Asked(given)
-        token = _asked.set(asked)
+        messages = await _received(receive)
+        body = _Body(b"".join(message.get("body", b"") for message in messages))
+        if body.given is not None:
+            send = _unless_lost(body, scope, receive, send)
+        token = _body.set(body)
         try:
-            await self._app(scope, receive, _unless_lost(asked, scope, receive, send))
+            await self._app(scope, _again(messages, receive), send)
         finally:
-            _asked.reset(token)
+            _body.reset(token)
 
 
 def _init_middleware(original: Callable[..., None]) -> Callable[..., None]:
@@ -104,7 +108,7 @@ def _is_form(scope: Any) -> bool:
     return any(kind.strip().lower().startswith(_FORMS) for kind in types)
 
 
-async def _body(receive: _Receive) -> deque[Any]:
+async def _received(receive: _Receive) -> deque[Any]:
     """The messages that a request's body comes in."""
     messages: deque[Any] = deque()
     while True:
@@ -127,20 +131,24 @@ def _field(body: bytes | str) -> object:
     text = body.encode(errors="surrogatepass") if isinstance(body, str) else body
     if FIELD.encode() not in text and b"\\u" not in text and b"\0" not in text:
         return None
+    return _parsed(body).get(FIELD)
+
+
+def _parsed(body: bytes | str) -> dict[str, Any]:
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    return given.get(FIELD) if isinstance(given, dict) else None
+        return {}
+    return given if isinstance(given, dict) else {}
 
 
-def _unless_lost(asked: _Asked, scope: Any, receive: _Receive, send: _Send) -> _Send:
+def _unless_lost(body: _Body, scope: Any, receive: _Receive, send: _Send) -> _Send:
     refused = False
 
     async def checked(message: Any) -> None:
         """Sends what the application answers, unless it is a success that nobody took the field for."""
         nonlocal refused
-        if message["type"] == "http.response.start" and message["status"] < 400 and not asked.is_taken:
+        if message["type"] == "http.response.start" and message["status"] < 400 and not body.is_taken:
             refused = True
             says = f"{FIELD} means nothing at {short(scope['path'])}: name the mix as the model where one is taken."
             answer = create_error_response(says, param=FIELD)

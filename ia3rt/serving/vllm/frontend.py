@@ -287,8 +287,12 @@ def _take_mix(serving: Any, request: Any) -> None:
     """Makes the mix that a request's body has in its field `merged_adapters` the name of its model.
 
     Raises:
-        MixNameError: the field means no mix, or the model is not the base model.
+        MixNameError: the field means no mix, or the model is not the base model, or no text.
     """
+    if not request.model and (named := bodies.named_model()):
+        if not isinstance(named, str):
+            raise MixNameError(f"model must be a name, not {short(named)}.")
+        request.model = named
     given = bodies.take(request)
     if given is None:
         return
