@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from truth import Truth, greedy_with_lora
+from vllm.lora.request import LoRARequest
 
 from ia3rt.bench.serving.server import ON_CPU
 from ia3rt.serving.vllm import lora_request
 from ia3rt.serving.vllm.keeping import keeping
+from ia3rt.serving.vllm.told_engine import Told
 
 SUM, PRODUCT = "mix:a*0.7+b*0.3", "b*a"
 RIGHT = [
@@ -28,7 +30,7 @@ RIGHT = [
     ["named", SUM],
     ["named", PRODUCT],
     ["named", "lora"],
-    ["user", "b", 2, "{b}"],
+    ["user", "a", 2, "{b}"],
 ]
 WRONG: list[tuple[list[Any], str, str]] = [
     (["user", "gone", 3, "{folder}/gone"], "FileNotFoundError", "'gone'"),
@@ -117,3 +119,18 @@ def test_equal_mixes_are_one_request(adapters, tmp_path, monkeypatch) -> None:
     assert min(request.lora_int_id for request in (first, *others)) >= 1 << 30
     assert not {request.lora_name for request in others} & set(adapters)
     keeping.cache_clear()
+
+
+def test_two_of_one_name_are_told_apart() -> None:
+    known = Told()
+    requests = [LoRARequest(name, number, f"/{number}") for number, name in enumerate(("x", "x", "x#2", "x#4", "x"), 1)]
+    seen = []
+    for request in requests:
+        seen.append(known.apart(request))
+        known.add(seen[-1], is_ia3=True)
+    assert seen[0] is requests[0] and len({request.lora_name for request in seen}) == len(seen)
+    assert [request.lora_int_id for request in seen] == [1, 2, 3, 4, 5]
+    assert [known.apart(request) for request in requests] == seen  # each again as it was
+    assert all(known.knows(request) for request in requests)
+    known.forget(1)
+    assert not known.knows(requests[0]) and known.apart(LoRARequest("x", 9, "/9")).lora_name == "x"

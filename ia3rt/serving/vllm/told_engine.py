@@ -14,8 +14,9 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from msgspec.structs import replace
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,19 +37,38 @@ MOST = 20_000
 where it still is."""
 
 
+class _Taken(NamedTuple):
+    """What an engine took: a request's name and path as they were then, as the server renames some."""
+
+    name: str
+    path: str
+    is_ia3: bool
+
+
 class Told:
     """What one engine was told to wear, by number."""
 
     def __init__(self) -> None:
         self.locks = NameLocks()
-        self._requests: OrderedDict[int, tuple[LoRARequest, bool]] = OrderedDict()
+        self._taken: OrderedDict[int, _Taken] = OrderedDict()
+        self._numbers: dict[str, int] = {}
+
+    def apart(self, request: LoRARequest) -> LoRARequest:
+        """The request, or one with another name where its own is that of another number.
+
+        vLLM numbers adapters, but makes sets of them by name: of two with one name, a step would get one its slot.
+        """
+        name = request.lora_name
+        while self._numbers.get(name, request.lora_int_id) != request.lora_int_id:
+            name = f"{name}#{request.lora_int_id}"
+        return request if name == request.lora_name else replace(request, lora_name=name)
 
     def knows(self, request: LoRARequest) -> bool:
         """Whether the engine has taken this, and need not read it again."""
-        known, _ = self._requests.get(request.lora_int_id, (None, False))
-        if known is None or known.lora_path != request.lora_path or request.load_inplace:
+        taken = self._taken.get(request.lora_int_id)
+        if taken is None or taken.path != request.lora_path or request.load_inplace:
             return False
-        self._requests.move_to_end(request.lora_int_id)
+        self._taken.move_to_end(request.lora_int_id)
         return True
 
     def check_number(self, request: LoRARequest, *, is_ia3: bool) -> None:
@@ -56,23 +76,28 @@ class Told:
 
         Of two LoRAs vLLM says nothing, and nor does this.
         """
-        known, was_ia3 = self._requests.get(request.lora_int_id, (request, False))
-        if known.lora_path != request.lora_path and (is_ia3 or was_ia3) and not request.load_inplace:
+        taken = self._taken.get(request.lora_int_id)
+        if taken is None or taken.path == request.lora_path or request.load_inplace:
+            return
+        if is_ia3 or taken.is_ia3:
             raise ValueError(
-                f"lora_int_id {request.lora_int_id} is that of adapter {shown(known.lora_name)}, and cannot be that of "
+                f"lora_int_id {request.lora_int_id} is that of adapter {shown(taken.name)}, and cannot be that of "
                 f"{shown(request.lora_name)} too: give each adapter a number of its own"
             )
 
     def add(self, request: LoRARequest, *, is_ia3: bool) -> None:
         """Remembers what the engine has taken."""
-        self._requests[request.lora_int_id] = request, is_ia3
-        self._requests.move_to_end(request.lora_int_id)
-        if len(self._requests) > MOST:
-            self._requests.popitem(last=False)
+        self.forget(request.lora_int_id)
+        self._taken[request.lora_int_id] = _Taken(request.lora_name, request.lora_path, is_ia3)
+        self._numbers[request.lora_name] = request.lora_int_id
+        if len(self._taken) > MOST:
+            self.forget(next(iter(self._taken)))
 
     def forget(self, number: int) -> None:
         """Forgets what was taken from the engine."""
-        self._requests.pop(number, None)
+        taken = self._taken.pop(number, None)
+        if taken is not None and self._numbers.get(taken.name) == number:
+            del self._numbers[taken.name]
 
 
 def told(engine: Any) -> Told:
@@ -134,7 +159,7 @@ def _dtype(engine: Any) -> str:
     return str(engine.vllm_config.model_config.dtype).removeprefix("torch.")
 
 
-def _worn(engine: Any, prompt: Any, request: LoRARequest | None) -> LoRARequest | None:
+def _new(engine: Any, prompt: Any, request: LoRARequest | None) -> LoRARequest | None:
     """What a request is to wear that has to be looked at; vLLM's own check speaks where adapters are not enabled."""
     worn = request or getattr(prompt, "lora_request", None)  # a prompt may be vLLM's request
     is_new = worn is not None and engine.vllm_config.lora_config is not None and not told(engine).knows(worn)
@@ -208,9 +233,10 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> str:
         """Tells the engine of a request, and before of an adapter that it does not know; see `_add_lora`."""
-        worn = _worn(self, prompt, lora_request)
-        if worn is not None:
-            self.add_lora(worn)
+        lora_request = lora_request and told(self).apart(lora_request)
+        new = _new(self, prompt, lora_request)
+        if new is not None:
+            self.add_lora(new)
         added: str = original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
         return added
 
@@ -230,11 +256,12 @@ def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         """As `_add_request`."""
-        worn = _worn(self, prompt, lora_request)
-        if worn is not None:
-            async with told(self).locks[str(worn.lora_int_id)]:
-                if not told(self).knows(worn):  # another request may have loaded it meanwhile
-                    await self.add_lora(worn)
+        lora_request = lora_request and told(self).apart(lora_request)
+        new = _new(self, prompt, lora_request)
+        if new is not None:
+            async with told(self).locks[str(new.lora_int_id)]:
+                if not told(self).knows(new):  # another request may have loaded it meanwhile
+                    await self.add_lora(new)
         return await original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
 
     return add_request
