@@ -205,7 +205,8 @@ def check_refused(server: Server, door: Door) -> None:
     for asked, status in REFUSED:
         response = post(server, door, **asked)
         assert response.status_code == status, (asked, response.text)
-        assert response.text.count("A") <= 85 and response.text.count("1") <= 100, response.text
+        # pydantic says it once for each form that a body may have, such as /tokenize's two.
+        assert response.text.count("A") <= 85 and response.text.count("1") <= 80 * 3, response.text
     assert server.is_up()
 
 
