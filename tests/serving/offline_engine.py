@@ -20,6 +20,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from ia3rt.serving.vllm import lora_request
 
+MARK = "answers: "
+"""What the line of answers begins with, among all that vLLM says."""
 OPTIONS: dict[str, Any] = dict(enable_lora=True, max_lora_rank=8, max_loras=2, max_cpu_loras=4, dtype="float32")
 OPTIONS |= dict(max_model_len=128, enforce_eager=True)
 PARAMETERS = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -49,7 +51,7 @@ def main(kind: str, asked: dict[str, Any]) -> None:
             done = llm.generate(prompts, PARAMETERS, lora_request=request, use_tqdm=False)
             return [list(output.outputs[0].token_ids) for output in done]
 
-        print(json.dumps(answers(ask)), flush=True)
+        print(MARK + json.dumps(answers(ask)), flush=True)
         return
 
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(asked["model"], **OPTIONS))
@@ -64,7 +66,7 @@ def main(kind: str, asked: dict[str, Any]) -> None:
     async def both(request: LoRARequest | None) -> list[list[int]]:
         return await asyncio.gather(*(one(prompt, request) for prompt in prompts))
 
-    print(json.dumps(answers(lambda request: loop.run_until_complete(both(request)))), flush=True)
+    print(MARK + json.dumps(answers(lambda request: loop.run_until_complete(both(request)))), flush=True)
     engine.shutdown()
 
 

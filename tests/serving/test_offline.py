@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from offline_engine import MARK
 from safetensors.torch import load_file, save_file
 from truth import Truth, greedy_with_lora
 from vllm.lora.request import LoRARequest
@@ -84,7 +85,8 @@ def answers(request, small_truth, adapters, tmp_path_factory) -> Iterator[list[A
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, timeout=600, text=True)
         log.seek(0)
         assert done.returncode == 0, log.read()[-4000:]
-    yield json.loads(done.stdout.strip().splitlines()[-1])
+    said = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
+    yield json.loads(said.removeprefix(MARK))
 
 
 def test_all_is_as_peft_has_it(answers, small_truth) -> None:
