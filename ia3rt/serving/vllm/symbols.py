@@ -114,6 +114,7 @@ SYMBOLS = (
     Symbol("vllm.entrypoints.serve.exception_handling.handlers.validation", "_MAX_ERROR_INPUT_CHARS"),
     Symbol("vllm.entrypoints.serve.exception_handling.utils", "sanitize_message", ("message",)),
     Symbol("vllm.exceptions", "GracefulHTTPError", ("message", "http_status")),
+    Symbol("vllm.exceptions", "VLLMClientError"),
     Symbol("vllm.exceptions", "VLLMNotFoundError"),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", ("self", "lora_request")),
     Symbol("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora", ("self", "lora_id")),

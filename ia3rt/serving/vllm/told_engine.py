@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
+from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -27,6 +28,7 @@ from ia3rt.adapters.folder import CONFIG_NAME
 from ia3rt.serving.access import shown
 from ia3rt.serving.max_scale import max_scale
 from ia3rt.serving.vllm.name_locks import NameLocks
+from ia3rt.serving.vllm.names import MixNameError
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
@@ -35,6 +37,14 @@ _WRAPPED = re.compile(r"Worker failed with error '(.*)', please check the stack 
 MOST = 20_000
 """Adapters and mixes that are known to have been looked at. One that was forgotten is loaded again, which is nothing
 where it still is."""
+
+
+class UnwearableError(VLLMClientError, ValueError):
+    """What cannot be worn. AsyncLLM hides what is no VLLMClientError behind an error without a word."""
+
+
+class AdapterNotThereError(VLLMNotFoundError, FileNotFoundError):
+    """There is no adapter at a request's path."""
 
 
 class _Taken(NamedTuple):
@@ -147,12 +157,14 @@ def check(request: LoRARequest, dtype: str) -> bool:
     return True
 
 
-def _refused(error: Exception, request: LoRARequest) -> ValueError:
-    """What a worker refused, as one sentence: vLLM's processes wrap it twice, and add a traceback."""
+def _refused(error: Exception, request: LoRARequest) -> VLLMClientError:
+    """What was refused, here or by a worker, as one sentence: vLLM's processes wrap it twice, and add a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     wrapped = _WRAPPED.search(lines[0])
     name, says = public_name(request.lora_name), lines[0] if wrapped is None else wrapped[1]
-    return ValueError(says if repr(name) in says else f"adapter {shown(name)} cannot be loaded: {says}")
+    if not isinstance(error, MixNameError) and repr(name) not in says:  # which names all that it is about
+        says = f"adapter {shown(name)} cannot be loaded: {says}"
+    return AdapterNotThereError(says) if isinstance(error, FileNotFoundError) else UnwearableError(says)
 
 
 def _dtype(engine: Any) -> str:
@@ -168,10 +180,15 @@ def _new(engine: Any, prompt: Any, request: LoRARequest | None) -> LoRARequest |
 
 def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: LoRARequest) -> bool:
-        """Loads an adapter, or raises what `check` does, or ValueError where it does not fit the model."""
-        is_ia3 = check(lora_request, _dtype(self))
-        told(self).check_number(lora_request, is_ia3=is_ia3)
+        """Loads an adapter.
+
+        Raises:
+            AdapterNotThereError: there is none.
+            UnwearableError: it is damaged, does not fit the model, has a scale beyond the limit, or another's number.
+        """
         try:
+            is_ia3 = check(lora_request, _dtype(self))
+            told(self).check_number(lora_request, is_ia3=is_ia3)
             added: bool = original(self, lora_request)
         except EngineDeadError:
             raise
@@ -186,9 +203,9 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 def _add_lora_async(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_lora(self: Any, lora_request: LoRARequest) -> bool:
         """As `_add_lora`."""
-        is_ia3 = await asyncio.to_thread(check, lora_request, _dtype(self))
-        told(self).check_number(lora_request, is_ia3=is_ia3)
         try:
+            is_ia3 = await asyncio.to_thread(check, lora_request, _dtype(self))
+            told(self).check_number(lora_request, is_ia3=is_ia3)
             added: bool = await original(self, lora_request)
         except EngineDeadError:
             raise
