@@ -12,9 +12,9 @@ from ia3rt.serving.limits import FILES
 MOST_SHOWN = 80
 """Characters that an error repeats of what a client sent."""
 MOST_PATH = 4_096
-"""Characters of a path, as on Linux,"""
-MOST_COMPONENT = 255
-"""and bytes of each of its names."""
+"""Characters of a path, as on Linux."""
+MOST_NAME = 255
+"""Bytes of a file's or folder's name, as on Linux."""
 
 
 class ForbiddenPathError(PermissionError):
@@ -60,7 +60,7 @@ def is_name_within(root: Path, name: str) -> bool:
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or name != "/".join(parts) or not name.isprintable():
         return False
-    if len(name) > MOST_PATH or any(len(part.encode()) > MOST_COMPONENT for part in parts):
+    if any(len(part.encode()) > MOST_NAME for part in parts):  # what is printable has no half characters
         return False
     return is_within(root, [root / name, *(root / name / file for file in FILES)])
 

@@ -15,15 +15,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 OPTIONS = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
 OPTIONS += ["--max-loras", "6", "--max-cpu-loras", "12", "--block-size", "32", "--max-num-seqs", "16"]
 
+# Of a small model, which has no chat template of its own; with all of vLLM's endpoints for generation.
+SMALL = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
+SMALL += ["--max-loras", "4", "--max-cpu-loras", "16", "--enable-scale-out"]
+SMALL += ["--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}"]
+
 if importlib.util.find_spec("vllm") is None:
     # They import vLLM's own classes, and run in an environment of their own (.ci/serving).
     of_vllm = """
-        access activations bodies composed_mixes every_door failing finite identity keeping layers loading memory numbers
-        offline origins pipeline_parallel placing poison requests server soak stages store_server symbols tensor_parallel
+        access activations bodies composed_mixes every_door failing finite identity keeping layers loading memory
+        numbers offline origins pipeline_parallel placing poison requests server soak stages store_server symbols
+        tensor_parallel
     """
     collect_ignore = [f"test_{name}.py" for name in of_vllm.split()]
 else:
+    from safetensors.torch import load_file, save_file
     from server import Server
+    from small_model import save_small_model
     from truth import ADAPTERS, Truth, make_lora, save_smollm2
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -66,3 +74,32 @@ else:
     def server(starting: Server) -> Server:
         starting.wait()
         return starting
+
+    @pytest.fixture(scope="session")
+    def small_truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+        """Adapters a and b, a LoRA, and `large`, an adapter that is too large."""
+        model = tmp_path_factory.mktemp("small")
+        save_small_model(model)
+        made = Truth(model, tmp_path_factory.mktemp("adapters"))
+        for seed, name in enumerate(("a", "b")):
+            made.make_adapter(name, seed)
+        make_lora(model, made.folder / "lora")
+        large = made.folder / "large"
+        large.mkdir()
+        (large / "adapter_config.json").write_text((made.folder / "a" / "adapter_config.json").read_text())
+        vectors = load_file(made.folder / "a" / "adapter_model.safetensors")
+        key = next(key for key in vectors if "layers.1.self_attn.v_proj" in key)
+        save_file({**vectors, key: vectors[key] * 0 + 3e38}, large / "adapter_model.safetensors")
+        return made
+
+    @pytest.fixture(scope="session")
+    def small_server(small_truth: Truth, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+        modules = [f"{name}={small_truth.folder / name}" for name in ("a", "b")]
+        made = Server(small_truth.model, [*SMALL, "--lora-modules", *modules], tmp_path_factory.mktemp("small-server"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(small_truth.folder))
+            patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+            made.start()
+        made.wait()
+        yield made
+        made.kill()

@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
 
 
 def save_small_model(folder: Path) -> None:
-    """Saves it, of random weights in float32, with a tokenizer of bytes."""
+    """Saves it, of random weights in float32, with a tokenizer of bytes, which gives each token a letter of its own."""
     torch.manual_seed(0)
     made = LlamaForCausalLM(CONFIG)
     with torch.no_grad():
@@ -32,5 +32,5 @@ def save_small_model(folder: Path) -> None:
     made.save_pretrained(folder)
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

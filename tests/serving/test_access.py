@@ -75,8 +75,8 @@ def test_a_name_within_the_folder_is_resolved(doors, folders, name) -> None:
         "/",
         "a\0",
         "a\n",
-        "ä" * 200,
         "A" * 5000,
+        "é" * 128,
     ],
 )
 def test_a_name_that_leads_elsewhere_finds_nothing(doors, folders, tmp_path, name) -> None:

@@ -89,6 +89,17 @@ def test_what_is_refused_is_not_kept(folders, tmp_path) -> None:
     assert not root.exists()
 
 
+def test_what_a_server_with_another_limit_kept_is_checked(folders, tmp_path) -> None:
+    root = tmp_path / "mixes"
+    asyncio.run(Admission(100.0, ComposedMixes(root)).admit(mix(folders, 5.0)))
+    admits = Admission(2.0, ComposedMixes(root))
+    for _ in range(2):
+        with pytest.raises(LargeScaleError):
+            asyncio.run(admits.admit(mix(folders, 5.0)))
+    with pytest.raises(LargeScaleError):
+        admits.admit_now(mix(folders, 5.0))
+
+
 def test_a_mix_is_composed_once_and_few_at_a_time(folders, tmp_path, monkeypatch) -> None:
     """Beside the loop, which goes on meanwhile."""
     running, most, calls = 0, 0, 0

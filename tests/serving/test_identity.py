@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
-from safetensors.torch import load_file, save_file
 from server import Server, ask, client, say
-from small_model import save_small_model
-from truth import Truth, greedy_with_lora, make_lora
+from truth import Truth, greedy_with_lora
 
-OPTIONS = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
-OPTIONS += ["--max-loras", "4", "--max-cpu-loras", "16"]
 LONG = "A" * 5000
 
 
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
-    model = tmp_path_factory.mktemp("small")
-    save_small_model(model)
-    made = Truth(model, tmp_path_factory.mktemp("adapters"))
-    for seed, name in enumerate(("a", "b")):
-        made.make_adapter(name, seed)
-    make_lora(model, made.folder / "lora")
-    large = made.folder / "large"
-    large.mkdir()
-    (large / "adapter_config.json").write_text((made.folder / "a" / "adapter_config.json").read_text())
-    vectors = load_file(made.folder / "a" / "adapter_model.safetensors")
-    key = next(key for key in vectors if "layers.1.self_attn.v_proj" in key)
-    save_file({**vectors, key: vectors[key] * 0 + 3e38}, large / "adapter_model.safetensors")
-    made.model = model
-    return made
+@pytest.fixture
+def truth(small_truth: Truth) -> Truth:
+    return small_truth
 
 
-@pytest.fixture(scope="module")
-def server(truth: Truth, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    modules = [f"{name}={truth.folder / name}" for name in ("a", "b")]
-    made = Server(truth.model, [*OPTIONS, "--lora-modules", *modules], tmp_path_factory.mktemp("server"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(truth.folder))
-        made.start()
-    made.wait()
-    yield made
-    made.kill()
+@pytest.fixture
+def server(small_server: Server) -> Server:
+    return small_server
 
 
 def post(server: Server, path: str, **body: object) -> httpx.Response:
@@ -131,6 +107,65 @@ def test_what_runs_keeps_what_it_began_with(server, truth) -> None:
     assert len(distinct) > 1
     assert all(any(told(truth, tokens, kind) for kind in ("a", "b", "lora")) for tokens in distinct)
     assert unload(server, "swapped").status_code == 200 and server.is_up()
+
+
+def test_a_reload_answers_with_the_old_or_the_new_numbers(server, truth) -> None:
+    """Whole, alone and in a mix; what begins after it, with the new. What is gone is 404, and what runs goes on."""
+    ids, prompts = truth.prompts[0].tolist(), truth.prompts[:1]
+    mixed = "mix:racing*0.6+a*0.4"
+    assert load(server, "racing", truth.folder / "a").status_code == 200
+
+    def right(name: str, tokens: list[int], kind: str) -> bool:
+        worn = {"racing": ([kind], None), mixed: ([kind, "a"], [0.6, 0.4])}[name]
+        worn = (["a"], None) if name == mixed and kind == "a" else worn  # which adds up to a
+        return [tokens] == truth.greedy([tokens], *worn[0], weights=worn[1], prompts=prompts)
+
+    async def swap(api: openai.AsyncOpenAI, http: httpx.AsyncClient) -> list[tuple[str, str, list[int]]]:
+        after = []
+        for turn in range(16):
+            kind = "ba"[turn % 2]
+            body = {"lora_name": "racing", "lora_path": str(truth.folder / kind), "load_inplace": True}
+            done = await http.post("/v1/load_lora_adapter", json=body)
+            assert done.status_code == 200, done.text
+            name = ("racing", mixed)[turn // 2 % 2]
+            after.append((name, kind, await ask(api, name, ids)))
+        return after
+
+    async def unloaded(api: openai.AsyncOpenAI, http: httpx.AsyncClient, name: str) -> list[int]:
+        """An answer in the midst of which its adapter is unloaded."""
+        body = {"return_token_ids": True, "ignore_eos": True}
+        stream = await api.completions.create(
+            model=name, prompt=ids, max_tokens=12, temperature=0, stream=True, extra_body=body
+        )
+        parts = aiter(stream)
+        tokens = [*(await anext(parts)).choices[0].model_extra["token_ids"]]
+        done = await http.post("/v1/unload_lora_adapter", json={"lora_name": "racing"})
+        assert done.status_code == 200, done.text
+        late = await asyncio.gather(*(ask(api, late, ids) for late in ("racing", mixed) * 4), return_exceptions=True)
+        assert all(isinstance(error, openai.NotFoundError) for error in late), late
+        async for part in parts:
+            tokens += part.choices[0].model_extra["token_ids"] or []
+        return tokens
+
+    async def run() -> None:
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with client(server) as api, httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+            swapping = asyncio.create_task(swap(api, http))
+            answers: set[tuple[str, tuple[int, ...]]] = set()
+            while not swapping.done():
+                names = ["racing", mixed] * 12
+                got = await asyncio.gather(*(ask(api, name, ids) for name in names))
+                answers |= {(name, tuple(tokens)) for name, tokens in zip(names, got, strict=True)}
+            for name, kind, tokens in await swapping:
+                assert right(name, tokens, kind), (name, kind)
+            assert len(answers) == 4
+            assert all(any(right(name, list(tokens), kind) for kind in "ab") for name, tokens in answers)
+            for name in ("racing", mixed):
+                body = {"lora_name": "racing", "lora_path": str(truth.folder / "b"), "load_inplace": True}
+                assert (await http.post("/v1/load_lora_adapter", json=body)).status_code == 200
+                assert right(name, await unloaded(api, http, name), "b")
+
+    asyncio.run(run())
 
 
 def test_names_that_look_like_the_plugins_own(server, truth) -> None:

@@ -34,11 +34,13 @@ class Truth:
     """A model that wears, one after another, what the server's requests ask for.
 
     Attributes:
+        model: the model's folder.
+        folder: the adapters'.
         prompts: int64 [2, 8], all of one length, so that a batch needs no padding.
     """
 
     def __init__(self, model: Path, adapters: Path) -> None:
-        self.folder = adapters
+        self.model, self.folder = model, adapters
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         texts = (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from contextvars import ContextVar
 
 from torch import Tensor
 from vllm.logger import init_logger
 
 from ia3rt.adapters.site import Site
-from ia3rt.serving.vllm.composed_mixes import ComposedMixes
+from ia3rt.serving.vllm.composed_mixes import MOST_FILES, ComposedMixes
 from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
@@ -34,6 +35,7 @@ class Admission:
         self._composed = composed
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._asked = NameLocks()
+        self._admitted: OrderedDict[int, None] = OrderedDict()
 
     async def check_adapter(self, source: Source) -> int:
         """Reads one adapter, and counts its vectors.
@@ -53,23 +55,30 @@ class Admission:
             FileNotFoundError: one of them is not there.
         """
         path = source.path()
-        if self._composed.holds(path):
+        if self._holds(path):
             return
         async with self._asked[path]:
-            if not self._composed.holds(path):  # another request may have asked for it meanwhile
+            if not self._holds(path):  # another request may have asked for it meanwhile
                 async with self._turns:
                     vectors = await asyncio.to_thread(self._vectors, source)
                 self._keep(path, vectors)
 
     def admit_now(self, source: Source) -> None:
         """As `admit`, at once: where an adapter was loaded again between `admit` and the request's start."""
-        if not self._composed.holds(source.path()):
+        if not self._holds(source.path()):
             self._keep(source.path(), self._vectors(source))
+
+    def _holds(self, path: str) -> bool:
+        """Whether a mix is kept, and was checked here: a server with another limit may have kept it."""
+        return hash(path) in self._admitted and self._composed.holds(path)
 
     def _vectors(self, source: Source) -> dict[Site, Tensor]:
         return checked_vectors(source.bank(), source.mix, self._limit)
 
     def _keep(self, path: str, vectors: dict[Site, Tensor]) -> None:
+        self._admitted[hash(path)] = None
+        if len(self._admitted) > MOST_FILES:
+            self._admitted.popitem(last=False)
         try:
             self._composed.write(path, vectors)
         except OSError as error:  # as where the disk is full: the engine then composes the mix itself

@@ -17,12 +17,18 @@ from collections.abc import Callable
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.handlers import validation
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
@@ -32,7 +38,7 @@ from ia3rt.serving.access import folder_of
 from ia3rt.serving.limits import check_files
 from ia3rt.serving.max_scale import max_scale
 from ia3rt.serving.settings import allowed_folder, is_key_for_all
-from ia3rt.serving.vllm import doors, metrics, resolvers
+from ia3rt.serving.vllm import bodies, doors, metrics, resolvers
 from ia3rt.serving.vllm.adapter_numbers import AdapterNumbers
 from ia3rt.serving.vllm.admission import Admission, resolving
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes, mixes_root
@@ -41,16 +47,17 @@ from ia3rt.serving.vllm.keeping import is_stored_path, keeping
 from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
 from ia3rt.serving.vllm.name_locks import NameLocks
-from ia3rt.serving.vllm.names import MixNameError, canonical, check_loaded_name, parse, short, spelled
+from ia3rt.serving.vllm.names import ECHO, MixNameError, canonical, check_loaded_name, parse, short, spelled
 from ia3rt.serving.vllm.origins import Origins, log_refusal, resolved
 from ia3rt.serving.vllm.refusals import named, refusal, unwrapped
 from ia3rt.serving.vllm.requests import Requests, is_stored, public_name
 from ia3rt.serving.vllm.source import Source
 from ia3rt.serving.vllm.store import discard
+from ia3rt.serving.vllm.told_engine import told
 
 
-class UnknownAdapterError(ValueError):
-    """A mix of an adapter that is not loaded."""
+class UnknownAdapterError(VLLMNotFoundError):
+    """A mix of an adapter that is not loaded, or not any more."""
 
 
 def install() -> None:
@@ -66,8 +73,12 @@ def install() -> None:
         (OpenAIServingModels, "model_name", _model_name),
         (BaseServing, "_check_model", _check_model),
         (BaseServing, "_maybe_get_adapters", _maybe_get_adapters),
+        (PoolingBaseServing, "_check_model", _check_pooling_model),
+        (RealtimeConnection, "_check_model", _check_realtime_model),
     ):
         setattr(owner, name, made(getattr(owner, name)))
+    validation._MAX_ERROR_INPUT_CHARS = ECHO  # of a name that is no text
+    bodies.install()
     resolvers.install()
     if is_key_for_all():
         doors.install()
@@ -104,7 +115,8 @@ def requested_source(models: Any, name: str | None) -> Source | None:
 
 async def _resolve(models: Any, name: str | None) -> None:
     """Lets vLLM's resolvers load a mix's adapters, where they may load the one adapter that a request names."""
-    if not (models.lora_resolvers and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING):
+    # A server that only renders prompts has no resolvers, nor any adapter.
+    if not (getattr(models, "lora_resolvers", None) and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING):
         return
     mix = _named_mix(models, name)
     for adapter in () if mix is None else mix.adapters:
@@ -290,11 +302,7 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
     async def check_model(self: Any, request: Any) -> Any:
         """None where what the request names is served, or an error; a body's mix becomes the name of its model."""
         try:
-            body = (getattr(request, "model_extra", None) or {}).get(FIELD)
-            if body is not None:
-                if not self._is_model_supported(request.model):
-                    raise MixNameError(f"With {FIELD}, model must be the base model, not `{short(request.model)}`.")
-                request.model = spelled(read_merged_adapters(body))
+            _take_mix(self, request)
             await _resolve(self.models, request.model)
             refused: Any = None
             source = requested_source(self.models, request.model)
@@ -319,16 +327,74 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return check_model
 
 
+def _take_mix(serving: Any, request: Any) -> None:
+    """Makes the mix that a request's body has in its field `merged_adapters` the name of its model.
+
+    Raises:
+        MixNameError: the field means no mix, or the model is not the base model, or no text.
+    """
+    if not request.model and (named := bodies.named_model()):
+        if not isinstance(named, str):
+            raise MixNameError(f"model must be a name, not {short(named)}.")
+        request.model = named
+    given = bodies.take(request)
+    if given is None:
+        return
+    name, models = spelled(read_merged_adapters(given)), serving.models
+    if request.model == name:  # it was taken before
+        return
+    is_base = serving._is_model_supported(request.model) and request.model not in models.lora_requests
+    if not is_base or _named_mix(models, request.model) is not None:
+        raise MixNameError(f"With {FIELD}, model must be the base model, not `{short(request.model)}`.")
+    request.model = name
+
+
+def _check_pooling_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def check_model(self: Any, request: Any) -> None:
+        """As for generation, in the place of a method that looks at no body and lets unknown names pass.
+
+        Raises:
+            VLLMNotFoundError: what the request names is not served.
+            GracefulHTTPError: with the status of another refusal.
+        """
+        refused = await BaseServing._check_model(self, request)
+        if refused is not None:
+            _raise(refused)
+
+    return check_model
+
+
+def _check_realtime_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_model(self: Any, model: str | None) -> Any:
+        """None where a WebSocket's session names the base model; vLLM knows no other there."""
+        return _echoing_little(original(self, model), SimpleNamespace(model=model))
+
+    return check_model
+
+
+def _raise(refused: Any) -> None:
+    """Raises what vLLM answers as this ErrorResponse."""
+    if refused.error.code == HTTPStatus.NOT_FOUND:
+        raise VLLMNotFoundError(refused.error.message)
+    raise GracefulHTTPError(refused.error.message, HTTPStatus(refused.error.code))
+
+
 def _maybe_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     def maybe_get_adapters(self: Any, request: Any, supports_default_mm_loras: bool = False) -> LoRARequest | None:
         """What the engine is told about the request's adapter."""
+        _take_mix(self, request)
         source = requested_source(self.models, request.model)
         if source is None:
             made = original(self, request, supports_default_mm_loras)
         else:
-            _admission(self.models).admit_now(source)
+            try:
+                _admission(self.models).admit_now(source)
+            except (OSError, ValueError) as error:  # of what was loaded again since the request was checked
+                _raise(refusal(error, str(request.model), "model"))
             made = _requests(self.models).mix(source)
-        metrics.count(made, self.models.engine_client)
+            told(self.models.engine_client).add(made, is_ia3=True)
+        if made is not None:
+            metrics.count(made, self.models.engine_client)
         return made
 
     return maybe_get_adapters
@@ -352,7 +418,8 @@ def _echoing_little(answer: Any, request: Any) -> Any:
         for part in ("model", "lora_name", "lora_path"):
             given = getattr(request, part, None)
             if isinstance(given, str) and given != short(given):
-                answer.error.message = answer.error.message.replace(given, short(given))
+                for whole in (given, sanitize_message(given)):  # vLLM takes paths out of what it says
+                    answer.error.message = answer.error.message.replace(whole, short(whole))
     return answer
 
 

@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.lora import utils
 from vllm.v1.worker import lora_model_runner_mixin
 
-from ia3rt.serving.vllm import failing, frontend, metrics, stages, symbols
+from ia3rt.serving.vllm import failing, frontend, metrics, stages, symbols, told_engine
 from ia3rt.serving.vllm.layers import CLASSES
 from ia3rt.serving.vllm.worker_manager import IA3WorkerManager
 
@@ -26,4 +26,5 @@ def register_once() -> None:
     metrics.install()
     failing.install()
     stages.install()
+    told_engine.install()
     frontend.install()

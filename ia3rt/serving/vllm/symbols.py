@@ -33,6 +33,7 @@ class Instances(NamedTuple):
     attributes: tuple[str, ...]
 
 
+_ADD_REQUEST = ("self", "request_id", "prompt", "params", "arrival_time", "lora_request", "tokenization_kwargs")
 SYMBOLS = (
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")),
@@ -139,6 +140,39 @@ SYMBOLS = (
         ("self", "request"),
     ),
     Symbol("vllm.entrypoints.serve.middleware.authenticate", "GUARDED_PREFIX"),
+    Symbol("vllm.entrypoints.launchers.app", "init_entrypoints_middleware", ("args", "app", "supported_tasks")),
+    Symbol("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model", ("self", "request")),
+    Symbol("vllm.entrypoints.speech_to_text.realtime.connection", "RealtimeConnection._check_model", ("self", "model")),
+    Symbol("vllm.entrypoints.serve.exception_handling.handlers.validation", "_MAX_ERROR_INPUT_CHARS"),
+    Symbol("vllm.entrypoints.serve.exception_handling.utils", "sanitize_message", ("message",)),
+    Symbol("vllm.exceptions", "GracefulHTTPError", ("message", "http_status")),
+    Symbol("vllm.exceptions", "VLLMClientError"),
+    Symbol("vllm.exceptions", "VLLMNotFoundError"),
+    Symbol("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", ("self", "lora_request")),
+    Symbol("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora", ("self", "lora_id")),
+    Symbol(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.add_request",
+        (
+            *_ADD_REQUEST,
+            "trace_headers",
+            "priority",
+            "data_parallel_rank",
+            "session_id",
+            "prompt_text",
+            "reasoning_ended",
+            "reasoning_parser_kwargs",
+            "kv_hints",
+        ),
+    ),
+    Symbol("vllm.v1.engine.exceptions", "EngineDeadError"),
+    Symbol("vllm.v1.engine.llm_engine", "LLMEngine.add_lora", ("self", "lora_request")),
+    Symbol("vllm.v1.engine.llm_engine", "LLMEngine.remove_lora", ("self", "lora_id")),
+    Symbol(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.add_request",
+        (*_ADD_REQUEST, "trace_headers", "priority", "session_id", "prompt_text", "kv_hints"),
+    ),
     Symbol(
         "vllm.entrypoints.serve.middleware.authenticate",
         "AuthenticationMiddleware.__call__",
