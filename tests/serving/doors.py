@@ -28,6 +28,7 @@ class Engine:
     def __init__(self, model: str) -> None:
         self.model_config = SimpleNamespace(model=model, max_model_len=64, dtype="torch.float32")
         self.renderer = self.input_processor = None
+        self.errored = False
         parallel = SimpleNamespace(_api_process_rank=0, _api_process_count=1)
         self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.loaded: list[object] = []

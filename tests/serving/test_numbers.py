@@ -25,6 +25,7 @@ class Engine:
     """Takes every adapter, except where its path says otherwise."""
 
     def __init__(self) -> None:
+        self.errored = False
         self.model_config = SimpleNamespace(dtype=torch.float32, model="base", max_model_len=8)
         self.renderer = self.input_processor = None
         parallel = SimpleNamespace(_api_process_rank=0, _api_process_count=1)

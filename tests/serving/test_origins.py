@@ -13,7 +13,8 @@ from small_adapters import write
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
 from ia3rt.serving.vllm import keeping, register
-from ia3rt.serving.vllm.refusals import refusal, unwrapped
+from ia3rt.serving.vllm.refusals import refusal
+from ia3rt.serving.vllm.sentences import sentence_of
 
 BASE = "some/model"
 
@@ -115,7 +116,7 @@ def test_a_refusal_is_one_short_line(doors, tmp_path, lines, name, path) -> None
     ],
 )
 def test_a_workers_sentence_alone(message, said) -> None:
-    assert unwrapped(message) == said
+    assert sentence_of(Exception(message)) == said.splitlines()[0]
     told = refusal(Exception(message), "a").error.message
     assert said.splitlines()[0] in told and "stack trace" not in told
 

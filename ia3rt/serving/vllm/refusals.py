@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from http import HTTPStatus
 from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 
-from ia3rt.serving.access import ForbiddenPathError, shown
+from ia3rt.serving.access import ForbiddenPathError
 from ia3rt.serving.vllm.loading import SlowLoadError
+from ia3rt.serving.vllm.names import short
+from ia3rt.serving.vllm.sentences import named, sentence_of
 from ia3rt.serving.vllm.store import DamagedCopyError, StoreError
 
 _STATUSES: tuple[tuple[type[Exception], HTTPStatus, str], ...] = (
@@ -18,12 +20,6 @@ _STATUSES: tuple[tuple[type[Exception], HTTPStatus, str], ...] = (
     (SlowLoadError, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     (DamagedCopyError, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     (StoreError, HTTPStatus.INSUFFICIENT_STORAGE, "InternalServerError"),
-)
-
-_WRAPPED = re.compile(
-    r"Worker failed with error (?P<quote>['\"])(?P<said>.+)(?P=quote), please check the stack trace above.*"
-    r"|Call to \w+ method failed: (?P<called>.+)",
-    re.DOTALL,
 )
 
 
@@ -37,22 +33,15 @@ def refusal(error: Exception, name: str, param: str | None = None) -> Any:
     """
     found = ((status, called) for kind, status, called in _STATUSES if isinstance(error, kind))
     status, called = next(found, (HTTPStatus.BAD_REQUEST, "BadRequestError"))
-    return create_error_response(named(name, _sentence(error)), called, status, param)
+    return create_error_response(named(name, sentence_of(error)), called, status, param)
 
 
-def named(name: str, says: str) -> str:
-    """A sentence that names the adapter that it is about."""
-    return says if repr(name) in says else f"adapter {shown(name)}: {says}"
-
-
-def unwrapped(message: str) -> str:
-    """What a worker said, without what vLLM puts around it on its way: the method, and to look for a stack trace."""
-    while (wrapped := _WRAPPED.match(message)) is not None:
-        message = wrapped["said"] or wrapped["called"]
-    return message
-
-
-def _sentence(error: Exception) -> str:
-    """What went wrong, without the traceback that vLLM appends to a worker's error, and without half characters."""
-    lines = unwrapped(str(error).strip()).splitlines()
-    return lines[0].encode("utf-8", "backslashreplace").decode() if lines else type(error).__name__
+def echoing_little(answer: Any, request: Any) -> Any:
+    """An answer of vLLM's; an error does not repeat all of a long name or path."""
+    if hasattr(answer, "error"):
+        for part in ("model", "lora_name", "lora_path"):
+            given = getattr(request, part, None)
+            if isinstance(given, str) and given != short(given):
+                for whole in (given, sanitize_message(given)):  # vLLM takes paths out of what it says
+                    answer.error.message = answer.error.message.replace(whole, short(whole))
+    return answer

@@ -9,7 +9,21 @@ from vllm.logger import init_logger
 from vllm.lora import utils
 from vllm.v1.worker import lora_model_runner_mixin
 
-from ia3rt.serving.vllm import failing, frontend, metrics, stages, symbols, told_engine
+from ia3rt.serving.settings import is_key_for_all
+from ia3rt.serving.vllm import (
+    bodies,
+    doors,
+    failing,
+    listing,
+    loads,
+    metrics,
+    requested,
+    resolvers,
+    served,
+    stages,
+    symbols,
+    told_engine,
+)
 from ia3rt.serving.vllm.layers import CLASSES
 from ia3rt.serving.vllm.worker_manager import IA3WorkerManager
 
@@ -23,8 +37,7 @@ def register_once() -> None:
         logger.warning("ia3rt's IA³ plugin was not tested on vLLM %s; its names are all there.", vllm.__version__)
     utils._all_lora_classes = tuple(CLASSES.get(known, known) for known in utils._all_lora_classes)
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = IA3WorkerManager
-    metrics.install()
-    failing.install()
-    stages.install()
-    told_engine.install()
-    frontend.install()
+    for each in (metrics, failing, stages, told_engine, served, loads, requested, listing, bodies, resolvers):
+        each.install()
+    if is_key_for_all():
+        doors.install()

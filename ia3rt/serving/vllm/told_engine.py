@@ -3,14 +3,13 @@
 vLLM reads an adapter in a step, and what is raised there ends the engine, or the request with an empty answer. So the
 first request that wears an adapter has it read here, against the limit on scales, and then loaded outside of a step,
 where a worker that refuses it says so. That serves vLLM's `LLM` and `AsyncLLM`; its server's requests were looked at by
-the frontend, which tells it here.
+requested.py, which tells it here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,9 @@ from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.names import MixNameError
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.scale_check import checked_vectors
+from ia3rt.serving.vllm.sentences import sentence_of
 from ia3rt.serving.vllm.source import Source
 
-_WRAPPED = re.compile(r"Worker failed with error '(.*)', please check the stack trace")
 MOST = 20_000
 """Adapters and mixes that are known to have been looked at. One that was forgotten is loaded again, which is nothing
 where it still is."""
@@ -158,10 +157,8 @@ def check(request: LoRARequest, dtype: str) -> bool:
 
 
 def _refused(error: Exception, request: LoRARequest) -> VLLMClientError:
-    """What was refused, here or by a worker, as one sentence: vLLM's processes wrap it twice, and add a traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    wrapped = _WRAPPED.search(lines[0])
-    name, says = public_name(request.lora_name), lines[0] if wrapped is None else wrapped[1]
+    """What was refused, here or by a worker, as one sentence."""
+    name, says = public_name(request.lora_name), sentence_of(error)
     if not isinstance(error, MixNameError) and repr(name) not in says:  # which names all that it is about
         says = f"adapter {shown(name)} cannot be loaded: {says}"
     return AdapterNotThereError(says) if isinstance(error, FileNotFoundError) else UnwearableError(says)
