@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-STARTS_WITHIN = 300.0
+STARTS_WITHIN = 600.0
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 """What vLLM needs on a CPU that others use too."""
 BASE = "base"

@@ -17,8 +17,9 @@ AT_ONCE = 32
 NEW_TOKENS = 6
 PREFIX, SUFFIXES = 32, (4, 12, 24)
 """Tokens: a block of the cache that many requests have in common, and what is their own."""
-UNREADABLE = (500, 503, 507)
-"""What a request is answered with whose adapter was read, or written anew, just when somebody did something to it."""
+UNREADABLE = (404, 500, 503, 507)
+"""What a request is answered with whose adapter was read, or written anew, just when somebody did something to it; 404
+where a resolver looked for it."""
 SWAPPED = ("chat", "draft")
 """Names that mean one thing after another, of both kinds."""
 

@@ -30,6 +30,8 @@ OPTIONS = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "-
 # Far less of everything than there are adapters; and a cache that half of the requests fill.
 OPTIONS += ["--max-loras", "12", "--max-cpu-loras", "100", "--max-num-seqs", "32", "--num-gpu-blocks-override", "40"]
 OPTIONS += ["--block-size", "32"]
+STATIC = 100
+"""Adapters that are loaded at the start; a resolver finds the others when they are first asked for."""
 GROWTH = 64e6
 """Bytes by which the server's processes may grow in the second half."""
 
@@ -37,7 +39,7 @@ GROWTH = 64e6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("soak")
-    for name in ("model", "allowed/originals", "allowed/hostile", "resolved", "server"):
+    for name in ("model", "allowed/originals", "allowed/hostile", "server"):
         (folder / name).mkdir(parents=True)
     save_small_model(folder / "model")
     make_lora(folder / "model", folder / "allowed" / "originals" / "lora")
@@ -53,9 +55,9 @@ def reference(folder: Path) -> Reference:
 @pytest.fixture
 def server(folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     originals = folder / "allowed" / "originals"
-    modules = [f"{name}={originals / name}" for name in [*map(str, range(ADAPTERS)), "lora"]]
+    modules = [f"{name}={originals / name}" for name in [*map(str, range(STATIC)), "lora"]]
     modules += [f"{name}={originals / '0'}" for name in SWAPPED]
-    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(folder / "resolved"))
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(originals))
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.setenv(ALLOW_ADAPTERS, str(folder / "allowed"))
     made = Server(folder / "model", [*OPTIONS, "--lora-modules", *modules], folder / "server")
