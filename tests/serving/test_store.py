@@ -1,6 +1,7 @@
 """The store of adapters by content."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from ia3rt.adapters.checkpoint import read_checkpoint
 from ia3rt.cli.main import app
 from ia3rt.serving.vllm.cleaning import copies, sweep
-from ia3rt.serving.vllm.store import Held, read_stored, store
+from ia3rt.serving.vllm.store import Held, discard, read_stored, store
 
 
 def test_the_same_content_is_stored_once(tmp_path) -> None:
@@ -112,3 +113,16 @@ def test_the_command_lists_and_cleans(tmp_path, monkeypatch) -> None:
     assert [copy.folder for copy in copies(root)] == [held]
     holding.let_go(set())
     assert "1 removed" in run("--clean")
+
+
+def test_a_copy_that_was_removed_and_stored_again_is_held_again(tmp_path) -> None:
+    original, held = write(tmp_path / "a"), Held()
+    copy = store(original, tmp_path / "store")
+    held.hold(copy)
+    assert not discard(copy)
+    shutil.rmtree(copy)
+    assert store(original, tmp_path / "store") == copy
+    held.hold(copy)
+    assert not discard(copy) and copy.is_dir()
+    held.let_go(set())
+    assert discard(copy) and not copy.exists()

@@ -67,7 +67,6 @@ class Keeping:
             if made != folder:
                 raise _lost(name, damage, "its original holds other numbers now") from damage
         with self._lock:
-            self._held.let_go(self._held.folders - {folder})  # what was locked may be no more
             self._held.hold(folder)
             self._remember(folder, original)
 

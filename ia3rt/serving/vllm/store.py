@@ -148,10 +148,15 @@ class Held:
         return set(self._locks)
 
     def hold(self, folder: Path) -> None:
-        """Holds one more."""
-        if folder not in self._locks:
-            with suppress(OSError):  # it is gone, and has to be stored again anyway
-                self._locks[folder] = _lock(folder, fcntl.LOCK_SH)
+        """Holds one more, or one anew that was removed and stored again: what was locked then is no more."""
+        with suppress(OSError):  # it is gone, and has to be stored again anyway
+            held = self._locks.get(folder)
+            if held is not None and os.path.samestat(os.fstat(held), os.stat(folder)):
+                return
+            lock = _lock(folder, fcntl.LOCK_SH)
+            if held is not None:
+                os.close(held)
+            self._locks[folder] = lock
 
     def let_go(self, but: set[Path]) -> None:
         """Lets go of all but these."""
