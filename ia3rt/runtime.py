@@ -129,15 +129,16 @@ class Runtime:
         """An adapter's vectors and config, as they are now: a copy, which `add_adapter` of any runtime takes.
 
         Returns:
-            Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one;
-            its `config`; and its own `modules`, as `add_adapter` takes them.
+            Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one; of
+            experts [experts * width], or [width] where all of them share one; its `config`; and its own `modules`, as
+            `add_adapter` takes them.
 
         Raises:
             ValueError: it is unknown.
         """
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
         self._sync()
-        vectors = {site.key: vector.detach().clone() for site, vector in self._bank.vectors(adapter).items()}
+        vectors = {site.key: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
         states = self._own.states((adapter,)).states
         own = {path: {each: x.detach().clone() for each, x in state.items()} for path, state in states.items()}
         return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config), own)
@@ -195,7 +196,8 @@ class Runtime:
         Args:
             name: what to call it.
             vectors: by module path where that module has one site, else by (path, "in") or (path, "out"); each of
-                the site's width, in any shape. Sites left out count as ones. None makes an adapter of ones at all
+                the site's width, in any shape; of experts [experts, width], or [width] for all alike. Sites left out
+                count as ones. None makes an adapter of ones at all
                 sites: it changes nothing until it is trained.
             config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type. Of the
                 modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
@@ -346,7 +348,7 @@ class Runtime:
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
         own = self._own.states((adapter,))
-        write_checkpoint(path, self._bank.vectors(adapter), paths, config, own.states, own.embeddings)
+        write_checkpoint(path, self._bank.distinct(adapter), paths, config, own.states, own.embeddings)
 
     @_alone
     def set_adapter(self, adapter_name: MixLike) -> None:
@@ -533,7 +535,7 @@ class Runtime:
     def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             for site in adapter.sites:
-                if execution_device(self.model.get_submodule(site.path)) is not None:
+                if execution_device(self.model.get_submodule(site.module)) is not None:
                     raise ValueError(
                         f"adapter {adapter.name!r} acts at {site}, whose weights accelerate offloads: it would look "
                         "for the adapter's parameter among them: load the model without offloading to train"
@@ -652,7 +654,7 @@ class Runtime:
         except ValueError as error:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
         self._targets.check(self.model, site, name)
-        device = computing_device(self.model.get_submodule(path))
+        device = computing_device(self.model.get_submodule(site.module))
         if self.sites and device != self._bank.table.device:
             raise ValueError(
                 f"adapter {name!r} acts at {site}, which lies on {device}, and the model's other sites on "
