@@ -28,6 +28,7 @@ from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
+from ia3rt.modules.renamed import by_todays_names
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
@@ -177,7 +178,9 @@ class Runtime:
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_hub_id).resolve().name
         self._bank.check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
-        vectors = {self._site(name, key): vector for key, vector in checkpoint.vectors.items()}
+        with reading_the_models():
+            read = by_todays_names(self.model, checkpoint.vectors)
+        vectors = {self._site(name, key): vector for key, vector in read.items()}
         with reading_the_models():
             own = brought.of_file(self.model, name, checkpoint)
         self._add(name, vectors, checkpoint.config, own)

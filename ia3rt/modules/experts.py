@@ -39,8 +39,11 @@ class IA3Experts(Wearer):
         worn, tokens = self.ia3_routing.now(), self._ia3_tokens(given[0])
         up, down = (self._ia3_scales(position, tokens, worn) for position in (self.ia3_out, self.ia3_in))
         if up is None and down is None:
-            return super().forward(*args, **kwargs)
-        return self._ia3_compute(Acting(up, down), *given)
+            y = super().forward(*args, **kwargs)
+        else:
+            y = self._ia3_compute(Acting(up, down), *given)
+        self.ia3_routing.rows.carry(given[0], y)
+        return y
 
     def _ia3_scales(self, position: int | None, tokens: Tensor, worn: Worn) -> Scales | None:
         found = None if position is None else self.ia3_routing.rows.numbered(self, position, tokens, worn)

@@ -102,8 +102,7 @@ def by_implementation(experts: Any, acting: Acting, x: Tensor, index: Tensor, we
     if name == "grouped_mm":  # pairs in the order in which it computes them: the same numbers sort in the same way
         expert, token = torch.sort(expert)
     pairs = _Pairs(experts, acting, expert, token // index.shape[-1])
-    y: Tensor = interface_of(original_class(type(experts)))[name](pairs, x, index, weights)
-    return y
+    return interface_of(original_class(type(experts)))[name](pairs, x, index, weights)  # type: ignore[no-any-return]
 
 
 def why_not_by(experts: Any, implementation: str | None) -> str | None:
@@ -128,7 +127,7 @@ def by_expert(experts: Any, acting: Acting, x: Tensor, index: Tensor, weights: T
         h = h if up is None else up.of_expert(h, expert, token)
         h = _activated(experts, h)
         h = _linear(experts, "down_proj", h if down is None else down.of_expert(h, expert, token), expert)
-        return experts.post_expert_norm(h) if experts.has_post_expert_norm else h  # type: ignore[no-any-return]
+        return experts.post_expert_norm(h) if experts.has_post_expert_norm else h
 
     return _looped(experts.num_experts, compute, x, index, weights)
 

@@ -102,6 +102,7 @@ def find_sites(
         sides: dict[str, Side] = structural
     else:
         paths = _named(model, modules, target_modules)
+        _check_names_of_experts(target_modules, modules)
         if feedforward_modules is None:
             known = structural | {path: site.side for path, site in expert_sites(modules).items()}
             sides = {path: known.get(path, "out") for path in paths}
@@ -183,6 +184,20 @@ def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleName
         at_experts = [path for path, site in expert_sites(modules).items() if why_unworn(modules[site.module]) is None]
         return [*(path for path in linear if reader_of(modules, path) is None), *at_experts]
     return [path for path in (*modules, *expert_sites(modules)) if path and name_matches(path, names)]
+
+
+def _check_names_of_experts(names: ModuleNames, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where one of several names means nothing in a mixture, as those of single experts do now."""
+    sites = expert_sites(modules)
+    if isinstance(names, str) or not sites:
+        return
+    nothing = [name for name in names if not any(name_matches(path, [name]) for path in (*modules, *sites))]
+    if nothing:
+        experts = sorted({".".join(path.split(".")[-2:]) for path in sites})
+        raise ValueError(
+            f"target_modules names {nothing}, which the model has not: all experts of a layer are one tensor a matrix "
+            f"in it, {experts}. Name these, with a vector for each expert"
+        )
 
 
 def _check_feedforward(names: ModuleNames, modules: Mapping[str, nn.Module], sides: Mapping[str, Side]) -> None:

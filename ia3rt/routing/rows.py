@@ -121,6 +121,13 @@ class RowScales:
         """
         return self._probing.layout(module, where, x, worn, self._forward())
 
+    def carry(self, x: Tensor, y: Tensor) -> None:
+        """Says that each place of y depends on that place of x alone, in a forward that is looked at."""
+        forward = self._forward()
+        for marks in () if forward is None else (forward.marks, forward.image_marks):
+            if marks is not None:
+                marks.carry(x, y)
+
     def see(self, module: nn.Module, where: int | str, x: Tensor, worn: Worn) -> None:
         """Sees where they are, in a forward that is looked at; what is not known there is an error when it is asked."""
         forward = self._forward()
