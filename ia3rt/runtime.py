@@ -389,8 +389,8 @@ class Runtime:
                 None where the text says so, by its image tokens.
 
         Raises:
-            ValueError: an adapter is unknown, a mix, the index or images are not valid, rows of an adapter act inside
-                the experts of a mixture, where rows are no longer the batch's, or tokens of a row would go through
+            ValueError: an adapter is unknown, a mix, the index or images are not valid, an adapter acts inside experts of
+                a mixture that are modules of their own, where rows are no longer the batch's, or tokens of a row would go through
                 different modules of their adapters', or rows through different saved embeddings. A route whose rows
                 are not the batch's is an error of the forward, before anything runs; a layer where it is not known
                 whose each element of its input is, is one when it is reached.
@@ -641,13 +641,15 @@ class Runtime:
         )
 
     def _site(self, name: str, key: SiteKey) -> Site:
-        if key[0] in self._shared:
+        known = self._bank.sites.get(key)
+        shared = self._shared.get(key[0] if known is None else known.module)
+        if shared is not None:
             raise ValueError(
-                f"adapter {name!r} has a vector at {key[0]!r}, which is one module at {self._shared[key[0]]}: in PEFT "
-                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
+                f"adapter {name!r} has a vector at {key[0]!r}, which is one module at {shared}: in PEFT it would act at "
+                "one of these, and here at all. Give each a module of its own (copy.deepcopy)"
             )
-        if key in self._bank.sites:
-            return self._bank.sites[key]
+        if known is not None:
+            return known
         path, side = key
         if side not in ("in", "out"):
             raise ValueError(f"adapter {name!r} has a vector at side {side!r} of {path!r}: sides are 'in' and 'out'")

@@ -146,6 +146,10 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     if at_experts is not None:
         return _site_at_experts(modules, *at_experts, side)
     if path not in modules:
+        parent, _, name = path.rpartition(".")
+        if parent in modules and name in modules[parent]._parameters:
+            kind = original_class(type(modules[parent])).__name__
+            raise ValueError(f"{path!r} is a tensor of a {kind}, which wears no vector: how that computes is not known")
         raise ValueError(
             f"the model has no module {path!r}: the adapter was made for another model, or for a part of this one"
         )
