@@ -389,8 +389,8 @@ class Runtime:
                 None where the text says so, by its image tokens.
 
         Raises:
-            ValueError: an adapter is unknown, a mix, the index or images are not valid, an adapter acts inside experts of
-                a mixture that are modules of their own, where rows are no longer the batch's, or tokens of a row would go through
+            ValueError: an adapter is unknown, a mix, the index or images are not valid, an adapter acts at experts that
+                are modules of their own, where rows are no longer the batch's, or tokens of a row would go through
                 different modules of their adapters', or rows through different saved embeddings. A route whose rows
                 are not the batch's is an error of the forward, before anything runs; a layer where it is not known
                 whose each element of its input is, is one when it is reached.
@@ -641,15 +641,10 @@ class Runtime:
         )
 
     def _site(self, name: str, key: SiteKey) -> Site:
-        known = self._bank.sites.get(key)
-        shared = self._shared.get(key[0] if known is None else known.module)
-        if shared is not None:
-            raise ValueError(
-                f"adapter {name!r} has a vector at {key[0]!r}, which is one module at {shared}: in PEFT it would act at "
-                "one of these, and here at all. Give each a module of its own (copy.deepcopy)"
-            )
-        if known is not None:
-            return known
+        self._check_unshared(name, key[0], key[0])
+        if key in self._bank.sites:
+            self._check_unshared(name, key[0], self._bank.sites[key].module)
+            return self._bank.sites[key]
         path, side = key
         if side not in ("in", "out"):
             raise ValueError(f"adapter {name!r} has a vector at side {side!r} of {path!r}: sides are 'in' and 'out'")
@@ -658,6 +653,7 @@ class Runtime:
                 site = site_of(dict(self.model.named_modules()), path, side)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
+        self._check_unshared(name, path, site.module)
         self._targets.check(self.model, site, name)
         device = computing_device(self.model.get_submodule(site.module))
         if self.sites and device != self._bank.table.device:
@@ -666,6 +662,13 @@ class Runtime:
                 f"{self._bank.table.device}: ia3rt needs them on one"
             )
         return site
+
+    def _check_unshared(self, name: str, path: str, module: str) -> None:
+        if module in self._shared:
+            raise ValueError(
+                f"adapter {name!r} has a vector at {path!r}, which is one module at {self._shared[module]}: in PEFT "
+                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
+            )
 
     @contextmanager
     def _restoring(self, before: Wearing) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import ia3rt
+from ia3rt.modules import experts_paths
 
 ONE_WAY = ("llama4_text", "dbrx")  # not by transformers' functions for experts
 WAYS = ("eager", "batched_mm", "grouped_mm")
@@ -284,6 +285,41 @@ def test_experts_that_compute_one_after_another_in_another_way_are_refused(monke
     model.set_experts_implementation("grouped_mm")
     runtime = ia3rt.patch(model, target_modules=["experts.down_proj"])
     assert [site.path for site in runtime.sites] == [DOWN]
+
+
+def test_experts_that_stand_in_two_places_are_refused():
+    model = tiny_mixture()
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    runtime = ia3rt.patch(model, target_modules=["k_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"which is one module at .*Give each a module of its own"):
+        runtime.add_adapter("b", {(DOWN, "in"): torch.rand(4, 24)})
+
+
+def test_experts_of_a_class_that_is_not_known_are_refused():
+    class Rotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.rand(4, 48, 32))
+            self.down_proj = nn.Parameter(torch.rand(4, 32, 24))
+
+        def forward(self, x, index):
+            return x
+
+    runtime = ia3rt.patch(nn.ModuleDict({"experts": Rotated()}))
+    with pytest.raises(ValueError, match=r"'experts.down_proj' is a tensor of a Rotated, .* computes is not known"):
+        runtime.add_adapter("b", {("experts.down_proj", "in"): torch.rand(4, 24)})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_many_pairs_are_scaled_piece_by_piece(way, monkeypatch):
+    monkeypatch.setattr(experts_paths, "_PIECE", 100)  # four pairs of 24 numbers
+    for dtype, close in ((torch.float32, 3e-6), (torch.bfloat16, 3e-2)):
+        model = tiny_mixture(dtype=dtype, experts_implementation=way, num_hidden_layers=1)
+        runtime, vectors = patched(model, "bc", target_modules=["experts.down_proj", "experts.gate_up_proj"])
+        truths = [logits(scaled_mixture(model, vectors.get(name, {})), token_ids()) for name in ("b", "", "c")]
+        with runtime.route(["b", None, "c"]):
+            mixed = logits(model, token_ids())
+        assert all(near(mixed[row], truth[row], close) for row, truth in enumerate(truths))
 
 
 def test_a_copy_wears_vectors_of_its_own():
