@@ -141,6 +141,19 @@ def test_generation_follows_its_rows(way):
     assert torch.equal(mixed, torch.stack(expected))
 
 
+@pytest.mark.parametrize(("way", "backend"), [*((way, "torch") for way in WAYS), ("grouped_mm", "triton")])
+def test_rows_are_known_past_experts_that_all_of_them_go_to(way, backend):
+    model, ids = tiny_mixture(experts_implementation=way), token_ids(3, 1)
+    for layer in model.model.layers:  # as many tokens in an expert as there are rows, which look like an order of them
+        layer.mlp.gate.weight.data.zero_()
+    plain = copy.deepcopy(model)
+    runtime, vectors = patched(model, backend=backend)
+    with runtime.route(["b", None, "c"]):
+        mixed = logits(model, ids)
+    for row, name in enumerate(["b", None, "c"]):
+        assert near(mixed[row], logits(scaled_mixture(plain, vectors.get(name, {})), ids)[row])
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_half_precision_rounds_as_scaled_weights_do(way):
     model, ids = tiny_mixture(dtype=torch.bfloat16, experts_implementation=way, num_hidden_layers=1), token_ids()
