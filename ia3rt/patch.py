@@ -108,7 +108,7 @@ def _weight(model: nn.Module, sites: list[Site]) -> Tensor:
 
     Empty and on the device where accelerate brings it to, where that offloads it.
     """
-    modules = [model.get_submodule(site.path) for site in sites] or [
+    modules = [model.get_submodule(site.module) for site in sites] or [
         module for module in model.modules() if [*module.parameters(False)]
     ]
     if not modules:

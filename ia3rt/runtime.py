@@ -28,6 +28,7 @@ from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
+from ia3rt.modules.renamed import by_todays_names
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
@@ -129,15 +130,16 @@ class Runtime:
         """An adapter's vectors and config, as they are now: a copy, which `add_adapter` of any runtime takes.
 
         Returns:
-            Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one;
-            its `config`; and its own `modules`, as `add_adapter` takes them.
+            Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one; of
+            experts [experts * width], or [width] where all of them share one; its `config`; and its own `modules`, as
+            `add_adapter` takes them.
 
         Raises:
             ValueError: it is unknown.
         """
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
         self._sync()
-        vectors = {site.key: vector.detach().clone() for site, vector in self._bank.vectors(adapter).items()}
+        vectors = {site.key: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
         states = self._own.states((adapter,)).states
         own = {path: {each: x.detach().clone() for each, x in state.items()} for path, state in states.items()}
         return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config), own)
@@ -176,7 +178,9 @@ class Runtime:
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_hub_id).resolve().name
         self._bank.check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
-        vectors = {self._site(name, key): vector for key, vector in checkpoint.vectors.items()}
+        with reading_the_models():
+            read = by_todays_names(self.model, checkpoint.vectors)
+        vectors = {self._site(name, key): vector for key, vector in read.items()}
         with reading_the_models():
             own = brought.of_file(self.model, name, checkpoint)
         self._add(name, vectors, checkpoint.config, own)
@@ -195,7 +199,8 @@ class Runtime:
         Args:
             name: what to call it.
             vectors: by module path where that module has one site, else by (path, "in") or (path, "out"); each of
-                the site's width, in any shape. Sites left out count as ones. None makes an adapter of ones at all
+                the site's width, in any shape; of experts [experts, width], or [width] for all alike. Sites left out
+                count as ones. None makes an adapter of ones at all
                 sites: it changes nothing until it is trained.
             config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type. Of the
                 modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
@@ -346,7 +351,7 @@ class Runtime:
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
         own = self._own.states((adapter,))
-        write_checkpoint(path, self._bank.vectors(adapter), paths, config, own.states, own.embeddings)
+        write_checkpoint(path, self._bank.distinct(adapter), paths, config, own.states, own.embeddings)
 
     @_alone
     def set_adapter(self, adapter_name: MixLike) -> None:
@@ -384,8 +389,8 @@ class Runtime:
                 None where the text says so, by its image tokens.
 
         Raises:
-            ValueError: an adapter is unknown, a mix, the index or images are not valid, rows of an adapter act inside
-                the experts of a mixture, where rows are no longer the batch's, or tokens of a row would go through
+            ValueError: an adapter is unknown, a mix, the index or images are not valid, an adapter acts at experts that
+                are modules of their own, where rows are no longer the batch's, or tokens of a row would go through
                 different modules of their adapters', or rows through different saved embeddings. A route whose rows
                 are not the batch's is an error of the forward, before anything runs; a layer where it is not known
                 whose each element of its input is, is one when it is reached.
@@ -533,7 +538,7 @@ class Runtime:
     def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
             for site in adapter.sites:
-                if execution_device(self.model.get_submodule(site.path)) is not None:
+                if execution_device(self.model.get_submodule(site.module)) is not None:
                     raise ValueError(
                         f"adapter {adapter.name!r} acts at {site}, whose weights accelerate offloads: it would look "
                         "for the adapter's parameter among them: load the model without offloading to train"
@@ -636,12 +641,9 @@ class Runtime:
         )
 
     def _site(self, name: str, key: SiteKey) -> Site:
-        if key[0] in self._shared:
-            raise ValueError(
-                f"adapter {name!r} has a vector at {key[0]!r}, which is one module at {self._shared[key[0]]}: in PEFT "
-                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
-            )
+        self._check_unshared(name, key[0], key[0])
         if key in self._bank.sites:
+            self._check_unshared(name, key[0], self._bank.sites[key].module)
             return self._bank.sites[key]
         path, side = key
         if side not in ("in", "out"):
@@ -651,14 +653,22 @@ class Runtime:
                 site = site_of(dict(self.model.named_modules()), path, side)
         except ValueError as error:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
+        self._check_unshared(name, path, site.module)
         self._targets.check(self.model, site, name)
-        device = computing_device(self.model.get_submodule(path))
+        device = computing_device(self.model.get_submodule(site.module))
         if self.sites and device != self._bank.table.device:
             raise ValueError(
                 f"adapter {name!r} acts at {site}, which lies on {device}, and the model's other sites on "
                 f"{self._bank.table.device}: ia3rt needs them on one"
             )
         return site
+
+    def _check_unshared(self, name: str, path: str, module: str) -> None:
+        if module in self._shared:
+            raise ValueError(
+                f"adapter {name!r} has a vector at {path!r}, which is one module at {self._shared[module]}: in PEFT "
+                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
+            )
 
     @contextmanager
     def _restoring(self, before: Wearing) -> Iterator[None]:

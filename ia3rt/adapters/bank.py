@@ -25,6 +25,7 @@ class Adapter:
         name: what users call it.
         row: its row of the bank.
         sites: where it acts; everywhere else its row is ones.
+        shared: at which of them, experts, it has one vector for all; its row has it once for each.
         config: the adapter_config.json it came with, empty where it came from none.
         modules: the paths of the model's modules of which it has its own; rows that wear it go through its own.
         embeddings: which of them are saved embeddings, the whole vocabulary of the model that it was trained on.
@@ -38,6 +39,7 @@ class Adapter:
     modules: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     free: list[int] = field(default_factory=list, repr=False)
+    shared: frozenset[Site] = frozenset()
 
     def __del__(self) -> None:
         """Frees its row: not when it is deleted, as a forward that wears it may run."""
@@ -50,8 +52,8 @@ class Adapter:
 
     @cached_property
     def site_in_experts(self) -> Site | None:
-        """A site inside the experts of a mixture, where a batch's rows are mixed up; None where there is none."""
-        return next((site for site in self.sites if "experts" in site.path.split(".")), None)
+        """A site at one of a mixture's experts, each a module that does not know whose its rows are; None for none."""
+        return next((site for site in self.sites if "experts" in site.path.split(".") and not site.experts), None)
 
 
 def check_modules(adapters: Collection[Adapter]) -> None:
@@ -79,6 +81,20 @@ def check_modules(adapters: Collection[Adapter]) -> None:
 
 def _is_within(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
+
+
+def _fits(vector: Tensor, site: Site) -> bool:
+    """Whether a vector, in any shape, is one for a site: for all experts there, for each of them, or a layer's."""
+    *above, last = [size for size in vector.shape if size != 1] or [1]
+    if site.experts and (above or last != site.width):
+        return [*above, last] in ([site.width_of_one], [site.experts, site.width_of_one])
+    return not above and last == site.width
+
+
+def _numbers(site: Site) -> str:
+    if not site.experts:
+        return f"{site.width} numbers"
+    return f"[{site.experts}, {site.width_of_one}], or [{site.width_of_one}] for all experts alike"
 
 
 class ResolvedMix(NamedTuple):
@@ -175,16 +191,16 @@ class Bank:
         if not vectors:
             raise ValueError(f"adapter {name!r} has no vectors")
         for site, vector in vectors.items():
-            if vector.numel() != site.width or max(vector.shape, default=0) != site.width:
+            if not _fits(vector, site):
                 raise ValueError(
-                    f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected {site.width} "
-                    "numbers. It was made for a model of another size"
+                    f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected "
+                    f"{_numbers(site)}. It was made for a model of another size"
                 )
         sites = self.all_sites(vectors)
         row = torch.empty(sum(site.width for site in sites))
         for site, columns in zip(sites, torch.split(row, [site.width for site in sites]), strict=True):
             if site in vectors:
-                columns.copy_(vectors[site].detach().reshape(-1))
+                columns.view(site.experts or 1, -1).copy_(vectors[site].detach().reshape(-1, site.width_of_one))
             else:
                 columns.fill_(1.0)
         if not all(piece.to(self.table.dtype).isfinite().all() for piece in pieces(row)):
@@ -229,8 +245,9 @@ class Bank:
             if self.is_read_by_streams:  # a kernel of another one may still read what was in this row
                 torch.cuda.synchronize(self.table.device)
             self.table[index].copy_(row)
+        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
         self.adapters[name] = Adapter(
-            name, index, frozenset(vectors), dict(config or {}), modules, embeddings, self._free
+            name, index, frozenset(vectors), dict(config or {}), modules, embeddings, self._free, shared
         )
         return self.adapters[name]
 
@@ -257,11 +274,16 @@ class Bank:
         return adapter
 
     def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
-        """A resident adapter's vectors, [width] each: views of its row."""
+        """A resident adapter's vectors, [width] each, one a site for all experts there: views of its row."""
         columns = torch.split(self.table[adapter.row], self.widths)
         return {
             site: column for site, column in zip(self.sites.values(), columns, strict=True) if site in adapter.sites
         }
+
+    def distinct(self, adapter: Adapter) -> dict[Site, Tensor]:
+        """The same without repeating: [width_of_one] at experts that share a vector."""
+        vectors = self.vectors(adapter).items()
+        return {site: vector[: site.width_of_one] if site in adapter.shared else vector for site, vector in vectors}
 
     def to(self, device: torch.device) -> None:
         """Moves the table."""

@@ -27,7 +27,8 @@ class Checkpoint:
     """An IA³ adapter as its files hold it.
 
     Attributes:
-        vectors: by module path and side, as stored: [1, in_features] or [out_features, 1].
+        vectors: by module path and side, as stored: [1, in_features] or [out_features, 1]; of experts that are kept as
+            one tensor, by that one's path, [experts, 1, in_features] or [experts, out_features, 1].
         config: the adapter_config.json; of an AdapterHub adapter, what PEFT's would say.
         modules: the adapter's own modules, such as a classification head: their tensors by module path, then by name.
         unnamed: which of `modules` modules_to_save does not name, as it does not name saved embeddings.
@@ -53,6 +54,12 @@ class Checkpoint:
             raise ValueError(
                 f"adapter {name!r} has its own {', '.join(map(repr, self.modules))} beside its vectors: a server wears "
                 "vectors only; ia3rt.patch(model) wears both"
+            )
+        of_experts = next((path for (path, _), vector in self.vectors.items() if vector.dim() == 3), None)
+        if of_experts is not None:
+            raise ValueError(
+                f"adapter {name!r} has a vector for each expert of {of_experts!r}, which a server does not wear: "
+                "ia3rt.patch(model) does"
             )
         return self.vectors
 
@@ -152,7 +159,7 @@ def write_checkpoint(
 
     Args:
         path: the folder, made where it is missing.
-        vectors: [width] each.
+        vectors: [width] each; [width_of_one] where experts share one.
         module_names: the names of all the model's modules, so that the config's names match these sites only.
         config: what the config says besides the sites: base_model_name_or_path, task_type and so on.
         modules: the adapter's own modules, as in `Checkpoint`.
@@ -174,8 +181,7 @@ def write_checkpoint(
     target = shortest_names(list(sides), module_names, sides)
     names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
-        f"{PREFIX}{site.path}{SUFFIX}": vector.cpu().reshape((1, -1) if site.side == "in" else (-1, 1)).clone()
-        for site, vector in vectors.items()
+        f"{PREFIX}{site.path}{SUFFIX}": _as_saved(site, vector.cpu()).clone() for site, vector in vectors.items()
     }
     for module, state in modules.items():
         tensors.update({f"{PREFIX}{module}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})
@@ -193,6 +199,12 @@ def write_checkpoint(
     }
     save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_saved(site: Site, vector: Tensor) -> Tensor:
+    """[1, width] at an input and [width, 1] at an output, as PEFT has them; one after another for experts."""
+    shape = (1, site.width_of_one) if site.side == "in" else (site.width_of_one, 1)
+    return vector.reshape(shape if len(vector) == site.width_of_one else (site.experts, *shape))
 
 
 def _names_to_save(modules: list[str], module_names: Collection[str], config: Mapping[str, Any]) -> list[str]:

@@ -31,8 +31,14 @@ def check_givable(taken: TakenOver, adapters: Sequence[AdapterContents]) -> None
                 f"PEFT's layers cannot hold an adapter named {adapter.name!r}, as names of parameters have no dots and "
                 "hide nothing: before unpatch(), add_adapter() what get_adapter() gives by another name and delete it"
             )
+        modules = dict(taken.model.named_modules())
         for path, side in adapter.vectors:
-            module = taken.model.get_submodule(path)
+            if path not in modules:
+                raise ValueError(
+                    f"adapter {adapter.name!r} acts at {path!r}, experts that are one tensor, where PEFT has no IA³: "
+                    "save_adapter() and delete_adapter() it before unpatch()"
+                )
+            module = modules[path]
             if path not in taken.layers and not isinstance(module, nn.Linear) and not hasattr(module, "nf"):
                 raise ValueError(
                     f"adapter {adapter.name!r} acts at {path!r}, a kind of layer that PEFT does not wrap: "

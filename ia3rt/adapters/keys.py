@@ -172,6 +172,8 @@ def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
         return "in"
     if tensor.dim() == 2 and tensor.shape[1] == 1 and tensor.shape[0] > 1:
         return "out"
+    if tensor.dim() == 3 and tensor.shape[0] > 1 and (tensor.shape[1] == 1) != (tensor.shape[2] == 1):
+        return "in" if tensor.shape[1] == 1 else "out"  # one such vector an expert
     if tensor.dim() == 2 and tensor.numel() == 1:
         named = config.get("feedforward_modules") or ()
         if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever

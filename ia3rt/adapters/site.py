@@ -18,14 +18,28 @@ class Site:
     """One place a vector acts: the input or the output of one module.
 
     Attributes:
-        path: the module's dotted name in the model.
+        path: the module's dotted name in the model; at experts that are kept as one tensor, that tensor's.
         side: `in` scales the module's input, `out` its output (with the bias).
-        width: the vector's length: the module's in_features or out_features.
+        width: the vector's length: the module's in_features or out_features; at experts those of all of them.
+        experts: how many experts have a vector of their own there, one after another; 0 at a layer.
+        parameter: of experts, the tensor's name in their module; empty at a layer.
     """
 
     path: str
     side: Side
     width: int
+    experts: int = 0
+    parameter: str = ""
+
+    @property
+    def module(self) -> str:
+        """The dotted name of the module that wears the vector."""
+        return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
+
+    @property
+    def width_of_one(self) -> int:
+        """The length of one expert's vector, and of one that all experts share; at a layer `width`."""
+        return self.width // (self.experts or 1)
 
     @property
     def key(self) -> SiteKey:
@@ -34,7 +48,8 @@ class Site:
 
     def __str__(self) -> str:
         """The site as error messages name it."""
-        return f"{self.path} ({self.side}put, width {self.width})"
+        width = f"{self.experts} experts × width {self.width_of_one}" if self.experts else f"width {self.width}"
+        return f"{self.path} ({self.side}put, {width})"
 
 
 def name_matches(path: str, names: ModuleNames) -> bool:

@@ -30,7 +30,7 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "mixture-of-experts decoder (Mixtral, Qwen-MoE)",
-        r"(.+\.)?layers\.N\.(self_attn\.\w+_proj|mlp\.\w+_proj|\w+\.(experts\.N|shared_expert)\.\w+)",
+        r"(.+\.)?layers\.N\.(self_attn\.\w+_proj|mlp\.\w+_proj|\w+\.(experts(\.N)?|shared_experts?)\.\w+)",
     ),
     ("Phi decoder", r"(.+\.)?layers\.N\.(self_attn\.(q_proj|k_proj|v_proj|dense)|mlp\.(fc1|fc2))"),
     ("GPT-NeoX decoder (Pythia)", r"(.+\.)?layers\.N\.(attention|mlp)\.(query_key_value|dense\w*)"),

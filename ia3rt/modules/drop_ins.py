@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.site import Side, Site
+from ia3rt.modules.experts import IA3Experts
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.pair import pair_layers
 from ia3rt.modules.reached import Reached
@@ -50,15 +51,15 @@ class DropIns:
             for module, mixin in wearers_of(modules, site, self._routing.backend):
                 self._wrap(module, mixin, site)
                 wearing.setdefault(module, {})
-            wearing[modules[site.path]][site.side] = position
-            self._routing.composes |= not IA3Layer.is_fused(modules[site.path])
+            wearing[modules[site.module]][site.side] = position
+            self._routing.composes |= not IA3Layer.is_fused(modules[site.module])
         for module in modules.values():
             if self._is_ours(module) and module not in wearing:
                 unwrap(module)
         for module, positions in wearing.items():
-            for side in _SIDES if isinstance(module, IA3Layer) else ():
+            for side in _SIDES if isinstance(module, (IA3Layer, IA3Experts)) else ():
                 place(module, side, positions.get(side))
-        paths = [site.path for site in sites]
+        paths = [site.module for site in sites]
         if self._routing.backend == "triton":
             pair_layers(modules, paths)
         self._see_that_they_are_reached(modules, paths)

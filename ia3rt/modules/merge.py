@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.site import SiteKey
+from ia3rt.adapters.site import Site, SiteKey
+from ia3rt.modules.experts_forms import matrices_of
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
@@ -86,13 +87,18 @@ class MergedWeights:
     def _write(self, mixes: Sequence[ResolvedMix]) -> None:
         self.unmerge()
         scales: dict[SiteKey, Tensor] = {}
+        sites: dict[str, Site] = {}
         for mix in mixes:
             for site, vector in composed_vectors(self._bank, mix).items():
                 if not vector.isfinite().all():
                     raise ValueError(f"cannot merge {_not_finite(self._bank, mix)} at {site}")
                 scales[site.key] = scales[site.key] * vector if site.key in scales else vector
-        for path in dict.fromkeys(path for path, _ in scales):
-            self._write_layer(path, scales.get((path, "in")), scales.get((path, "out")))
+                sites[site.path] = site
+        for path, site in sites.items():
+            if site.experts:
+                self._write_experts(site, scales[site.key])
+            else:
+                self._write_layer(path, scales.get((path, "in")), scales.get((path, "out")))
         self._write_own(dict.fromkeys(adapter for mix in mixes for adapter in mix.adapters), self._replace)
 
     def _write_layer(self, path: str, s_in: Tensor | None, s_out: Tensor | None) -> None:
@@ -106,13 +112,7 @@ class MergedWeights:
             raise ValueError(
                 f"cannot merge into {path!r}: its weight is quantised; merge into the model it is made from"
             )
-        owners = {
-            name
-            for name, module in self._model.named_modules()
-            if any(p is layer.weight for p in module.parameters(False))
-        }
-        if owners != {path}:
-            raise ValueError(f"cannot merge into {path!r}: it shares its weight with {sorted(owners - {path})}")
+        self._check_alone(path, layer.weight, path)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.detach().to(dtype)
         if s_in is not None:
@@ -122,6 +122,33 @@ class MergedWeights:
         self._replace(path, layer.weight, merged if weight is layer.weight else merged.t())
         if bias is not None and s_out is not None:
             self._replace(path, bias, bias.detach().to(dtype) * s_out)
+
+    def _write_experts(self, site: Site, scale: Tensor) -> None:
+        experts = self._model.get_submodule(site.module)
+        matrix = next(each for each in matrices_of(experts) if each.name == site.parameter)
+        if execution_device(experts) is not None:
+            raise ValueError(
+                f"cannot merge into {site.path!r}: accelerate offloads it; load the model without offloading"
+            )
+        holder, _, name = site.path.rpartition(".")
+        weight = self._model.get_submodule(holder).get_parameter(name)
+        self._check_alone(site.path, weight, holder)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shape = [site.experts, 1, 1]
+        shape[matrix.dim] = -1
+        merged = weight.detach().to(dtype).view(matrix.shape) * scale.view(shape)
+        self._replace(holder, weight, merged.view(weight.shape))
+        if matrix.bias:
+            bias = experts.get_parameter(matrix.bias)
+            self._replace(site.module, bias, bias.detach().to(dtype) * scale.view(bias.shape))
+
+    def _check_alone(self, path: str, weight: Any, holder: str) -> None:
+        """Raises ValueError where the weight is another module's too."""
+        owners = {
+            name for name, module in self._model.named_modules() if any(p is weight for p in module.parameters(False))
+        }
+        if owners != {holder}:
+            raise ValueError(f"cannot merge into {path!r}: it shares its weight with {sorted(owners - {holder})}")
 
     def _replace(self, path: str, parameter: Any, value: Tensor) -> None:
         """Writes `value` into a parameter, at its address, and remembers what was there at first."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3rt.modules.experts import IA3Experts
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.places import Places
 from ia3rt.modules.readers import reader_of
@@ -57,7 +58,7 @@ class Reached:
                     module = None if module is None else module._modules.get(name)
                     if module is None or module.forward is None or "forward" in module.__dict__:
                         break
-                if not isinstance(module, IA3Layer) or "forward" in module.__dict__:
+                if not isinstance(module, (IA3Layer, IA3Experts)) or "forward" in module.__dict__:
                     self._look()
                     return
         elif self._places.have_changed():

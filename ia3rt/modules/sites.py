@@ -8,6 +8,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
+from ia3rt.modules.experts import why_unworn
+from ia3rt.modules.experts_forms import Matrix, expert_sites, matrices_of, matrix_at
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import keeps_class_forward
@@ -100,8 +102,10 @@ def find_sites(
         sides: dict[str, Side] = structural
     else:
         paths = _named(model, modules, target_modules)
+        _check_names_of_experts(target_modules, modules)
         if feedforward_modules is None:
-            sides = {path: structural.get(path, "out") for path in paths}
+            known = structural | {path: site.side for path, site in expert_sites(modules).items()}
+            sides = {path: known.get(path, "out") for path in paths}
         else:
             sides = {path: "in" if name_matches(path, feedforward_modules) else "out" for path in paths}
             if not isinstance(feedforward_modules, str) and not isinstance(target_modules, str):  # as PEFT does
@@ -138,7 +142,14 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     Raises:
         ValueError: the model lacks the module, or its type wears no vector.
     """
+    at_experts = None if path in modules else matrix_at(modules, path)
+    if at_experts is not None:
+        return _site_at_experts(modules, *at_experts, side)
     if path not in modules:
+        parent, _, name = path.rpartition(".")
+        if parent in modules and name in modules[parent]._parameters:
+            kind = original_class(type(modules[parent])).__name__
+            raise ValueError(f"{path!r} is a tensor of a {kind}, which wears no vector: how that computes is not known")
         raise ValueError(
             f"the model has no module {path!r}: the adapter was made for another model, or for a part of this one"
         )
@@ -158,22 +169,51 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     return Site(path, side, widths[0 if side == "in" else 1])
 
 
+def _site_at_experts(modules: Mapping[str, nn.Module], parent: str, matrix: Matrix, side: Side) -> Site:
+    site = matrix.site(parent)
+    why = why_unworn(modules[parent])
+    if why is not None:
+        raise ValueError(f"{site.path!r} wears no vector: {original_class(type(modules[parent])).__name__} {why}")
+    if side != matrix.side:
+        raise ValueError(
+            f"{site.path!r}, of all experts, wears vectors at its {matrix.side}put only, not at its {side}put"
+        )
+    return site
+
+
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleNames) -> list[str]:
     if names == "all-linear":
         head = _asked(model, "get_output_embeddings")
         linear = [path for path, module in modules.items() if module_widths(module) and module is not head]
-        return [path for path in linear if reader_of(modules, path) is None]
-    return [path for path in modules if path and name_matches(path, names)]
+        at_experts = [path for path, site in expert_sites(modules).items() if why_unworn(modules[site.module]) is None]
+        return [*(path for path in linear if reader_of(modules, path) is None), *at_experts]
+    return [path for path in (*modules, *expert_sites(modules)) if path and name_matches(path, names)]
+
+
+def _check_names_of_experts(names: ModuleNames, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where one of several names means nothing in a mixture, as those of single experts do now."""
+    sites = expert_sites(modules)
+    if isinstance(names, str) or not sites:
+        return
+    nothing = [name for name in names if not any(name_matches(path, [name]) for path in (*modules, *sites))]
+    if nothing:
+        experts = sorted({".".join(path.split(".")[-2:]) for path in sites})
+        raise ValueError(
+            f"target_modules names {nothing}, which the model has not: all experts of a layer are one tensor a matrix "
+            f"in it, {experts}. Name these, with a vector for each expert"
+        )
 
 
 def _check_feedforward(names: ModuleNames, modules: Mapping[str, nn.Module], sides: Mapping[str, Side]) -> None:
-    outside = [path for path in modules if path and name_matches(path, names) and path not in sides]
+    paths = *modules, *expert_sites(modules)
+    outside = [path for path in paths if path and name_matches(path, names) and path not in sides]
     if outside:
         raise ValueError(f"feedforward_modules matches {outside[0]!r}, which target_modules does not: add it there")
 
 
 def _linear_names(modules: Mapping[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path, module in modules.items() if module_widths(module)})
+    paths = *(path for path, module in modules.items() if module_widths(module)), *expert_sites(modules)
+    names = sorted({path.rpartition(".")[2] for path in paths})
     return ", ".join(names) if names else "(there are none)"
 
 
@@ -182,6 +222,9 @@ def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> Ite
     for parent, module in modules.items():
         if not (parent == root or root == "" or parent.startswith(f"{root}.")):
             continue
+        for matrix in matrices_of(module):
+            if matrix.side == "in" and why_unworn(module) is None:
+                yield matrix.site(parent).path, "in"
         children = {name for name, child in module.named_children() if module_widths(child)}
         chosen: dict[str, Side] = {}
         sided: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ...] = (

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ia3rt.modules.experts import IA3Experts
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.readers import LOOKED_AT
 from ia3rt.modules.swapping import Swapping
@@ -53,6 +54,7 @@ class Watch:
             id(nn.Module.__getattr__.__code__): self._see_read,
             id(nn.Module._call_impl.__code__): self._see_called,
             id(IA3Layer.ia3_forward.__code__): self._see_reached,
+            id(IA3Experts.forward.__code__): self._see_reached,
             id(Swapping.forward.__code__): self._see_reached,
         }
 

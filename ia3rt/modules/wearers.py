@@ -8,6 +8,7 @@ from torch import nn
 
 from ia3rt.adapters.site import Site
 from ia3rt.modules import mlp_forms, qkv_forms
+from ia3rt.modules.experts import drop_in_of
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.mlp import IA3MLP
 from ia3rt.modules.qkv import IA3QKV
@@ -24,6 +25,8 @@ def wearers_of(
     And one that spares it a pass, where there is one: the MLP around a second matrix, and on the Triton backend the
     attention around a projection of q, k and v; unless other code set a forward on that, which runs in its place.
     """
+    if site.experts:
+        return ((modules[site.module], drop_in_of(modules[site.module])),)
     layer = modules[site.path], IA3Layer
     parent, _, name = site.path.rpartition(".")
     around = modules[parent]

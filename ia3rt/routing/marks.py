@@ -52,6 +52,15 @@ class Marks(TorchDispatchMode):
             x = x.detach()
             return twin.isnan() & ~x.isnan() if x.is_floating_point() else twin != x
 
+    def carry(self, x: Tensor, y: Tensor) -> None:
+        """Takes it that each place of y, [..., width], depends on that place of x, [..., features], and on no other.
+
+        For what computes each token by itself, but takes tokens apart in an order that depends on them.
+        """
+        with _disable_current_modes(), torch.no_grad():
+            places = self.marked(x).any(-1)
+            self._give_twin(y)[places] = torch.nan
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Does an operation, and before it the same on the twins of its inputs, if any of them has one."""
         kwargs = kwargs or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
+import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Bank
@@ -67,6 +68,35 @@ class RowScales:
             worn.spread[key] = layout.dim, laid
         return laid
 
+    def numbered(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> tuple[Tensor, Tensor | None] | None:
+        """The scales of a site for who takes the elements of x apart, as experts do with tokens.
+
+        Args:
+            layer: the module that the vector acts at.
+            position: of the site in the bank.
+            x: [..., features], an input of the layer.
+            worn: what the rows wear.
+
+        Returns:
+            Scales [n, width], and which of them each place of x wears, int64 [places]; None for the first everywhere.
+            None instead of both where no adapter of the route acts.
+
+        Raises:
+            ValueError: it is not known whose each element of x is.
+        """
+        if not worn.by_row:
+            acts = is_traced() or worn.acts_at(position, self._bank)
+            return (worn.composed.scale(position).unsqueeze(0), None) if acts else None
+        forward = self._forward()
+        if not self._is_scaled(layer, position, x, worn, forward):
+            return None
+        worn.compose(self._bank)
+        scale = worn.composed.scale(position)
+        if scale.dim() < 2 or x.is_meta or self._need_no_order(layer, x, worn):
+            return scale.reshape(-1, scale.shape[-1])[:1], None
+        layout = self._probing.layout(layer, position, x, worn, forward)
+        return scale, _numbers(scale, layout, x, worn)
+
     def are_major(self, layer: nn.Module, position: int, x: Tensor, worn: Worn) -> bool:
         """Whether the elements of x lie row by row, or token by token, as the kernels read them, and are scaled.
 
@@ -90,6 +120,13 @@ class RowScales:
             ValueError: it is not known.
         """
         return self._probing.layout(module, where, x, worn, self._forward())
+
+    def carry(self, x: Tensor, y: Tensor) -> None:
+        """Says that each place of y depends on that place of x alone, in a forward that is looked at."""
+        forward = self._forward()
+        for marks in () if forward is None else (forward.marks, forward.image_marks):
+            if marks is not None:
+                marks.carry(x, y)
 
     def see(self, module: nn.Module, where: int | str, x: Tensor, worn: Worn) -> None:
         """Sees where they are, in a forward that is looked at; what is not known there is an error when it is asked."""
@@ -115,6 +152,12 @@ class RowScales:
         return not (is_traced() and self._probing.is_known(layer, x)) and len(worn.route.mixes) == 1
 
 
+def _numbers(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
+    """Which of the scales each place of x wears, int64 [places]: what `spread` lays out, of their numbers."""
+    numbers = torch.arange(len(scale), device=scale.device).unsqueeze(1)
+    return spread(numbers, layout, x, worn).expand(*x.shape[:-1], 1).reshape(-1)
+
+
 def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
     """Lays scales out as x is.
 
@@ -138,7 +181,7 @@ def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
             raise ValueError(f"the route is for {rows} × {length} tokens, but a layer got {tuple(x.shape[:-1])}")
         by_token = scale.index_select(0, worn.tokens).view(rows, length, -1)
         if layout.dim == 0:
-            return by_token.view(x.shape) if layout.repeated else by_token
+            return by_token.view(*x.shape[:-1], -1) if layout.repeated else by_token
         return by_token.transpose(0, 1)
     if layout.images:
         scale = scale[list(worn.images or ())]

@@ -39,15 +39,15 @@ class TrainedAdapters:
                     parameter.requires_grad_(False)
                     self._frozen.append((module, name))
         for adapter in sorted(self.adapters, key=lambda adapter: adapter.row):
-            vectors = bank.vectors(adapter).items()
+            vectors = bank.distinct(adapter).items()
             self._parameters[adapter] = {site: nn.Parameter(vector.float().clone()) for site, vector in vectors}
             for site, parameter in self._parameters[adapter].items():
-                self._modules[site.path].register_parameter(_attribute(site, adapter), parameter)
+                self._modules[site.module].register_parameter(_attribute(site, adapter), parameter)
         self.keep_float32()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The vectors, float32 [width] each."""
+        """The vectors, float32 [width] each; [width_of_one] where experts share one."""
         return [parameter for by_site in self._parameters.values() for parameter in by_site.values()]
 
     def are_worn(self, mixes: Iterable[ResolvedMix]) -> bool:
@@ -105,8 +105,8 @@ class TrainedAdapters:
         """Writes the parameters into the bank's rows, rounded to its dtype."""
         for adapter in self.adapters:
             for site, row in self._bank.vectors(adapter).items():
-                registered = self._modules[site.path]._parameters.get(_attribute(site, adapter))
-                row.copy_(self._parameters[adapter][site] if registered is None else registered)
+                registered = self._modules[site.module]._parameters.get(_attribute(site, adapter))
+                row.copy_(_repeated(self._parameters[adapter][site] if registered is None else registered, site))
 
     def end(self) -> None:
         """Writes the bank, unregisters the parameters, and gives the model's own their `requires_grad` back."""
@@ -121,14 +121,15 @@ class TrainedAdapters:
     def _places(self) -> Iterator[tuple[Adapter, Site, nn.Module]]:
         for adapter, by_site in self._parameters.items():
             for site in by_site:
-                yield adapter, site, self._modules[site.path]
+                yield adapter, site, self._modules[site.module]
 
     def _vectors(self, used: Sequence[int]) -> list[list[Tensor]]:
         """By site, the vectors of these rows of the bank: parameters, or copies, which no later load changes."""
         trained: dict[int, dict[Site, Tensor]] = {adapter.row: {} for adapter in self._parameters}
         for adapter, site, module in self._places():
             registered = module._parameters.get(_attribute(site, adapter))
-            trained[adapter.row][site] = self._parameters[adapter][site] if registered is None else registered
+            own = self._parameters[adapter][site] if registered is None else registered
+            trained[adapter.row][site] = _repeated(own, site)
         frozen = {row: torch.split(self._bank.table[row].float().clone(), self._bank.widths) for row in used}
         return [
             [trained.get(row, {}).get(site, frozen[row][position]) for row in used]
@@ -139,8 +140,8 @@ class TrainedAdapters:
         seen: dict[tuple[str, str], str] = {}
         for adapter in self.adapters:
             for site in adapter.sites:
-                key = site.path, _attribute(site, adapter)
-                if key in seen or hasattr(self._modules[site.path], key[1]):
+                key = site.module, _attribute(site, adapter)
+                if key in seen or hasattr(self._modules[site.module], key[1]):
                     raise ValueError(
                         f"adapter {adapter.name!r} cannot be trained: {site.path!r} has a {key[1]!r} already; "
                         "give the adapter another name"
@@ -201,6 +202,11 @@ def _mixed(vectors: Sequence[Tensor], rows: Sequence[int], weights: Sequence[flo
     for place, row in enumerate(rows[1:], 1):
         mixed = mixed * vectors[row] if weights is None else mixed + vectors[row] * weights[place]
     return mixed
+
+
+def _repeated(vector: Tensor, site: Site) -> Tensor:
+    """The vector of a whole site, where experts may share one."""
+    return vector if len(vector) == site.width else vector.repeat(site.experts)
 
 
 def _attribute(site: Site, adapter: Adapter) -> str:
