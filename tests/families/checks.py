@@ -12,11 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from families.table import Family
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
-from table import Family
 from tiny import peft_vectors, save_each
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten

@@ -13,9 +13,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(TESTS))
     import conftest  # noqa: F401  (the kernels in Triton's interpreter, as in the tests)
 
-from checks import Report, check  # noqa: E402
-from family import Family  # noqa: E402
-from table import FAMILIES  # noqa: E402
+from families.checks import Report, check  # noqa: E402
+from families.family import Family  # noqa: E402
+from families.table import FAMILIES  # noqa: E402
 
 START, END = "<!-- families -->", "<!-- /families -->"
 HEADER = ("family", "sites without arguments", "kernels", "PEFT's default adapter", "rows", "generate", "merging", "")

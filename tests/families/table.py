@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from family import (
+from families.family import (
     VOCABULARY,
     Family,
     both,

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import document
 import pytest
-from checks import check
-from table import FAMILIES
+from families import document
+from families.checks import check
+from families.table import FAMILIES
 
 ROWS = document.FILE.read_text().splitlines()
 
@@ -17,7 +17,7 @@ def names() -> list:
 
 
 @pytest.mark.parametrize("name", names())
-def test_a_family_is_as_peft_has_it_and_as_the_document_says(name: str, tmp_path: Path, torch_backend: None) -> None:
+def test_a_family_is_as_peft_has_it_and_as_the_document_says(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     if not family.is_installed:
         pytest.skip(f"needs {family.package}")
