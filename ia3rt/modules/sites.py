@@ -263,6 +263,7 @@ def _searched(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[st
         return
     root = paths[decoder]
     towers = [_asked(model, "get_encoder", modality=sense) for sense in ("image", "audio")]
+    towers += [module for module in modules.values() if getattr(module, "main_input_name", "input_ids") != "input_ids"]
     inside = [paths[tower] for tower in towers if isinstance(tower, nn.Module) and tower in paths]
     left_out = [path for path in inside if path != root and _is_in(path, root)]
     for path in modules:

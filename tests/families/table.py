@@ -472,6 +472,8 @@ FAMILIES: dict[str, Family] = {
         x for name, x in seen_text(98, 4)(rows).items()}, r"text_model.*\.(k_proj|v_proj)", "down_proj",
         dict(vision_config=VIT, text_config=BLIND_LLAMA, image_token_id=98, scale_factor=2), generates=False,
         remark="`generate` of rows with different adapters is refused"),
+    "git": Family("GitForCausalLM", image_and_text, r"git\.encoder\..*\.(key|value)", BERT_SITES[1], dict(**BERT,
+        bos_token_id=1, eos_token_id=2, vision_config=VIT), remark="text only"),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", text, *LLAMA_SITES, dict(text_config=dict(**LLAMA,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])),
         vision_config=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=8))),
