@@ -148,7 +148,7 @@ def _why_not(layer: nn.Module) -> str:
     cls, held = original_class(type(layer)), getattr(layer, "weight", None)
     if cls is nn.Linear or type(held) is not nn.Parameter or not held.is_floating_point():
         return "its weight is quantised; merge into the model it is made from"
-    return f"it is a {cls.__name__}, and its forward may do more than nn.Linear's with its weight"
+    return f"it is a {cls.__name__}, whose forward may do more with its weight than nn.Linear's and Conv1D's do"
 
 
 def _not_finite(bank: Bank, mix: ResolvedMix) -> str:

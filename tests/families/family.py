@@ -94,6 +94,13 @@ def long_text(rows: int) -> dict[str, Tensor]:
     return dict(input_ids=ids(rows, 16))
 
 
+def global_text(rows: int) -> dict[str, Tensor]:
+    """Tokens of which the first sees all others."""
+    sees = torch.zeros(rows, 16, dtype=torch.long)
+    sees[:, 0] = 1
+    return dict(**long_text(rows), attention_mask=torch.ones_like(sees), global_attention_mask=sees)
+
+
 def both(rows: int) -> dict[str, Tensor]:
     """Tokens to read, and to go on from."""
     return dict(input_ids=ids(rows), decoder_input_ids=ids(rows, 5))
