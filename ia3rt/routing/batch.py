@@ -16,7 +16,7 @@ _CACHES = ("cache", "past_key_values", "cache_params", "past_bucket_states", "me
 # What belongs to the tokens and not to the rows, or says where the rows are and not what is in them.
 _NOT_MARKED = ("mask", "position", "cache")
 # Beside text, these are counted in images or clips, of which a row has as many as it has.
-_MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input_values", "speech", "patch")
+_MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input_values", "speech", "patch", "mm_")
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
