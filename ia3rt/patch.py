@@ -82,7 +82,8 @@ def patch(
         if "transformers" in sys.modules:
             with suppress(ImportError):  # an early one, without a registry
                 attention.register()  # model.set_attn_implementation("ia3rt") works from now on
-        sites = find_sites(base, *targets) if taken is None or targets != Targets() else _sites_of(base, taken)
+        sites = _sites_of(base, taken) if taken is not None and targets == Targets() else []
+        sites = sites or find_sites(base, *targets)
         weight = _weight(base, sites)
         bank = Bank(sites, weight.device, dtype, capacity)
         return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken)
