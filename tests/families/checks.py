@@ -252,7 +252,9 @@ def _check_default(family: Family, folder: Path) -> str | None:
     runtime.set_adapter(runtime.load_adapter(folder, "default"))
     _assert_same(outputs(model, family.inputs(2)), outputs(wrapped, family.inputs(2)))
     inputs = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
-    return ", ".join(f"{name} (in)" if name in inputs else name for name in targets)
+    paths = [path for path, _ in peft_vectors(wrapped, "default")]
+    found = [name for name in targets if any(f".{path}".endswith(f".{name}") for path in paths)]  # not what is no layer
+    return ", ".join(f"{name} (in)" if name in inputs else name for name in found)
 
 
 def _check_taken_over(family: Family, theirs: set[Any]) -> None:
