@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ia3rt import ops
 from ia3rt.adapters.bank import Bank
-from ia3rt.adapters.site import ModuleNames, Site
-from ia3rt.adapters.takeover import base_model, take_over
+from ia3rt.adapters.site import ModuleNames, Side, Site
+from ia3rt.adapters.takeover import TakenOver, base_model, take_over
 from ia3rt.modules import attention
-from ia3rt.modules.sites import Targets, find_sites
+from ia3rt.modules.sites import Targets, find_sites, site_of
 from ia3rt.modules.wearer import Wearer, computing_device, computing_tensor
 from ia3rt.routing.route import Backend
 from ia3rt.runtime import Runtime
@@ -41,7 +41,8 @@ def patch(
             of a patched model: its Runtime was copied with it, and is returned.
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
-            structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded.
+            structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded. Of a model
+            with PEFT's adapters, None finds the sites of these.
         feedforward_modules: which of them wear it at the input; None leaves that to the structure and to adapters.
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.
@@ -81,7 +82,8 @@ def patch(
         if "transformers" in sys.modules:
             with suppress(ImportError):  # an early one, without a registry
                 attention.register()  # model.set_attn_implementation("ia3rt") works from now on
-        sites = find_sites(base, *targets)
+        sites = _sites_of(base, taken) if taken is not None and targets == Targets() else []
+        sites = sites or find_sites(base, *targets)
         weight = _weight(base, sites)
         bank = Bank(sites, weight.device, dtype, capacity)
         return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken)
@@ -89,6 +91,22 @@ def patch(
         if taken is not None:
             taken.rewrap()
         raise
+
+
+def _sites_of(model: nn.Module, taken: TakenOver) -> list[Site]:
+    """Where the adapters act that are taken over, in the order of the model's modules.
+
+    One that cannot act where it says is refused by its name when it is added.
+    """
+    modules = dict(model.named_modules())
+    keys = {key for vectors in taken.vectors.values() for key in vectors}
+    sites = []
+    for path in modules:
+        for side in get_args(Side):
+            if (path, side) in keys:
+                with suppress(ValueError):
+                    sites.append(site_of(modules, path, side))
+    return sites
 
 
 def _check_unpatched(model: nn.Module) -> None:

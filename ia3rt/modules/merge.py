@@ -14,6 +14,7 @@ from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.modules.experts_forms import matrices_of
 from ia3rt.modules.offloading import execution_device
+from ia3rt.modules.wearer import original_class
 from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
 
@@ -109,9 +110,7 @@ class MergedWeights:
             )
         weight, bias = dense_weight(layer)  # [out, in], maybe a view of the parameter
         if weight is None or not weight.is_floating_point():
-            raise ValueError(
-                f"cannot merge into {path!r}: its weight is quantised; merge into the model it is made from"
-            )
+            raise ValueError(f"cannot merge into {path!r}: {_why_not(layer)}")
         self._check_alone(path, layer.weight, path)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.detach().to(dtype)
@@ -169,6 +168,14 @@ class MergedWeights:
                 if held is tensor:
                     return module, name
         raise AssertionError(f"{path!r} does not hold the tensor that is written there")
+
+
+def _why_not(layer: nn.Module) -> str:
+    """Why a layer is not merged into, of whose weight nobody here knows how it is multiplied."""
+    cls, held = original_class(type(layer)), getattr(layer, "weight", None)
+    if cls is nn.Linear or type(held) is not nn.Parameter or not held.is_floating_point():
+        return "its weight is quantised; merge into the model it is made from"
+    return f"it is a {cls.__name__}, whose forward may do more with its weight than nn.Linear's and Conv1D's do"
 
 
 def _not_finite(bank: Bank, mix: ResolvedMix) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,12 +18,39 @@ from ia3rt.modules.wearer import original_class
 
 # Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
 # its input, the key and value projections (or the projection that fuses them with the query) at their output.
+# A name with a dot goes on into a sibling. Mixers without attention (Mamba, LFM2's convolutions, Qwen3-Next) have their
+# keys, values and gates in one first projection, and their second matrix is the last one.
 _OUTPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"k_proj", "v_proj"})),
     (frozenset({"qkv_proj", "o_proj"}), frozenset({"qkv_proj"})),
+    (frozenset({"qkv_proj", "out_proj"}), frozenset({"qkv_proj"})),
     (frozenset({"c_attn", "c_proj"}), frozenset({"c_attn"})),
     (frozenset({"query_key_value", "dense"}), frozenset({"query_key_value"})),
     (frozenset({"q", "k", "v", "o"}), frozenset({"k", "v"})),
+    (frozenset({"query", "key", "value"}), frozenset({"key", "value"})),
+    (frozenset({"query_global", "key_global", "value_global"}), frozenset({"key_global", "value_global"})),
+    (frozenset({"query_key", "value"}), frozenset({"query_key", "value"})),
+    (frozenset({"query_proj", "key_proj", "value_proj"}), frozenset({"key_proj", "value_proj"})),
+    (frozenset({"q_lin", "k_lin", "v_lin"}), frozenset({"k_lin", "v_lin"})),
+    (frozenset({"q_head", "k_head", "v_head"}), frozenset({"k_head", "v_head"})),
+    (frozenset({"linear_q", "linear_k", "linear_v"}), frozenset({"linear_k", "linear_v"})),
+    (frozenset({"Wq", "Wk", "Wv"}), frozenset({"Wk", "Wv"})),
+    (frozenset({"to_q", "to_k", "to_v"}), frozenset({"to_k", "to_v"})),
+    (frozenset({"add_k_proj", "add_v_proj"}), frozenset({"add_k_proj", "add_v_proj"})),
+    (frozenset({"Wqkv", "Wo"}), frozenset({"Wqkv"})),
+    (frozenset({"Wqkv", "out_proj"}), frozenset({"Wqkv"})),
+    (frozenset({"qkv", "proj"}), frozenset({"qkv"})),
+    (frozenset({"qkv", "projection"}), frozenset({"qkv"})),
+    (frozenset({"attention.qkv", "output.dense"}), frozenset({"attention.qkv"})),
+    (frozenset({"self.in_proj", "output.dense"}), frozenset({"self.in_proj"})),
+    (frozenset({"kv_a_proj_with_mqa", "kv_b_proj"}), frozenset({"kv_b_proj"})),
+    (frozenset({"in_proj", "out_proj"}), frozenset({"in_proj"})),
+    (frozenset({"in_proj_qkv", "out_proj"}), frozenset({"in_proj_qkv"})),
+    (frozenset({"in_proj_qkvz", "out_proj"}), frozenset({"in_proj_qkvz"})),
+    (
+        frozenset({"attention.key", "attention.value", "attention.receptance"}),
+        frozenset({"attention.key", "attention.value"}),
+    ),
 )
 _INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"up_proj", "down_proj"}), frozenset({"down_proj"})),
@@ -30,8 +58,35 @@ _INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"c_fc", "c_proj"}), frozenset({"c_proj"})),
     (frozenset({"dense_h_to_4h", "dense_4h_to_h"}), frozenset({"dense_4h_to_h"})),
     (frozenset({"fc1", "fc2"}), frozenset({"fc2"})),
+    (frozenset({"fc_in", "fc_out"}), frozenset({"fc_out"})),
     (frozenset({"wi", "wo"}), frozenset({"wo"})),
     (frozenset({"wi_0", "wi_1", "wo"}), frozenset({"wo"})),
+    (frozenset({"Wi", "Wo"}), frozenset({"Wo"})),
+    (frozenset({"w1", "w2", "w3"}), frozenset({"w2"})),
+    (frozenset({"lin1", "lin2"}), frozenset({"lin2"})),
+    (frozenset({"pwconv1", "pwconv2"}), frozenset({"pwconv2"})),
+    (frozenset({"ffn", "ffn_output"}), frozenset({"ffn_output"})),
+    (frozenset({"intermediate", "output"}), frozenset({"output"})),
+    (frozenset({"input_linear", "output_linear"}), frozenset({"output_linear"})),
+    (frozenset({"intermediate_dense", "output_dense"}), frozenset({"output_dense"})),
+    (frozenset({"proj_mlp", "proj_out"}), frozenset({"proj_out"})),
+    (frozenset({"in_proj", "out_proj"}), frozenset({"out_proj"})),
+    (frozenset({"in_proj_qkv", "out_proj"}), frozenset({"out_proj"})),
+    (frozenset({"in_proj_qkvz", "out_proj"}), frozenset({"out_proj"})),
+    (frozenset({"intermediate.dense", "output.dense"}), frozenset({"output.dense"})),
+    (frozenset({"intermediate_query.dense", "output_query.dense"}), frozenset({"output_query.dense"})),
+    (frozenset({"lang_inter.dense", "lang_output.dense"}), frozenset({"lang_output.dense"})),
+    (frozenset({"visn_inter.dense", "visn_output.dense"}), frozenset({"visn_output.dense"})),
+    (frozenset({"dense.dense", "output.dense"}), frozenset({"output.dense"})),
+    (frozenset({"mlp.dense1", "mlp.dense2"}), frozenset({"mlp.dense2"})),
+    (frozenset({"ff.layer_1", "ff.layer_2"}), frozenset({"ff.layer_2"})),
+    (frozenset({"ffn.linear_1", "ffn.linear_2"}), frozenset({"ffn.linear_2"})),
+    (frozenset({"ffn.0", "ffn.2"}), frozenset({"ffn.2"})),
+    (frozenset({"net.0.proj", "net.2"}), frozenset({"net.2"})),
+    (
+        frozenset({"feed_forward.key", "feed_forward.value", "feed_forward.receptance"}),
+        frozenset({"feed_forward.value"}),
+    ),
 )
 
 
@@ -85,7 +140,8 @@ def find_sites(
         model: any module tree.
         target_modules: modules that wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear" (all but the output embedding). None finds the key and value projections and
-            the second MLP matrix of each decoder layer by structure, or nothing: adapters say where they act.
+            the second MLP matrix of each layer by structure, or nothing: adapters say where they act. Those of the text
+            decoder, where the model writes text after what it sees or hears; of the whole model else.
         feedforward_modules: which of them wear it at the input. None means those that are a second MLP matrix by
             structure. Where one of the two is a regular expression, it may match more than `target_modules`.
         exclude_modules: modules left out, whatever else matches.
@@ -95,7 +151,7 @@ def find_sites(
             `target_modules`, or a module named is of a type that wears no vector.
     """
     modules = dict(model.named_modules())
-    structural = dict(_structural_sites(model, modules))
+    structural = _structural_sites(model, modules)
     if target_modules is None:
         if feedforward_modules is not None:
             raise ValueError("feedforward_modules needs target_modules: it says which of them wear the input vector")
@@ -217,39 +273,67 @@ def _linear_names(modules: Mapping[str, nn.Module]) -> str:
     return ", ".join(names) if names else "(there are none)"
 
 
-def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Side]]:
-    root = _decoder_path(model, modules)
-    for parent, module in modules.items():
-        if not (parent == root or root == "" or parent.startswith(f"{root}.")):
-            continue
-        for matrix in matrices_of(module):
-            if matrix.side == "in" and why_unworn(module) is None:
-                yield matrix.site(parent).path, "in"
-        children = {name for name, child in module.named_children() if module_widths(child)}
-        chosen: dict[str, Side] = {}
-        sided: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ...] = (
-            ("out", _OUTPUT_SITES),
-            ("in", _INPUT_SITES),
-        )
+def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Side]:
+    """The sites that the tables know in the part of the model that is searched, in the order of the modules."""
+    linear = {path for path, module in modules.items() if module_widths(module)}
+    found: dict[str, Side] = {}
+    sided: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ...] = (
+        ("out", _OUTPUT_SITES),
+        ("in", _INPUT_SITES),
+    )
+    searched = dict.fromkeys(_searched(model, modules))
+    for parent in searched:
+        within = f"{parent}." if parent else ""
         for side, table in sided:
             for siblings, wearers in table:
-                if siblings <= children:
-                    chosen.update(dict.fromkeys(wearers, side))
-        for name, _ in module.named_children():
-            path = f"{parent}.{name}" if parent else name
-            if name in chosen and reader_of(modules, path) is None:
-                yield path, chosen[name]
+                if all(f"{within}{name}" in linear for name in siblings):
+                    found.update((f"{within}{name}", side) for name in wearers)
+    sites: dict[str, Side] = {}
+    for path, module in modules.items():
+        if path in found and reader_of(modules, path) is None:
+            sites[path] = found[path]
+        for matrix in matrices_of(module) if path in searched else ():
+            if matrix.side == "in" and why_unworn(module) is None:
+                sites[matrix.site(path).path] = "in"
+    return sites
 
 
-def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """The part of the model to search: the text decoder, so that a vision or audio tower stays as it is."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return ""
-    decoder = _asked(model, "get_decoder")
-    return next((path for path, module in modules.items() if module is decoder), "")
+def _searched(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The modules in which sites are looked for: all, but for what sees and hears where the text is what is written.
+
+    There the vision and audio towers stay as they are. An encoder has no such part, and models with two towers beside
+    each other (CLIP) or with an encoder before the decoder are searched as a whole.
+    """
+    decoder = None if _is_encoder_decoder(model) else _asked(model, "get_decoder")
+    paths = {module: path for path, module in modules.items()}
+    if not isinstance(decoder, nn.Module) or decoder not in paths or not _writes(decoder):
+        yield from modules
+        return
+    root = paths[decoder]
+    towers = [_asked(model, "get_encoder", modality=sense) for sense in ("image", "audio")]
+    towers += [module for module in modules.values() if getattr(module, "main_input_name", "input_ids") != "input_ids"]
+    inside = [paths[tower] for tower in towers if isinstance(tower, nn.Module) and tower in paths]
+    left_out = [path for path in inside if path != root and _is_in(path, root)]
+    for path in modules:
+        if _is_in(path, root) and not any(_is_in(path, tower) for tower in left_out):
+            yield path
 
 
-def _asked(model: nn.Module, method: str) -> object:
+def _is_in(path: str, root: str) -> bool:
+    return root in ("", path) or path.startswith(f"{root}.")
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _writes(decoder: nn.Module) -> bool:
+    """Whether it goes on with a text: it keeps a cache for that, and its config does not say that it is an encoder."""
+    takes = inspect.signature(decoder.forward).parameters
+    return "use_cache" in takes and getattr(getattr(decoder, "config", None), "is_decoder", True) is not False
+
+
+def _asked(model: nn.Module, method: str, **about: str) -> object:
     """What a transformers model answers, None for any other."""
     ask = getattr(model, method, None)
-    return ask() if callable(ask) else None
+    return ask(**about) if callable(ask) else None

@@ -16,7 +16,7 @@ _CACHES = ("cache", "past_key_values", "cache_params", "past_bucket_states", "me
 # What belongs to the tokens and not to the rows, or says where the rows are and not what is in them.
 _NOT_MARKED = ("mask", "position", "cache")
 # Beside text, these are counted in images or clips, of which a row has as many as it has.
-_MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input_values", "speech", "patch")
+_MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input_values", "speech", "patch", "mm_")
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,10 +33,13 @@ def numbered_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
 def main_input(arguments: Mapping[str, Any], model: nn.Module | None = None) -> Tensor | None:
     """The input that is counted in rows, [rows, ...]: text where there is any, else what the model calls its main one.
 
-    Else it is the first tensor that is no mask.
+    Else it is the first tensor that is no mask, in the order of the forward's parameters: arguments may be given by
+    name in any order.
     """
     names = *_MAIN, getattr(model, "main_input_name", ""), "hidden_states"
-    inputs = (value for name, value in arguments.items() if not any(part in name for part in _NOT_MARKED))
+    known = [] if model is None else _parameters(type(model))  # type: ignore[arg-type]
+    ordered = dict.fromkeys([*known, *arguments])
+    inputs = (arguments.get(name) for name in ordered if not any(part in name for part in _NOT_MARKED))
     candidates = [*(arguments.get(name) for name in names), *inputs]
     return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
 

@@ -115,7 +115,8 @@ class Marks(TorchDispatchMode):
         else:
             return False
         ordered = x.dim() > 1 and len(x) == self._rows == index.numel()
-        return bool(dim == 0 and ordered and not index.is_floating_point() and index.dtype != torch.bool)
+        ordered = ordered and dim == 0 and not index.is_floating_point() and index.dtype != torch.bool
+        return bool(ordered and any(self.marked(each).any() for each in (x, index)))
 
     def _note(self, out: Tensor, twin: Tensor, by_numbers: bool) -> None:
         """Keeps the twin of a result."""

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
-from tiny import logits, peft_model, randomize, save_each, tiny_model, token_ids
+from tiny import logits, peft_model, peft_vectors, randomize, save_each, tiny_model, token_ids
 from torch import nn
 from transformers import (
     BertConfig,
@@ -44,16 +44,19 @@ def hidden(model):
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pefts_default_adapter_of_a_model_without_sites_by_structure(kind, targets, tmp_path):
+def test_pefts_default_adapter_acts_at_more_than_the_sites_by_structure(kind, targets, tmp_path):
+    """At the output of the attention too, as its names say."""
     wrapped = get_peft_model(encoder(kind), IA3Config(), "a").eval()
     randomize(wrapped, seed=1)
     wrapped.save_pretrained(tmp_path)
     model = encoder(kind)
     before = hidden(model)
     runtime = ia3rt.patch(model, target_modules=targets)
-    assert targets is not None or runtime.sites == []
+    brought = ("encoder.layer.0.attention.output.dense", "in")
+    assert brought not in {site.key for site in runtime.sites}
     assert torch.equal(hidden(model), before)
     runtime.load_adapter(tmp_path / "a")
+    assert brought in {site.key for site in runtime.sites}
     runtime.set_adapter("a")
     torch.testing.assert_close(hidden(model), hidden(wrapped), rtol=1e-5, atol=1e-6)
     with runtime.route(["a", None, "a"]):
@@ -62,28 +65,51 @@ def test_pefts_default_adapter_of_a_model_without_sites_by_structure(kind, targe
     assert torch.equal(hidden(model), before)
 
     expected = hidden(wrapped)
+    theirs = {key[0] for key in peft_vectors(wrapped, "a")}
     runtime = ia3rt.patch(wrapped, target_modules=targets)
+    assert targets is not None or {site.path for site in runtime.sites} == theirs
     torch.testing.assert_close(hidden(wrapped), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(hidden(runtime.unpatch()), expected)
 
 
-def test_a_model_without_sites_is_patched_all_the_same():
-    model = encoder("bert")
+class Plain(nn.Module):
+    """An MLP of which no table knows the names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_model_without_sites_is_patched_all_the_same(tmp_path):
+    model, x = Plain(), torch.randn(3, 8)
+    before = model(x)
     runtime = ia3rt.patch(model)
     assert str(ia3rt.explain(model)).strip().startswith("0 sites")
     for use in (lambda: ia3rt.patch(model), lambda: runtime.add_adapter("a")):
-        with pytest.raises(ValueError, match=r"patched already|'a' has no place to act: BertModel has no site yet"):
+        with pytest.raises(ValueError, match=r"patched already|'a' has no place to act: Plain has no site yet"):
             use()
-    part = ia3rt.patch(model.encoder, target_modules=["key"])
-    key = "encoder.layer.0.attention.self.key"
-    with pytest.raises(ValueError, match=f"'{key}' is patched already, as a part of the model"):
-        runtime.add_adapter("a", {(key, "out"): torch.rand(32)})
+    part = ia3rt.patch(model.inner, target_modules=["0"])
+    with pytest.raises(ValueError, match="'inner.0' is patched already, as a part of the model"):
+        runtime.add_adapter("a", {("inner.0", "out"): torch.rand(12)})
     assert (runtime.sites, runtime.adapters) == ([], [])
     part.unpatch()
     runtime.set_adapter(None)
     runtime.merge_adapter()
     runtime.unmerge_adapter()
+
+    wrapped = get_peft_model(Plain(), IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]), "a")
+    randomize(wrapped, seed=1)
+    wrapped.save_pretrained(tmp_path)
+    runtime.load_adapter(tmp_path / "a")
+    runtime.set_adapter("a")
+    assert {site.key for site in runtime.sites} == {("inner.0", "out"), ("inner.2", "in")}
+    assert torch.equal(model(x), wrapped(x))
     runtime.unpatch()
+    assert torch.equal(model(x), before)
     assert "ia3_runtime" not in vars(model)
     assert ia3rt.patch(nn.ReLU()).sites == []
 

@@ -66,20 +66,50 @@ def test_an_encoder_decoder_is_searched_as_a_whole():
     assert {path.partition(".")[0] for path in found} == {"encoder", "decoder"}
 
 
-class Towers(nn.Module):
-    """A decoder beside a vision tower of the same shape."""
+class Text(nn.Module):
+    """What writes text: it keeps a cache for that."""
 
     def __init__(self):
         super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.listener = nn.ModuleDict({"fc1": nn.Linear(4, 8), "fc2": nn.Linear(8, 4)})
+
+    def forward(self, x, use_cache=False):
+        return self.down_proj(self.up_proj(self.listener.fc2(self.listener.fc1(x))))
+
+
+class Encoder(Text):
+    """The same without a cache."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Towers(nn.Module):
+    """Text beside a vision tower of the same shape."""
+
+    def __init__(self, text):
+        super().__init__()
         self.vision = nn.ModuleDict({"fc1": nn.Linear(4, 8), "fc2": nn.Linear(8, 4)})
-        self.text = nn.ModuleDict({"up_proj": nn.Linear(4, 8), "down_proj": nn.Linear(8, 4)})
+        self.text = text
 
     def get_decoder(self):
         return self.text
 
+    def get_encoder(self, modality):
+        return self.text.listener if modality == "audio" else self
 
-def test_a_vision_tower_is_left_alone():
-    assert sides(find_sites(Towers())) == {"text.down_proj": "in"}
+
+def test_what_sees_and_hears_is_left_alone_beside_a_text_decoder():
+    assert sides(find_sites(Towers(Text()))) == {"text.down_proj": "in"}
+
+
+def test_a_text_encoder_is_one_of_two_towers():
+    assert sides(find_sites(Towers(Encoder()))) == {
+        "vision.fc2": "in",
+        "text.down_proj": "in",
+        "text.listener.fc2": "in",
+    }
 
 
 @pytest.mark.parametrize("names", [["q_proj", "mlp.up_proj"], {"q_proj", "mlp.up_proj"}, r".*(q_proj|mlp\.up_proj)"])
