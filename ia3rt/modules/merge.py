@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import SiteKey
+from ia3rt.modules.mergeable import mergeable_weight
 from ia3rt.modules.offloading import execution_device
-from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
 
 
@@ -66,8 +66,8 @@ class MergedWeights:
         and rounded once. Either all weights change or none.
 
         Raises:
-            ValueError: a weight is quantised, offloaded, shared with another module, or would overflow; or a vector or
-                a weight is not finite.
+            ValueError: a weight is quantised, offloaded, computed from others, shared with another module, not all that
+                its layer computes by, or would overflow; or a vector or a weight is not finite.
         """
         merged = [*self._mixes, mix]
         try:
@@ -101,11 +101,7 @@ class MergedWeights:
             raise ValueError(
                 f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
             )
-        weight, bias = dense_weight(layer)  # [out, in], maybe a view of the parameter
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(
-                f"cannot merge into {path!r}: its weight is quantised; merge into the model it is made from"
-            )
+        weight, bias = mergeable_weight(path, layer, s_in, s_out)
         owners = {
             name
             for name, module in self._model.named_modules()
