@@ -198,7 +198,8 @@ def _of_gated(gradients: _Gradients) -> list[str]:
 
 
 def _size(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(x.float(), dim=dims)
+    size: Tensor = torch.linalg.vector_norm(x.float(), dim=dims)
+    return size
 
 
 def _gradient(
