@@ -79,16 +79,24 @@ class _Calls:
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str]) -> None:
         self._model = model
         self._device = computing_device(modules[paths[0]])
+        if self._device.type == "meta":
+            raise ValueError(
+                f"cannot see where the slices of {paths[0]!r} are: the model has no weights yet (they are on the meta "
+                "device): load them before patch()"
+            )
         self._around = list(dict.fromkeys(modules[path.rpartition(".")[0]] for path in paths))
         self._seen = {tokens: self._see(tokens) for tokens in (1, _TOKENS)}
+
+    def have(self, around: nn.Module) -> bool:
+        """Whether a forward of the model with input_ids came to a module of this one's class."""
+        return all(original_class(type(around)) in seen for seen in self._seen.values())
 
     def of(self, around: nn.Module, layer: Any, tokens: int) -> _Call:
         """A call of `around`; with a tensor alone, where the model's forward does not come to a module of its class."""
         seen = self._seen[tokens].get(original_class(type(around)))
         if seen is None:
-            return _Call(
-                (computing_tensor(layer).new_zeros(_ROWS, tokens, layer.in_features, device=self._device),), {}
-            )
+            width = layer.in_features if hasattr(layer, "in_features") else len(layer.weight)  # Conv1D's is transposed
+            return _Call((computing_tensor(layer).new_zeros(_ROWS, tokens, width, device=self._device),), {})
         return copy.deepcopy(seen)  # as there
 
     def _see(self, tokens: int) -> dict[type, _Call]:
@@ -142,6 +150,7 @@ def _roles(calls: _Calls, modules: Mapping[str, nn.Module], path: str, in_attent
     advice = ". Name the whole module, with None for its slices, or leave it out"
     layer, around = modules[path], modules[path.rpartition(".")[0]]
     kind = original_class(type(around)).__name__
+    how = "" if calls.have(around) else ", which the model's forward with input_ids does not reach,"
     if around is layer:
         raise ValueError(f"{refusal}it is the whole model{advice}")
 
@@ -150,7 +159,7 @@ def _roles(calls: _Calls, modules: Mapping[str, nn.Module], path: str, in_attent
             return _gradient(around, layer, tokens, calls.of(around, layer, tokens), values, at)
         except Exception as error:
             raise ValueError(
-                f"{refusal}running the {kind} around it on {tokens} tokens fails: {error}{advice}"
+                f"{refusal}running the {kind} around it{how} on {tokens} tokens fails: {error}{advice}"
             ) from error
 
     roles = (_of_attention if in_attention else _of_gated)(gradients)

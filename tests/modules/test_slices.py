@@ -296,6 +296,22 @@ def test_a_part_that_a_projection_lacks():
         find_sites(make(family, config), {projection: ("q",)})
 
 
+def test_a_model_without_weights_and_a_module_that_its_forward_does_not_reach():
+    with torch.device("meta"):
+        model = make("gpt2", OLD)
+    with pytest.raises(ValueError, match="the slices of 'h.0.attn.c_attn' are: the model has no weights yet"):
+        find_sites(model, {"c_attn": ("k",)})
+    crossed = make("gpt2", dict(**OLD, add_cross_attention=True))
+    sentence = "'h.0.crossattention.c_attn' are q, k and v: running the GPT2Attention around it on 1 tokens fails"
+    with pytest.raises(ValueError, match=sentence):
+        find_sites(crossed, {"c_attn": ("k",)})
+    assert len(find_sites(crossed, {"h.0.attn.c_attn": ("k",)})) == 1
+    with pytest.raises(
+        ValueError, match="TimeFirst around it, which the model's forward with input_ids does not reach,"
+    ):
+        find_sites(nn.ModuleDict({"attention": TimeFirst()}), {"qkv": ("k",)})
+
+
 def test_looking_changes_nothing():
     model = make("gpt2", OLD).train()
     before, random = [dict(vars(module)) for module in model.modules()], torch.get_rng_state()
