@@ -136,8 +136,8 @@ def test_a_checkpoint_of_the_whole_loads_as_that_where_no_slices_are_named_and_i
 @pytest.mark.parametrize("family", SLICED)
 def test_merged_and_combined_weights_of_the_rest_are_the_models_to_the_bit(family):
     runtime, fresh = patched(family), model_of(family)
-    runtime.add_weighted_adapter(["b", "c"], [0.1, 0.7], "sum", "linear")
-    for mix in ("sum", {"b": 0.1, "c": 0.7}):
+    runtime.add_weighted_adapter(["b", "c"], [0.7, 0.9], "sum", "linear")
+    for mix in ("sum", {"b": 0.7, "c": 0.9}):
         runtime.merge_adapter(mix)
         for site in runtime.sites:
             if site.side == "out":
