@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ia3rt import ops
 from ia3rt.adapters.bank import Bank
-from ia3rt.adapters.site import ModuleNames, Side, Site
+from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames
 from ia3rt.adapters.takeover import TakenOver, base_model, take_over
 from ia3rt.modules import attention
 from ia3rt.modules.sites import Targets, find_sites, site_of
@@ -23,7 +23,7 @@ from ia3rt.runtime import Runtime
 def patch(
     model: nn.Module,
     *,
-    target_modules: ModuleNames | None = None,
+    target_modules: ModuleNames | SlicedNames | None = None,
     feedforward_modules: ModuleNames | None = None,
     exclude_modules: ModuleNames | None = None,
     dtype: torch.dtype = torch.float32,
@@ -42,7 +42,11 @@ def patch(
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
             structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded. Of a model
-            with PEFT's adapters, None finds the sites of these.
+            with PEFT's adapters, None finds the sites of these. A mapping of such names says of a fused projection
+            which slices of its output wear the vector, as {"c_attn": ("k", "v"), "mlp.c_proj": None}: some of "q", "k"
+            and "v", or of "gate" and "up"; None for all of it. Vectors keep their full width, with ones elsewhere, and
+            adapters with other numbers there are refused. Where the slices are is seen, layer by layer, by running the
+            module around the projection on a few tokens (modules/slices.py).
         feedforward_modules: which of them wear it at the input; None leaves that to the structure and to adapters.
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.
@@ -58,7 +62,7 @@ def patch(
     Raises:
         ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices,
             PEFT still wraps its layers, or holds adapters of another type, or its layers differ in which adapters are
-            active. After this or any other exception the model is as it was.
+            active; or it cannot be seen where slices are. After this or any other exception the model is as it was.
     """
     inner = getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
     base = base_model(inner)

@@ -210,8 +210,8 @@ class Runtime:
                 in modules_to_save that means nothing in the model is let be, as in PEFT.
 
         Raises:
-            ValueError: the name is taken, a vector or a module does not fit the model or is not finite, or the model
-                lacks a site or a module. Nothing has changed then.
+            ValueError: the name is taken, a vector or a module does not fit the model or is not finite, a vector is not
+                ones outside of its site's slices, or the model lacks a site or a module. Nothing has changed then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("add an adapter")
@@ -274,7 +274,8 @@ class Runtime:
             adapter_names: loaded adapters, or new ones (`add_adapter(name)`).
 
         Returns:
-            The parameters: the vectors, float32 [width] each, and those of the adapters' own modules.
+            The parameters: the vectors, float32 [width] each, or of the width of a site's slices where `patch` names
+            them, and those of the adapters' own modules.
 
         Raises:
             ValueError: an adapter is unknown or acts at an offloaded module, no row wears one and they cannot be

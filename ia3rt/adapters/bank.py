@@ -79,6 +79,20 @@ def check_modules(adapters: Collection[Adapter]) -> None:
                     )
 
 
+def _check_slices(name: str, site: Site, vector: Tensor) -> None:
+    """Raises ValueError where a vector acts outside of the part of a site that `patch` was told of."""
+    if site.slices is None:
+        return
+    others = site.slices.outside(site.width)
+    outside = others[vector.detach().reshape(-1)[others.to(vector.device)].cpu() != 1.0]
+    if len(outside):
+        raise ValueError(
+            f"adapter {name!r} scales more of {site.path!r} than {' and '.join(site.slices.names)}, which is what "
+            f"patch(target_modules=…) says of it: {len(outside)} of the {len(others)} other numbers are not 1, the "
+            f"first that of column {outside[0].item()}. To wear it, patch() with None there, for the whole module"
+        )
+
+
 def _is_within(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
 
@@ -186,7 +200,8 @@ class Bank:
         Sites that the bank lacks come after those it has, in the order of `vectors`.
 
         Raises:
-            ValueError: a vector of another width than its site's, or with a NaN or inf, or nothing to load.
+            ValueError: a vector of another width than its site's, or with a NaN or inf, or with other numbers than ones
+                outside of its site's slices; or nothing to load.
         """
         if not vectors:
             raise ValueError(f"adapter {name!r} has no vectors")
@@ -196,6 +211,7 @@ class Bank:
                     f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected "
                     f"{_numbers(site)}. It was made for a model of another size"
                 )
+            _check_slices(name, site, vector)
         sites = self.all_sites(vectors)
         row = torch.empty(sum(site.width for site in sites))
         for site, columns in zip(sites, torch.split(row, [site.width for site in sites]), strict=True):
@@ -299,8 +315,10 @@ class Bank:
             row = self._complements[acts] = self._free.pop()
             self.table[row].fill_(1.0)
             for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
-                if site in acts:
+                if site in acts and site.slices is None:
                     columns.fill_(0.0)
+                elif site in acts and site.slices is not None:  # elsewhere none of them acts
+                    columns[site.slices.inside(columns.device)] = 0.0
         return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
 
 Side: TypeAlias = Literal["in", "out"]
 SiteKey: TypeAlias = "tuple[str, Side]"
 ModuleNames: TypeAlias = "str | Collection[str]"
 """Which modules are meant: a list or set of names, or one regular expression, as in PEFT's configs."""
+SlicedNames: TypeAlias = "Mapping[str, Collection[str] | None]"
+"""Names of modules, each with the slices of its output that are meant, as {"c_attn": ("k", "v")}; None for all."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The part of a fused layer's output that a vector may scale.
+
+    Attributes:
+        names: what it is: some of q, k and v, or of gate and up.
+        columns: where it is: [start, stop) each, ascending.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[tuple[int, int], ...]
+
+    def inside(self, device: torch.device | None = None) -> Tensor:
+        """Its columns, int64, ascending."""
+        return torch.cat([torch.arange(*each, device=device) for each in self.columns])
+
+    def outside(self, width: int) -> Tensor:
+        """The columns, of so many, that are none of its: int64, ascending."""
+        rest = torch.ones(width, dtype=torch.bool)
+        rest[self.inside()] = False
+        return rest.nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -23,6 +51,7 @@ class Site:
         width: the vector's length: the module's in_features or out_features; at experts those of all of them.
         experts: how many experts have a vector of their own there, one after another; 0 at a layer.
         parameter: of experts, the tensor's name in their module; empty at a layer.
+        slices: the part of it that may differ from ones; None where all of it may.
     """
 
     path: str
@@ -30,6 +59,7 @@ class Site:
     width: int
     experts: int = 0
     parameter: str = ""
+    slices: Slices | None = None
 
     @property
     def module(self) -> str:
@@ -49,7 +79,8 @@ class Site:
     def __str__(self) -> str:
         """The site as error messages name it."""
         width = f"{self.experts} experts × width {self.width_of_one}" if self.experts else f"width {self.width}"
-        return f"{self.path} ({self.side}put, {width})"
+        of = "" if self.slices is None else f", of which {' and '.join(self.slices.names)}"
+        return f"{self.path} ({self.side}put, {width}{of})"
 
 
 def name_matches(path: str, names: ModuleNames) -> bool:

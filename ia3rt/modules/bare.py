@@ -42,6 +42,16 @@ def own_linear(layer: nn.Module, x: Tensor) -> Tensor | None:
     return None
 
 
+def computes_as_linear(cls: type) -> bool:
+    """Whether the layers of a class compute x W^T + b from `weight` and `bias`, and nothing else.
+
+    Those of nn.Linear do, and of its subclasses whose forward is its own, or compiles to what Falcon's does.
+    """
+    if not issubclass(cls, nn.Linear) or cls.__call__ is not nn.Module.__call__:
+        return False
+    return cls.forward is _linear_forward or _compiles_to(cls.forward, _matmul)
+
+
 def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | None:
     """What computes as a class's forward does, with a result that may be overwritten; None where nothing here does.
 
@@ -50,18 +60,39 @@ def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | Non
     if cls is nn.Linear:
         return own_linear
     known = getattr(cls, "forward", None)
-    code, expected = getattr(known, "__code__", None), _conv1d.__code__
-    if code is None or (code.co_code, code.co_names) != (expected.co_code, expected.co_names):
+    if _compiles_to(known, _conv1d):
+        compute = _own_conv1d
+    elif computes_as_linear(cls):
+        compute = own_linear if known is _linear_forward else _own_matmul
+    else:
         return None
 
-    def own_conv1d(layer: nn.Module, x: Tensor) -> Tensor | None:
-        parameters = layer.__dict__["_parameters"]
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if type(weight) is not nn.Parameter or bias is None or cls.forward is not known:  # type: ignore[attr-defined]
-            return None
-        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+    def own(layer: nn.Module, x: Tensor) -> Tensor | None:
+        return compute(layer, x) if cls.forward is known else None  # type: ignore[attr-defined]
 
-    return own_conv1d
+    return own
+
+
+def _own_conv1d(layer: nn.Module, x: Tensor) -> Tensor | None:
+    parameters = layer.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not nn.Parameter or bias is None:
+        return None
+    return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _own_matmul(layer: nn.Module, x: Tensor) -> Tensor | None:
+    parameters = layer.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not nn.Parameter:
+        return None
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def _compiles_to(function: object, expected: Callable[..., Tensor]) -> bool:
+    code, known = getattr(function, "__code__", None), expected.__code__
+    return code is not None and (code.co_code, code.co_names) == (known.co_code, known.co_names)
 
 
 def _conv1d(self, x):  # type: ignore[no-untyped-def]
@@ -70,6 +101,14 @@ def _conv1d(self, x):  # type: ignore[no-untyped-def]
     x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
     x = x.view(size_out)
     return x
+
+
+def _matmul(self, input):  # type: ignore[no-untyped-def]
+    """The forward of Falcon's linear layers, as its source is written: rounded before the bias is added."""
+    hidden_states = input @ self.weight.T
+    if self.bias is None:
+        return hidden_states
+    return hidden_states + self.bias
 
 
 def linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:

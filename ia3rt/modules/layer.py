@@ -97,8 +97,23 @@ class IA3Layer(Wearer):
                 return y if s_out is None else eager.scale_(y, s_out)
         args, kwargs = rest or ((), {})
         y = super().forward(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            return self._not_scaled(worn, l_out, y)  # type: ignore[no-any-return]
         s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
         return y if s_out is None else eager.scaled(y, s_out)
+
+    def _not_scaled(self, worn: Worn, l_out: int | None, y: Any) -> Any:
+        """What is no tensor, as a layer gives that only code could tell of, where no adapter is worn.
+
+        Raises:
+            ValueError: one is, and its vector acts here.
+        """
+        if l_out is not None and any(mix.adapters for mix in worn.route.mixes):
+            raise ValueError(
+                f"a {type(self).ia3_original.__name__} gave a {type(y).__name__}, and its vector scales one tensor: "
+                "leave the module out with patch(exclude_modules=…)"
+            )
+        return y
 
     def _by_padding(self, worn: Worn, l_in: int | None, l_out: int | None, x: Tensor) -> Tensor:
         """The result for a nested tensor, as nn.TransformerEncoder makes of padded rows: there a scale has no place."""

@@ -13,9 +13,8 @@ from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.modules.experts_forms import matrices_of
+from ia3rt.modules.mergeable import mergeable_weight
 from ia3rt.modules.offloading import execution_device
-from ia3rt.modules.wearer import original_class
-from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
 
 
@@ -68,8 +67,8 @@ class MergedWeights:
         and rounded once. Either all weights change or none.
 
         Raises:
-            ValueError: a weight is quantised, offloaded, shared with another module, or would overflow; or a vector or
-                a weight is not finite.
+            ValueError: a weight is quantised, offloaded, computed from others, shared with another module, not all that
+                its layer computes by, or would overflow; or a vector or a weight is not finite.
         """
         merged = [*self._mixes, mix]
         try:
@@ -108,9 +107,7 @@ class MergedWeights:
             raise ValueError(
                 f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
             )
-        weight, bias = dense_weight(layer)  # [out, in], maybe a view of the parameter
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(f"cannot merge into {path!r}: {_why_not(layer)}")
+        weight, bias = mergeable_weight(path, layer, s_in, s_out)
         self._check_alone(path, layer.weight, path)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.detach().to(dtype)
@@ -168,14 +165,6 @@ class MergedWeights:
                 if held is tensor:
                     return module, name
         raise AssertionError(f"{path!r} does not hold the tensor that is written there")
-
-
-def _why_not(layer: nn.Module) -> str:
-    """Why a layer is not merged into, of whose weight nobody here knows how it is multiplied."""
-    cls, held = original_class(type(layer)), getattr(layer, "weight", None)
-    if cls is nn.Linear or type(held) is not nn.Parameter or not held.is_floating_point():
-        return "its weight is quantised; merge into the model it is made from"
-    return f"it is a {cls.__name__}, whose forward may do more with its weight than nn.Linear's and Conv1D's do"
 
 
 def _not_finite(bank: Bank, mix: ResolvedMix) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
-from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
+from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames, name_matches
 from ia3rt.modules.experts import why_unworn
 from ia3rt.modules.experts_forms import Matrix, expert_sites, matrices_of, matrix_at
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import keeps_class_forward
+from ia3rt.modules.slices import find_slices
+from ia3rt.modules.tried import unfit_result
 from ia3rt.modules.wearer import original_class
 
 # Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
@@ -92,10 +95,8 @@ _INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
 
 def module_widths(module: nn.Module) -> tuple[int, int] | None:
     """The lengths (in, out) of the vectors that `module` can wear, or None where it can wear none."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention reads its weight and never calls its forward
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+        return (module.in_features, module.out_features) if unfit_result(module) is None else None
     if original_class(type(module)).__name__ == "Conv1D" and hasattr(module, "nf"):
         in_features, out_features = module.get_parameter("weight").shape  # transformers' Conv1D keeps W transposed
         return in_features, out_features
@@ -107,7 +108,7 @@ def module_widths(module: nn.Module) -> tuple[int, int] | None:
 class Targets(NamedTuple):
     """Which modules of a model may wear vectors, as its user said: the arguments of `find_sites`."""
 
-    target_modules: ModuleNames | None = None
+    target_modules: ModuleNames | SlicedNames | None = None
     feedforward_modules: ModuleNames | None = None
     exclude_modules: ModuleNames | None = None
 
@@ -121,6 +122,11 @@ class Targets(NamedTuple):
             raise ValueError(
                 f"patch(target_modules={target!r}) leaves module {site.path!r} out, {brings}: add it there"
             )
+        if target is not None and site.side == "in" and _slices_of(site.path, target):
+            raise ValueError(
+                f"patch(target_modules={target!r}) lets module {site.path!r} wear a vector at slices of its output "
+                f"only, {brings}: give None for its slices"
+            )
         if feedforward is not None and name_matches(site.path, feedforward) != (site.side == "in"):
             raise ValueError(
                 f"module {site.path!r} wears its vector at the {'out' if site.side == 'in' else 'in'}put by patch()'s "
@@ -130,7 +136,7 @@ class Targets(NamedTuple):
 
 def find_sites(
     model: nn.Module,
-    target_modules: ModuleNames | None = None,
+    target_modules: ModuleNames | SlicedNames | None = None,
     feedforward_modules: ModuleNames | None = None,
     exclude_modules: ModuleNames | None = None,
 ) -> list[Site]:
@@ -141,14 +147,15 @@ def find_sites(
         target_modules: modules that wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear" (all but the output embedding). None finds the key and value projections and
             the second MLP matrix of each layer by structure, or nothing: adapters say where they act. Those of the text
-            decoder, where the model writes text after what it sees or hears; of the whole model else.
+            decoder, where the model writes text after what it sees or hears; of the whole model else. In a mapping each
+            name says which slices of the output wear it: some of q, k and v, or of gate and up.
         feedforward_modules: which of them wear it at the input. None means those that are a second MLP matrix by
             structure. Where one of the two is a regular expression, it may match more than `target_modules`.
         exclude_modules: modules left out, whatever else matches.
 
     Raises:
         ValueError: nothing matches `target_modules`, all is excluded, `feedforward_modules` reaches outside
-            `target_modules`, or a module named is of a type that wears no vector.
+            `target_modules`, or a module named is of a type that wears no vector; or slices as in `find_slices`.
     """
     modules = dict(model.named_modules())
     structural = _structural_sites(model, modules)
@@ -170,6 +177,8 @@ def find_sites(
     for path, side in sides.items():
         if exclude_modules is None or not name_matches(path, exclude_modules):
             sites.append(site_of(modules, path, side))
+    if isinstance(target_modules, Mapping):
+        sites = _sliced(model, modules, sites, target_modules)
     if not sites and (sides or target_modules is not None):
         asked = f"exclude_modules={exclude_modules!r}" if sides else f"target_modules={target_modules!r}"
         raise ValueError(
@@ -212,6 +221,11 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     widths = module_widths(modules[path])
     if widths is None:
         kind = original_class(type(modules[path])).__name__
+        if isinstance(modules[path], nn.Linear):
+            raise ValueError(
+                f"module {path!r} is a {kind}, which wears no vector: its forward gives {unfit_result(modules[path])}, "
+                f"and a vector scales one tensor, of its out_features ({modules[path].out_features})"
+            )
         raise ValueError(
             f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D and GPTQ's "
             "layers do"
@@ -258,6 +272,34 @@ def _check_names_of_experts(names: ModuleNames, modules: Mapping[str, nn.Module]
             f"target_modules names {nothing}, which the model has not: all experts of a layer are one tensor a matrix "
             f"in it, {experts}. Name these, with a vector for each expert"
         )
+
+
+def _sliced(model: nn.Module, modules: Mapping[str, nn.Module], sites: list[Site], names: SlicedNames) -> list[Site]:
+    """The sites with the slices that `names` says."""
+    wanted = {site.path: _slices_of(site.path, names) for site in sites}
+    for site in sites:
+        if wanted[site.path] and site.side == "in":
+            raise ValueError(
+                f"module {site.path!r} wears its vector at its input, and slices {wanted[site.path]} are of an output: "
+                "give None for them, or name its side with feedforward_modules"
+            )
+    found = find_slices(model, modules, {path: slices for path, slices in wanted.items() if slices is not None})
+    return [replace(site, slices=found.get(site.path)) for site in sites]
+
+
+def _slices_of(path: str, names: ModuleNames | SlicedNames) -> tuple[str, ...] | None:
+    """The slices that a mapping gives the module at `path`; None for the whole of it."""
+    if not isinstance(names, Mapping):
+        return None
+    given = {name: slices for name, slices in names.items() if name_matches(path, [name])}
+    sets = {
+        None if slices is None else frozenset([slices] if isinstance(slices, str) else slices)
+        for slices in given.values()
+    }
+    if len(sets) > 1:
+        raise ValueError(f"target_modules gives module {path!r} other slices by one name than by another: {given}")
+    (slices,) = sets or {None}
+    return None if slices is None else tuple(sorted(slices))
 
 
 def _check_feedforward(names: ModuleNames, modules: Mapping[str, nn.Module], sides: Mapping[str, Side]) -> None:

@@ -117,5 +117,8 @@ def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
     row = torch.empty(bank.total_width, device=bank.table.device)
     _compose_into(pieces(row), pieces(bank.table), mix)
     acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
-    vectors = zip(bank.sites.values(), torch.split(row, bank.widths), strict=True)
+    vectors = list(zip(bank.sites.values(), torch.split(row, bank.widths), strict=True))
+    for site, vector in vectors:
+        if site.slices is not None:  # where no adapter acts a weighted sum is 1, and not 1 but for rounding
+            vector[site.slices.outside(site.width).to(vector.device)] = 1.0
     return {site: vector for site, vector in vectors if site in acts}

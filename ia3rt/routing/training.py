@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class TrainedAdapters:
         self._modules = dict(model.named_modules())
         self._parameters: dict[Adapter, dict[Site, nn.Parameter]] = {}
         self._float32: dict[nn.Parameter, Tensor] = {}
+        device = bank.table.device
+        self._columns = {site: site.slices.inside(device) for site in bank.sites.values() if site.slices is not None}
         self._frozen: list[tuple[nn.Module, str]] = []
         self._check()
         for module in self._modules.values():
@@ -39,15 +42,20 @@ class TrainedAdapters:
                     parameter.requires_grad_(False)
                     self._frozen.append((module, name))
         for adapter in sorted(self.adapters, key=lambda adapter: adapter.row):
-            vectors = bank.distinct(adapter).items()
-            self._parameters[adapter] = {site: nn.Parameter(vector.float().clone()) for site, vector in vectors}
+            vectors = {
+                site: vector.float().clone() if site.slices is None else vector.float()[self._columns[site]]
+                for site, vector in bank.distinct(adapter).items()
+            }
+            self._parameters[adapter] = {site: nn.Parameter(vector) for site, vector in vectors.items()}
             for site, parameter in self._parameters[adapter].items():
                 self._modules[site.module].register_parameter(_attribute(site, adapter), parameter)
         self.keep_float32()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The vectors, float32 [width] each; [width_of_one] where experts share one."""
+        """The vectors, float32 [width] each; [width_of_one] where experts share one; of a site with slices, their
+        columns, in order.
+        """
         return [parameter for by_site in self._parameters.values() for parameter in by_site.values()]
 
     def are_worn(self, mixes: Iterable[ResolvedMix]) -> bool:
@@ -106,7 +114,11 @@ class TrainedAdapters:
         for adapter in self.adapters:
             for site, row in self._bank.vectors(adapter).items():
                 registered = self._modules[site.module]._parameters.get(_attribute(site, adapter))
-                row.copy_(_repeated(self._parameters[adapter][site] if registered is None else registered, site))
+                trained = self._parameters[adapter][site] if registered is None else registered
+                if site.slices is None:
+                    row.copy_(_repeated(trained, site))
+                else:
+                    row[self._columns[site]] = trained.to(row.dtype)
 
     def end(self) -> None:
         """Writes the bank, unregisters the parameters, and gives the model's own their `requires_grad` back."""
@@ -123,7 +135,7 @@ class TrainedAdapters:
             for site in by_site:
                 yield adapter, site, self._modules[site.module]
 
-    def _vectors(self, used: Sequence[int]) -> list[list[Tensor]]:
+    def _vectors(self, used: Sequence[int]) -> list[list[Tensor | _Part]]:
         """By site, the vectors of these rows of the bank: parameters, or copies, which no later load changes."""
         trained: dict[int, dict[Site, Tensor]] = {adapter.row: {} for adapter in self._parameters}
         for adapter, site, module in self._places():
@@ -131,10 +143,15 @@ class TrainedAdapters:
             own = self._parameters[adapter][site] if registered is None else registered
             trained[adapter.row][site] = _repeated(own, site)
         frozen = {row: torch.split(self._bank.table[row].float().clone(), self._bank.widths) for row in used}
-        return [
-            [trained.get(row, {}).get(site, frozen[row][position]) for row in used]
-            for position, site in enumerate(self._bank.sites.values())
-        ]
+        vectors: list[list[Tensor | _Part]] = []
+        for position, site in enumerate(self._bank.sites.values()):
+            here = [(trained.get(row, {}).get(site), frozen[row][position]) for row in used]
+            if site in self._columns:
+                columns = self._columns[site] = self._columns[site].to(self._bank.table.device)
+                vectors.append([row if own is None else _Part(own, row, columns) for own, row in here])
+            else:
+                vectors.append([row if own is None else own for own, row in here])
+        return vectors
 
     def _check(self) -> None:
         seen: dict[tuple[str, str], str] = {}
@@ -149,29 +166,44 @@ class TrainedAdapters:
                 seen[key] = adapter.name
 
 
+class _Part(NamedTuple):
+    """A site's trained columns, and its whole vector, which is ones elsewhere."""
+
+    trained: Tensor
+    row: Tensor
+    columns: Tensor
+
+    def laid(self) -> Tensor:
+        return self.row.to(self.trained.dtype).index_copy(0, self.columns, self.trained)
+
+
+def _laid(vector: Tensor | _Part) -> Tensor:
+    return vector.laid() if isinstance(vector, _Part) else vector
+
+
 class TrainedScales:
     """Mixes of parameters, combined where they are worn: each part of a model that a checkpoint runs again has its own.
 
     Args:
-        vectors: by site, one [width] for each row that `mixes` name.
+        vectors: by site, one [width] for each row that `mixes` name, or a part of it that is laid where it is worn.
         mixes: the distinct mixes.
         index: int64 [rows], the mix of each row; None where all wear the first.
         keeps: whether a scale has a row a mix instead, as routes by token look up.
     """
 
     def __init__(
-        self, vectors: list[list[Tensor]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool
+        self, vectors: list[list[Tensor | _Part]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool
     ) -> None:
         self.vectors = vectors
         self._mixes = [(mix.rows, mix.weights) for mix in mixes]
-        self._index = index if index is None else index.to(vectors[0][0].device)
+        self._index = index if index is None else index.to(_laid(vectors[0][0]).device)
         self._keeps = keeps
 
     def scale(self, position: int) -> Tensor:
         """As `Scales.scale`."""
-        vectors = self.vectors[position] if position < len(self.vectors) else None
-        if vectors is None:
-            return self.vectors[0][0].new_ones(())  # the model got it since: none of these mixes acts there
+        if position >= len(self.vectors):
+            return _laid(self.vectors[0][0]).new_ones(())  # the model got it since: none of these mixes acts there
+        vectors = list(map(_laid, self.vectors[position]))
         mixed = [_mixed(vectors, rows, weights) for rows, weights in self._mixes]
         if (self._index is None and not self._keeps) or len(self._index if self._index is not None else mixed) == 1:
             return mixed[0]
@@ -182,7 +214,7 @@ class TrainedScales:
 class Stacked(Sequence[Tensor]):
     """By site, the vectors as a bank that the kernels read, [rows, width]; stacked where they are worn."""
 
-    def __init__(self, vectors: list[list[Tensor]]) -> None:
+    def __init__(self, vectors: list[list[Tensor | _Part]]) -> None:
         self._vectors = vectors
 
     def __len__(self) -> int:
@@ -191,7 +223,7 @@ class Stacked(Sequence[Tensor]):
 
     def __getitem__(self, position):  # type: ignore[no-untyped-def]
         """A site's rows; gradients of them reach the vectors."""
-        return torch.stack(self._vectors[position])
+        return torch.stack(list(map(_laid, self._vectors[position])))
 
 
 def _mixed(vectors: Sequence[Tensor], rows: Sequence[int], weights: Sequence[float] | None) -> Tensor:
