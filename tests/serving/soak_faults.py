@@ -144,11 +144,16 @@ class Faults:
             shutil.rmtree(self._store, ignore_errors=True)
 
     async def _copies_are_damaged(self, http: httpx.AsyncClient) -> None:
-        with self._trouble(), contextlib.suppress(FileNotFoundError):
-            copies = [folder for folder in self._store.iterdir() if folder.is_dir()]
+        with self._trouble():
+            copies = self._copies()
             for folder in self._chance.sample(copies, min(5, len(copies))):
                 with contextlib.suppress(OSError):
                     self._damage(folder / "adapter_model.safetensors")
+
+    def _copies(self) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError):  # somebody removes the store now
+            return [folder for folder in self._store.iterdir() if folder.is_dir()]
+        return []
 
     def _damage(self, file: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -164,9 +169,9 @@ class Faults:
         if folder.name in self._busy:
             return
         self._busy.add(folder.name)
-        with self._trouble(), contextlib.suppress(FileNotFoundError):
+        with self._trouble():
             away = folder.rename(folder.with_name(f"{folder.name}-away"))
-            copies = [copy for copy in self._store.iterdir() if copy.is_dir()]
+            copies = self._copies()
             for copy in self._chance.sample(copies, len(copies) // 4):
                 shutil.rmtree(copy, ignore_errors=True)
             await asyncio.sleep(0.5)

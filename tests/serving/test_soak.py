@@ -32,7 +32,7 @@ OPTIONS += ["--max-loras", "12", "--max-cpu-loras", "100", "--max-num-seqs", "32
 OPTIONS += ["--block-size", "32"]
 STATIC = 100
 """Adapters that are loaded at the start; a resolver finds the others when they are first asked for."""
-GROWTH = 64e6
+GROWTH = 128e6
 """Bytes by which the server's processes may grow in the second half."""
 
 
