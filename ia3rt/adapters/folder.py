@@ -61,6 +61,8 @@ def local_folder(
         if not _is_there(folder / CONFIG_NAME):
             raise FileNotFoundError(_without_adapter(str(path_or_hub_id), subfolder, list(_here(given, subfolder))))
         return folder
+    if given.is_absolute() or str(path_or_hub_id).startswith("."):  # which no repository's id is
+        raise FileNotFoundError(f"{str(given)[:_MOST_SHOWN]!r} is not there: give the folder that holds the adapter")
     return _download(str(path_or_hub_id), revision, subfolder, token)
 
 

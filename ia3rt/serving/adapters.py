@@ -43,6 +43,8 @@ def find_adapters(folder: Path) -> list[Served]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: --adapters takes one that holds a folder for each adapter")
     found = [_read(child) for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
+    if not found and (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder} is one adapter: --adapters takes the folder that holds it, {folder.parent}")
     if not found:
         raise FileNotFoundError(f"{folder} holds no adapter: none of its folders has an {CONFIG_NAME}")
     return found

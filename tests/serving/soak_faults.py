@@ -145,10 +145,15 @@ class Faults:
 
     async def _copies_are_damaged(self, http: httpx.AsyncClient) -> None:
         with self._trouble():
-            copies = [folder for folder in self._store.glob("*") if folder.is_dir()]
+            copies = self._copies()
             for folder in self._chance.sample(copies, min(5, len(copies))):
                 with contextlib.suppress(OSError):
                     self._damage(folder / "adapter_model.safetensors")
+
+    def _copies(self) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError):  # somebody removes the store now
+            return [folder for folder in self._store.iterdir() if folder.is_dir()]
+        return []
 
     def _damage(self, file: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -166,7 +171,7 @@ class Faults:
         self._busy.add(folder.name)
         with self._trouble():
             away = folder.rename(folder.with_name(f"{folder.name}-away"))
-            copies = [copy for copy in self._store.glob("*") if copy.is_dir()]
+            copies = self._copies()
             for copy in self._chance.sample(copies, len(copies) // 4):
                 shutil.rmtree(copy, ignore_errors=True)
             await asyncio.sleep(0.5)

@@ -133,6 +133,7 @@ def test_requests_do_not_see_each_others(app) -> None:
 
     @app.post("/waits")
     async def waits(request: Request) -> int:
+        await request.json()
         number = int(request.headers["number"])
         await asyncio.sleep(0.01 * (number % 3))
         seen[number] = bodies.take(SimpleNamespace(model_extra=None))
@@ -155,7 +156,8 @@ def test_a_model_that_was_lost_is_found_again(app) -> None:
     serving = BaseServing(OpenAIModelRegistry(None, [BaseModelPath("base", "base")]), None)
 
     @app.post("/loses")
-    async def loses() -> Any:
+    async def loses(raw_request: Request) -> Any:
+        await raw_request.json()
         request = CompletionRequest(prompt="x")
         refused = await serving._check_model(request)
         return request.model if refused is None else refused.error.code
@@ -169,6 +171,32 @@ def test_a_form_keeps_its_fields(client, seen) -> None:
     files = {"file": ("x.wav", b"sound")}
     response = client.post("/form", data={"model": "base", "merged_adapters": json.dumps(MIX)}, files=files)
     assert response.json() == "answered" and seen == [json.dumps(MIX)]
+
+
+def test_the_first_of_several_content_types_counts(client, seen) -> None:
+    kinds = [("Content-Type", "application/json"), ("Content-Type", "multipart/form-data; boundary=x")]
+    assert client.post("/taken", content=WAYS["plain"], headers=kinds).json() == "answered" and seen == [MIX]
+    assert client.post("/dropped", content=WAYS["plain"], headers=kinds).status_code == 400
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/unread"), ("GET", "/unread"), ("OPTIONS", "/taken")])
+def test_a_body_that_nobody_wants_is_not_read(app, method, path) -> None:
+    @app.api_route("/unread", methods=["GET", "POST"])
+    async def unread() -> str:
+        return "answered"
+
+    asked, sent = [], []
+
+    async def receive() -> dict[str, Any]:
+        asked.append(True)
+        return {"type": "http.request", "body": WAYS["plain"], "more_body": len(asked) < 100}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "app": app}
+    asyncio.run(app(scope, receive, send))
+    assert sent and len(asked) == 0
 
 
 def test_a_websocket_is_closed(client) -> None:

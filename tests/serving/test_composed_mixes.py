@@ -13,11 +13,12 @@ import torch
 from ia3rt.adapters.checkpoint import write_checkpoint
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site
-from ia3rt.serving.vllm import admission, composed_mixes
+from ia3rt.serving.vllm import admission, composed_mixes, read
 from ia3rt.serving.vllm.admission import Admission
 from ia3rt.serving.vllm.composed_mixes import ComposedMixes, read_composed
 from ia3rt.serving.vllm.scale_check import LargeScaleError
 from ia3rt.serving.vllm.source import Source
+from ia3rt.serving.vllm.store import store
 
 SITES = [Site("layers.0.k_proj", "out", 16), Site("layers.0.down_proj", "in", 24)]
 
@@ -130,6 +131,24 @@ def test_a_mix_is_composed_once_and_few_at_a_time(folders, tmp_path, monkeypatch
 
     turns = asyncio.run(run())
     assert calls == 12 and most == admission.AT_ONCE and turns > 12
+
+
+def test_an_adapter_is_read_once_for_many_mixes(folders, tmp_path, monkeypatch) -> None:
+    store_root = tmp_path / "store"
+    kept = {name: str(store(folder, store_root)) for name, folder in folders.items()}
+    calls: list[Path] = []
+    original = read.read_folder
+    monkeypatch.setattr(read, "read_folder", lambda folder, name: calls.append(folder) or original(folder, name))
+    admits = Admission(100.0, ComposedMixes(tmp_path / "mixes"))
+    for number in range(20):
+        asyncio.run(admits.admit(mix(kept, number)))
+        asyncio.run(admits.admit(mix(folders, number)))  # no stored copies: what they hold may change
+    assert all(calls.count(Path(folder)) == 1 for folder in kept.values())
+    assert all(calls.count(Path(folder)) == 20 for folder in folders.values())
+    few = read.Read(2 * 16)
+    for folder in kept.values():
+        few(Path(folder), "a")
+    assert few._total <= 32
 
 
 def test_a_full_disk_keeps_nothing_and_refuses_nothing(folders, tmp_path, monkeypatch) -> None:

@@ -1,12 +1,14 @@
 """The names of mixes: what they mean, and that nothing else means one."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ia3rt.adapters.mix import Mix
 from ia3rt.serving.vllm.merged_adapters import read_merged_adapters
-from ia3rt.serving.vllm.names import MOST, MixNameError, canonical, parse, spelled
+from ia3rt.serving.vllm.names import MOST, MixNameError, canonical, check_loaded_name, parse, spelled
 
 NAMES = st.text("abcXYZ019._-/", min_size=1, max_size=12)
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
@@ -63,6 +65,37 @@ def test_a_name_of_any_length_is_cheap() -> None:
     with pytest.raises(MixNameError) as refused:
         parse("mix:" + "a*b" * 100_000)
     assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["mix:a*" + "1" * 10**6 + "x", "mix:a*" + "z" * 10**7, "*" * 10**7, "delta:" + "+" * 10**7]
+)
+def test_a_long_name_is_refused_before_it_is_read(name) -> None:
+    begun = time.perf_counter()
+    with pytest.raises(MixNameError) as refused:
+        parse(name)
+    assert time.perf_counter() - begun < 1 and len(str(refused.value)) < 200
+
+
+def test_a_weight_of_many_digits_is_read_in_no_time() -> None:
+    begun = time.perf_counter()
+    for weight in ("1" * 200 + "x", "1" * 30_000, "1" * 30_000 + "x"):
+        with pytest.raises(MixNameError, match="finite number"):
+            parse(f"mix:a*{weight}")
+    assert parse("mix:a*" + "0" * 200 + "1") == Mix(("a",), (1.0,), "linear")
+    assert time.perf_counter() - begun < 1
+
+
+@pytest.mark.parametrize("name", ["mix:a*\ud800", "a*\udfff", "mix:\ud83d*1"])
+def test_half_a_character_is_no_name(name) -> None:
+    with pytest.raises(MixNameError, match="half a character"):
+        parse(name)
+
+
+@pytest.mark.parametrize("name", ["a" * 257, "a" * 10**7, "a*b", "mix:a", "a\x1b"])
+def test_a_name_that_no_adapter_is_loaded_under(name) -> None:
+    with pytest.raises(MixNameError, match="under another one"):
+        check_loaded_name(name)
 
 
 @given(st.lists(NAMES, min_size=2, max_size=5))

@@ -128,7 +128,7 @@ def test_what_cannot_be_loaded_at_the_start_ends_it_with_a_sentence(doors, tmp_p
         ("a", write(tmp_path / "wide", width=9), "4 wide"),
         ("a*b", write(tmp_path / "good"), "means a mix"),
         ("base", tmp_path / "good", "conflicts with a served base model"),
-        ("c", tmp_path / "missing", "neither a folder here"),
+        ("c", tmp_path / "missing", "is not there"),
         ("twice", tmp_path / "good", "has already been loaded"),
     ):
         named = [LoRAModulePath(name=name, path=str(path))]

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from ia3rt.adapters.site import Site
 from ia3rt.serving.vllm.composed_mixes import MOST_FILES, ComposedMixes
 from ia3rt.serving.vllm.name_locks import NameLocks
+from ia3rt.serving.vllm.read import Read
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.source import Source
 
@@ -19,7 +20,9 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own nam
 resolving: ContextVar[Admission | None] = ContextVar("ia3_resolving", default=None)
 """What a resolver's find has to pass; resolvers know nothing of the server that asks them."""
 AT_ONCE = 2
-"""Mixes that are composed at the same time, in threads beside the server's own; others wait."""
+"""Mixes that are composed at the same time, in threads beside the server's own, and so many loads; others wait."""
+MOST_READ = 64 << 20
+"""Bytes of adapters' vectors that stay read: to read 64 adapters takes longer than to compose them."""
 
 
 class Admission:
@@ -33,7 +36,8 @@ class Admission:
     def __init__(self, limit: float, composed: ComposedMixes) -> None:
         self._limit = limit
         self._composed = composed
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns, self._loads = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        self._read = Read(MOST_READ)
         self._asked = NameLocks()
         self._admitted: OrderedDict[int, None] = OrderedDict()
 
@@ -44,7 +48,7 @@ class Admission:
             ValueError: a scale is beyond the limit, or the adapter is damaged.
             FileNotFoundError: it is not there.
         """
-        async with self._turns:
+        async with self._loads:
             return len(await asyncio.to_thread(self._vectors, source))
 
     async def admit(self, source: Source) -> None:
@@ -73,7 +77,7 @@ class Admission:
         return hash(path) in self._admitted and self._composed.holds(path)
 
     def _vectors(self, source: Source) -> dict[Site, Tensor]:
-        return checked_vectors(source.bank(), source.mix, self._limit)
+        return checked_vectors(source.bank(self._read), source.mix, self._limit)
 
     def _keep(self, path: str, vectors: dict[Site, Tensor]) -> None:
         self._admitted[hash(path)] = None

@@ -8,7 +8,7 @@ without anybody having taken the field is not sent.
 from __future__ import annotations
 
 import json
-from collections import deque
+import re
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
@@ -25,15 +25,28 @@ _Receive = Callable[[], Awaitable[Any]]
 _Send = Callable[[Any], Awaitable[None]]
 _FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 _POLICY_VIOLATION = 1008
+_KEY = re.compile("".join(f"(?:{letter}|\\\\u00(?i:{ord(letter):02x}))" for letter in FIELD))
+"""The field's name, each letter written in any of JSON's ways: what has it is parsed, once more than vLLM does it."""
 
 
 class _Body:
-    """A request's body, and whether its field was taken."""
+    """A request's body, as far as the application has read it, and whether its field was taken."""
 
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.given = _field(content)
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.content = b""
+        self.given: object = None
         self.is_taken = False
+
+    def passes(self, message: Any) -> Any:
+        """Keeps a part of the body on its way to the application."""
+        if message["type"] == "http.request":
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.content = b"".join(self._parts)
+                self._parts.clear()
+                self.given = _field(self.content)
+        return message
 
 
 _body: ContextVar[_Body | None] = ContextVar("_body", default=None)
@@ -83,20 +96,22 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
 
     async def _answer(self, scope: Any, receive: _Receive, send: _Send) -> None:
-        messages = await _received(receive)
-        body = _Body(b"".join(message.get("body", b"") for message in messages))
-        if body.given is not None:
-            send = _unless_lost(body, scope, receive, send)
+        body = _Body()
+
+        async def read() -> Any:
+            """What the application reads, and no more: not of who has no key, and not where no body is wanted."""
+            return body.passes(await receive())
+
         token = _body.set(body)
         try:
-            await self._app(scope, _again(messages, receive), send)
+            await self._app(scope, read, _unless_lost(body, scope, receive, send))
         finally:
             _body.reset(token)
 
 
 def _init_middleware(original: Callable[..., None]) -> Callable[..., None]:
     def init_entrypoints_middleware(args: Any, app: FastAPI, supported_tasks: Any) -> None:
-        """Middleware that is added first is the innermost: who has no key has his body not read."""
+        """Middleware that is added first is the innermost, behind the one that asks for the key."""
         app.add_middleware(BodyMiddleware)
         original(args, app, supported_tasks)
 
@@ -104,34 +119,15 @@ def _init_middleware(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_form(scope: Any) -> bool:
-    types = [value for name, value in scope["headers"] if name == b"content-type"]
-    return any(kind.strip().lower().startswith(_FORMS) for kind in types)
-
-
-async def _received(receive: _Receive) -> deque[Any]:
-    """The messages that a request's body comes in."""
-    messages: deque[Any] = deque()
-    while True:
-        messages.append(await receive())
-        if messages[-1]["type"] != "http.request" or not messages[-1].get("more_body", False):
-            return messages
-
-
-def _again(messages: deque[Any], receive: _Receive) -> _Receive:
-    async def again() -> Any:
-        """The messages that were received, and then what comes."""
-        return messages.popleft() if messages else await receive()
-
-    return again
+    """By the first of several headers, as FastAPI has it."""
+    types = (value for name, value in scope["headers"] if name == b"content-type")
+    return next(types, b"").strip().lower().startswith(_FORMS)
 
 
 def _field(body: bytes | str) -> object:
     """What a JSON body's field holds, or None: it has none, or is no object, which vLLM says."""
-    # Another way to write the name is by \u…, or in UTF-16, where every other byte is 0.
-    text = body.encode(errors="surrogatepass") if isinstance(body, str) else body
-    if FIELD.encode() not in text and b"\\u" not in text and b"\0" not in text:
-        return None
-    return _parsed(body).get(FIELD)
+    text = body if isinstance(body, str) else body.decode(json.detect_encoding(body), "replace")
+    return _parsed(body).get(FIELD) if _KEY.search(text) else None
 
 
 def _parsed(body: bytes | str) -> dict[str, Any]:
@@ -148,7 +144,12 @@ def _unless_lost(body: _Body, scope: Any, receive: _Receive, send: _Send) -> _Se
     async def checked(message: Any) -> None:
         """Sends what the application answers, unless it is a success that nobody took the field for."""
         nonlocal refused
-        if message["type"] == "http.response.start" and message["status"] < 400 and not body.is_taken:
+        if (
+            message["type"] == "http.response.start"
+            and message["status"] < 400
+            and body.given is not None
+            and not body.is_taken
+        ):
             refused = True
             says = f"{FIELD} means nothing at {short(scope['path'])}: name the mix as the model where one is taken."
             answer = create_error_response(says, param=FIELD)

@@ -18,12 +18,14 @@ from ia3rt.adapters.mix import CombinationType, Mix
 
 MOST = 64
 """Adapters in one mix at most: a name of any length is one cheap request."""
+MOST_CHARACTERS = 256
+"""Of an adapter's name and, for each of its terms, of a weight: whoever sends one has it parsed while others wait."""
 ECHO = 80
 """Characters of a client's own that an error repeats: it is answered, and logged, as often as it is sent."""
 _PREFIXES: dict[str, CombinationType] = {"mix:": "linear", "delta:": "delta"}
 PREFIXES = tuple(_PREFIXES)
 # Python's float() also reads 1_0, and digits of any script.
-_NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+_NUMBER = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 _NAME = re.compile(r"[^*+:\s]+")
 # The plus of an exponent, as in a*1e+2, begins no term.
 _TERM = re.compile(r"([^*+]*)(?:\*((?:[^+]|(?<=[\d.][eE])\+(?=\d))*))?(\+|\Z)")
@@ -39,10 +41,13 @@ def parse(name: str) -> Mix | None:
     Raises:
         MixNameError: it begins as a mix and goes on as none.
     """
+    is_mix = "*" in name or name.startswith(PREFIXES)
+    if is_mix:
+        _check_text(name)
     for prefix, kind in _PREFIXES.items():
         if name.startswith(prefix):
             return _sum(name, name[len(prefix) :], kind)
-    if "*" not in name:
+    if not is_mix:
         return None
     parts = name.split("*")
     check_size(name, len(parts))
@@ -68,6 +73,15 @@ def spelled(mix: Mix) -> str:
     return prefix + "+".join(f"{adapter}*{weight!r}" for adapter, weight in terms)
 
 
+def _check_text(name: str) -> None:
+    """Raises MixNameError where a name is no text, or longer than any mix."""
+    most = 2 * MOST * MOST_CHARACTERS
+    if len(name) > most:
+        raise MixNameError(f"{short(name, 40)!r} has {len(name):,} characters, and a mix has {most:,} at most")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise MixNameError(f"{short(name, 40)!a} is no text: it has half a character, a lone surrogate, in it")
+
+
 def check_size(name: str, adapters: int) -> None:
     """Raises MixNameError where a mix has more adapters than MOST."""
     if adapters > MOST:
@@ -75,7 +89,12 @@ def check_size(name: str, adapters: int) -> None:
 
 
 def check_loaded_name(name: str) -> None:
-    """Raises MixNameError where no adapter is loaded under a name: it means a mix, or would break a log's lines."""
+    """Raises MixNameError where no adapter is loaded under a name: it means a mix, is long, or breaks a log's lines."""
+    if len(name) > MOST_CHARACTERS:
+        raise MixNameError(
+            f"The name `{short(name)}` has {len(name):,} characters, and {MOST_CHARACTERS} are the most: load the "
+            "adapter under another one."
+        )
     try:
         means_a_mix = parse(name) is not None
     except MixNameError:
@@ -90,6 +109,7 @@ def check_loaded_name(name: str) -> None:
 
 def check_name(name: str) -> None:
     """Raises MixNameError where an adapter of this name cannot be part of a mix."""
+    _check_text(name)
     if not _NAME.fullmatch(name):
         raise MixNameError(
             f"{short(name)!r} is no name of an adapter that can be mixed: those are without *, +, : and white space"
@@ -129,7 +149,7 @@ def _adapter(name: str, part: str) -> str:
 
 def _weight(name: str, part: str) -> float:
     try:
-        number = float(part) if _NUMBER.fullmatch(part) else math.nan
+        number = float(part) if len(part) <= MOST_CHARACTERS and _NUMBER.fullmatch(part) else math.nan
         if not math.isfinite(number):
             raise ValueError
         return number

@@ -12,6 +12,7 @@ from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.folder import local_folder
 from ia3rt.adapters.mix import Mix
 from ia3rt.serving.limits import check_files
+from ia3rt.serving.vllm.hints import hint
 from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.names import MixNameError, parse, short
 from ia3rt.serving.vllm.requests import Requests
@@ -20,6 +21,8 @@ from ia3rt.serving.vllm.source import Source
 
 def named_request(model: str, adapters: Mapping[str, str | Path]) -> LoRARequest:
     """See `ia3rt.serving.vllm.lora_request`."""
+    if not isinstance(model, str):
+        raise TypeError(f"lora_request takes the name of an adapter or of a mix, not {short(model)}")
     mix = parse(model) or Mix((model,))
     folders = {name: _folder(name, model, adapters, alone=mix == Mix((model,))) for name in mix.adapters}
     return _requests().mix(Source(mix, folders))
@@ -35,7 +38,8 @@ def _folder(name: str, model: str, adapters: Mapping[str, str | Path], *, alone:
     if name not in adapters:
         known = short(", ".join(sorted(adapters)))
         raise ValueError(
-            f"{short(model, 40)!r} needs adapter {short(name, 40)!r}, which is none of those given: {known}"
+            f"{short(model, 40)!r} needs adapter {short(name, 40)!r}, which is none of those given: {known}."
+            + hint(model, name, adapters)
         )
     folder = local_folder(adapters[name])
     check_files(folder)

@@ -7,13 +7,15 @@ from typing import Any
 
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+from vllm.logger import init_logger
 
-from ia3rt.serving.access import ForbiddenPathError
+from ia3rt.serving.access import MOST_PATH, ForbiddenPathError, shown
 from ia3rt.serving.vllm.loading import SlowLoadError
 from ia3rt.serving.vllm.names import short
 from ia3rt.serving.vllm.sentences import named, sentence_of
 from ia3rt.serving.vllm.store import DamagedCopyError, StoreError
 
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 _STATUSES: tuple[tuple[type[Exception], HTTPStatus, str], ...] = (
     (ForbiddenPathError, HTTPStatus.FORBIDDEN, "ForbiddenError"),
     (FileNotFoundError, HTTPStatus.NOT_FOUND, "NotFoundError"),
@@ -31,9 +33,12 @@ def refusal(error: Exception, name: str, param: str | None = None) -> Any:
         name: the adapter's, which the answer names: vLLM takes paths out of what clients are told.
         param: the field of the request that is to blame.
     """
+    says = named(name, sentence_of(error))
     found = ((status, called) for kind, status, called in _STATUSES if isinstance(error, kind))
     status, called = next(found, (HTTPStatus.BAD_REQUEST, "BadRequestError"))
-    return create_error_response(named(name, sentence_of(error)), called, status, param)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s", shown(says, MOST_PATH)[1:-1])  # whole: vLLM takes the paths out of what clients are told
+    return create_error_response(says, called, status, param)
 
 
 def echoing_little(answer: Any, request: Any) -> Any:

@@ -23,7 +23,7 @@ from ia3rt.serving.vllm.source import Source
 MOST = 10_000
 """Mixes and adapters that are remembered. One that was forgotten gets a new number, and a slot of its own."""
 MOST_CHARACTERS = 1 << 24
-"""What their paths may be together: a mix of 64 adapters is a long one."""
+"""What their names and paths may be together: those of a mix of 64 adapters are long."""
 MOST_NAMES = 100_000
 """Names that the engine has as users have them. A later one is told from others by its number from the beginning."""
 _NUMBERED = re.compile(r"(.*)#\d+", re.DOTALL)
@@ -96,10 +96,10 @@ class Requests:
     def _remembered(self, key: tuple[str, str], made: Callable[[], LoRARequest]) -> LoRARequest:
         if key not in self._known:
             self._known[key] = made()
-            self._characters += len(key[1])
+            self._characters += len(key[0]) + len(key[1])
             while len(self._known) > MOST or (self._characters > MOST_CHARACTERS and len(self._known) > 1):
-                (_, path), forgotten = self._known.popitem(last=False)
-                self._characters -= len(path)
+                (named, path), forgotten = self._known.popitem(last=False)
+                self._characters -= len(named) + len(path)
                 self._mixes.discard(forgotten.lora_int_id)
         self._known.move_to_end(key)
         return self._known[key]

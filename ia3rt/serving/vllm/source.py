@@ -7,7 +7,7 @@ part of the prefix cache's key. So a mix is all there: what its folders, named b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,16 +84,21 @@ class Source:
         bank = self.bank()
         return composed_vectors(bank, bank.resolve(self.mix))
 
-    def bank(self) -> Bank:
-        """Reads the adapters: float32, on the CPU. Raises what `vectors` does."""
+    def bank(self, read: Callable[[Path, str], dict[SiteKey, Tensor]] | None = None) -> Bank:
+        """Reads the adapters: float32, on the CPU. Raises what `vectors` does.
+
+        Args:
+            read: reads a folder, given an adapter's name for errors; `read_folder` by default.
+        """
         bank = Bank([], torch.device("cpu"), torch.float32, len(self.folders))
         for name, folder in self.folders.items():
-            read = _read(Path(folder), name)
+            found = (read or read_folder)(Path(folder), name)
             known = bank.sites
-            vectors = {known.get(key) or Site(*key, tensor.numel()): tensor for key, tensor in read.items()}
+            vectors = {known.get(key) or Site(*key, tensor.numel()): tensor for key, tensor in found.items()}
             bank.add(name, vectors)
         return bank
 
 
-def _read(folder: Path, name: str) -> dict[SiteKey, Tensor]:
+def read_folder(folder: Path, name: str) -> dict[SiteKey, Tensor]:
+    """The vectors in an adapter's folder, a stored copy or not. Raises what `Source.vectors` does."""
     return read_stored(folder) if is_stored_name(folder.name) else read_served(folder, name).vectors
