@@ -315,10 +315,8 @@ class Bank:
             row = self._complements[acts] = self._free.pop()
             self.table[row].fill_(1.0)
             for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
-                if site in acts and site.slices is None:
-                    columns.fill_(0.0)
-                elif site in acts and site.slices is not None:  # elsewhere none of them acts
-                    columns[site.slices.inside(columns.device)] = 0.0
+                if site in acts:  # of a fused layer, in its slices only
+                    columns[... if site.slices is None else site.slices.inside(columns.device)] = 0.0
         return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:
