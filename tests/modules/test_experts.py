@@ -141,6 +141,18 @@ def test_generation_follows_its_rows(way):
     assert torch.equal(mixed, torch.stack(expected))
 
 
+def test_rows_of_one_token_may_come_before_longer_ones():
+    model = tiny_mixture(num_hidden_layers=1)
+    plain = copy.deepcopy(model)
+    runtime, vectors = patched(model)
+    truth = {name: scaled_mixture(plain, vectors[name]) for name in "bc"}
+    with runtime.route(["b", "c"]):
+        for length in (1, 5, 1, 3):
+            mixed = logits(model, token_ids(2, length))
+            for row, name in enumerate("bc"):
+                assert near(mixed[row], logits(truth[name], token_ids(2, length))[row])
+
+
 @pytest.mark.parametrize(("way", "backend"), [*((way, "torch") for way in WAYS), ("grouped_mm", "triton")])
 def test_rows_are_known_past_experts_that_all_of_them_go_to(way, backend):
     model, ids = tiny_mixture(experts_implementation=way), token_ids(3, 1)
