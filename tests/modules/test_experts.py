@@ -308,8 +308,13 @@ def test_experts_that_compute_one_after_another_in_another_way_are_refused(monke
     with pytest.raises(ValueError, match="computes one expert after another in a way that is not known"):
         ia3rt.patch(model, target_modules=["experts.down_proj"])
     model.set_experts_implementation("grouped_mm")
-    runtime = ia3rt.patch(model, target_modules=["experts.down_proj"])
+    runtime, _ = patched(model, "b", target_modules=["experts.down_proj"])
     assert [site.path for site in runtime.sites] == [DOWN]
+    runtime.set_adapter("b")
+    logits(model, token_ids())
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="Other computes one expert after another in a way that is not known"):
+        logits(model, token_ids())
 
 
 def test_experts_that_stand_in_two_places_are_refused():
