@@ -54,7 +54,8 @@ class IA3Experts(Wearer):
         return x
 
     def _ia3_compute(self, acting: Acting, *given: Tensor) -> Tensor:
-        why = _why_not_by(self, self.config._experts_implementation)  # it may be another one by now
+        config: Any = self.config
+        why = _why_not_by(self, config._experts_implementation)  # it may be another one than when it was patched
         if why is not None:
             raise ValueError(f"{original_class(type(self)).__name__} {why}")
         return by_implementation(self, acting, *given)
@@ -108,9 +109,8 @@ def why_unworn(experts: nn.Module) -> str | None:
             return f"keeps {name!r} as a {type(parameter).__name__} of {parameter.dtype}, which wears no vector"
     if getattr(held, "_is_expert_parallel", False):
         return "has only some of the experts (expert parallelism), and vectors are of all of them"
-    return _why_not_by(
-        held, held.config._experts_implementation if form_of(experts) == "by implementation" else "eager"
-    )
+    by_config = form_of(experts) == "by implementation"
+    return _why_not_by(held, held.config._experts_implementation if by_config else "eager")
 
 
 def _why_not_by(experts: Any, implementation: str | None) -> str | None:
