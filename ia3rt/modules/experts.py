@@ -54,6 +54,10 @@ class IA3Experts(Wearer):
         return x
 
     def _ia3_compute(self, acting: Acting, *given: Tensor) -> Tensor:
+        config: Any = self.config
+        why = _why_not_by(self, config._experts_implementation)  # it may be another one than when it was patched
+        if why is not None:
+            raise ValueError(f"{original_class(type(self)).__name__} {why}")
         return by_implementation(self, acting, *given)
 
     @property
@@ -103,17 +107,17 @@ def why_unworn(experts: nn.Module) -> str | None:
     for name, parameter in experts.named_parameters():
         if type(parameter) is not nn.Parameter or str(parameter.dtype).removeprefix("torch.") not in _TYPES:
             return f"keeps {name!r} as a {type(parameter).__name__} of {parameter.dtype}, which wears no vector"
-    implementation = None
-    if form_of(experts) == "by implementation":
-        if getattr(held, "_is_expert_parallel", False):
-            return "has only some of the experts (expert parallelism), and vectors are of all of them"
-        implementation = held.config._experts_implementation
-        why = why_not_by(held, implementation)
-        if why is not None:
-            return why
+    if getattr(held, "_is_expert_parallel", False):
+        return "has only some of the experts (expert parallelism), and vectors are of all of them"
+    by_config = form_of(experts) == "by implementation"
+    return _why_not_by(held, held.config._experts_implementation if by_config else "eager")
+
+
+def _why_not_by(experts: Any, implementation: str | None) -> str | None:
+    """The same of one way of computing."""
     if implementation in (None, "eager") and not computes_as_known(experts):
         return (
             "computes one expert after another in a way that is not known: where the model has another, take that "
             "with model.set_experts_implementation('grouped_mm') or 'batched_mm'"
         )
-    return None
+    return why_not_by(experts, implementation)

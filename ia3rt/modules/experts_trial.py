@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,14 +26,15 @@ def computes_as_known(experts: Any) -> bool:
     the path with these vectors has to give the same. It is done once for each class.
     """
     cls = original_class(type(experts))
-    key = cls, cls.forward, type(getattr(experts, "act_fn", None)), experts.training  # type: ignore[attr-defined]
+    key = cls, cls.forward, type(getattr(experts, "act_fn", None))  # type: ignore[attr-defined]
     if key not in _known:
         form = form_of(experts)
         assert form is not None
         try:
             with torch.no_grad(), torch.random.fork_rng([]):
                 torch.manual_seed(0)
-                _known[key] = all(_agrees(experts, form, magnitude) for magnitude in _MAGNITUDES)
+                cases = product(_MAGNITUDES, (False, True))
+                _known[key] = all(_agrees(experts, form, *case) for case in cases)
         except Exception:  # whatever a forward of unknown making raises over modules that it was not made for
             _known[key] = False
     return _known[key]
@@ -51,8 +53,8 @@ class _Small:
         return self._module(*args)
 
 
-def _agrees(experts: Any, form: Form, magnitude: float) -> bool:
-    sizes = dict(num_experts=_EXPERTS, hidden_size=_FEATURES, ffn_hidden_size=_WIDTH)
+def _agrees(experts: Any, form: Form, magnitude: float, training: bool) -> bool:
+    sizes = dict(training=training, num_experts=_EXPERTS, hidden_size=_FEATURES, ffn_hidden_size=_WIDTH)
     forward: Any = original_class(type(experts)).forward  # type: ignore[attr-defined]
     path: Any = experts_paths.flat if form == "flat" else experts_paths.sorted_by_expert
     if form == "by implementation":

@@ -143,6 +143,8 @@ def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) 
     if isinstance(before, Layout) and isinstance(seen, Layout):
         if before.repeated == TOKENS and seen == Layout(0) and tokens == 1:
             return before  # one token a row
+        if before == Layout(0) and seen.repeated == TOKENS:
+            return seen  # there was one token a row so far; where a row has one of many, this does not fit
         if before.repeated > 0 and seen.repeated > 0:
             return seen  # windows and the like: as many as the size of the batch makes
         return Unknown("the rows are in another place of it than in an earlier call")

@@ -141,6 +141,18 @@ def test_generation_follows_its_rows(way):
     assert torch.equal(mixed, torch.stack(expected))
 
 
+def test_rows_of_one_token_may_come_before_longer_ones():
+    model = tiny_mixture(num_hidden_layers=1)
+    plain = copy.deepcopy(model)
+    runtime, vectors = patched(model)
+    truth = {name: scaled_mixture(plain, vectors[name]) for name in "bc"}
+    with runtime.route(["b", "c"]):
+        for length in (1, 5, 1, 3):
+            mixed = logits(model, token_ids(2, length))
+            for row, name in enumerate("bc"):
+                assert near(mixed[row], logits(truth[name], token_ids(2, length))[row])
+
+
 @pytest.mark.parametrize(("way", "backend"), [*((way, "torch") for way in WAYS), ("grouped_mm", "triton")])
 def test_rows_are_known_past_experts_that_all_of_them_go_to(way, backend):
     model, ids = tiny_mixture(experts_implementation=way), token_ids(3, 1)
@@ -296,8 +308,13 @@ def test_experts_that_compute_one_after_another_in_another_way_are_refused(monke
     with pytest.raises(ValueError, match="computes one expert after another in a way that is not known"):
         ia3rt.patch(model, target_modules=["experts.down_proj"])
     model.set_experts_implementation("grouped_mm")
-    runtime = ia3rt.patch(model, target_modules=["experts.down_proj"])
+    runtime, _ = patched(model, "b", target_modules=["experts.down_proj"])
     assert [site.path for site in runtime.sites] == [DOWN]
+    runtime.set_adapter("b")
+    logits(model, token_ids())
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="Other computes one expert after another in a way that is not known"):
+        logits(model, token_ids())
 
 
 def test_experts_that_stand_in_two_places_are_refused():
