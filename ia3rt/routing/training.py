@@ -238,7 +238,7 @@ def _mixed(vectors: Sequence[Tensor], rows: Sequence[int], weights: Sequence[flo
 
 def _repeated(vector: Tensor, site: Site) -> Tensor:
     """The vector of a whole site, where experts may share one."""
-    return vector if len(vector) == site.width else vector.repeat(site.experts)
+    return vector.repeat(site.experts) if site.experts and len(vector) == site.width_of_one else vector
 
 
 def _attribute(site: Site, adapter: Adapter) -> str:

@@ -130,7 +130,8 @@ def test_a_forward_of_its_own_is_called(launches) -> None:
 
 def test_an_exchanged_layer_or_dtype_is_left_to_the_modules(launches) -> None:
     class Quantised(nn.Linear):
-        pass
+        def forward(self, input):
+            return super().forward(input)
 
     model = fused(make("llama")).model
     model.model.layers[0].mlp.gate_proj.__class__ = Quantised
