@@ -27,7 +27,8 @@ class Checkpoint:
     """An IA³ adapter as its files hold it.
 
     Attributes:
-        vectors: by module path and side, as stored: [1, in_features] or [out_features, 1].
+        vectors: by module path and side, as stored: [1, in_features] or [out_features, 1]; of a convolution
+            [1, channels, 1, 1] at both sides, with a one for each dimension of its kernel.
         config: the adapter_config.json; of an AdapterHub adapter, what PEFT's would say.
         modules: the adapter's own modules, such as a classification head: their tensors by module path, then by name.
         unnamed: which of `modules` modules_to_save does not name, as it does not name saved embeddings.
@@ -174,7 +175,7 @@ def write_checkpoint(
     target = shortest_names(list(sides), module_names, sides)
     names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
-        f"{PREFIX}{site.path}{SUFFIX}": vector.cpu().reshape((1, -1) if site.side == "in" else (-1, 1)).clone()
+        f"{PREFIX}{site.path}{SUFFIX}": vector.cpu().reshape(_shape(site)).clone()
         for site, vector in vectors.items()
     }
     for module, state in modules.items():
@@ -193,6 +194,13 @@ def write_checkpoint(
     }
     save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    """As PEFT shapes a vector: a convolution's is alike at both sides."""
+    if site.spatial:
+        return (1, -1, *(1,) * site.spatial)
+    return (1, -1) if site.side == "in" else (-1, 1)
 
 
 def _names_to_save(modules: list[str], module_names: Collection[str], config: Mapping[str, Any]) -> list[str]:

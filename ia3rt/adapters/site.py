@@ -20,12 +20,15 @@ class Site:
     Attributes:
         path: the module's dotted name in the model.
         side: `in` scales the module's input, `out` its output (with the bias).
-        width: the vector's length: the module's in_features or out_features.
+        width: the vector's length: the module's in_features or out_features, or its channels.
+        spatial: how many dimensions of what is scaled come after the one that the vector goes over: 0, but those of the
+            kernel of a convolution, 2 for a Conv2d.
     """
 
     path: str
     side: Side
     width: int
+    spatial: int = 0
 
     @property
     def key(self) -> SiteKey:

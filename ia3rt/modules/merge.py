@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import SiteKey
+from ia3rt.modules.channels import channel_weight, channel_widths, scaled_channels
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
@@ -101,7 +102,9 @@ class MergedWeights:
             raise ValueError(
                 f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
             )
-        weight, bias = dense_weight(layer)  # [out, in], maybe a view of the parameter
+        has_channels = channel_widths(layer) is not None
+        # [out, in], maybe a view of the parameter
+        weight, bias = channel_weight(path, layer) if has_channels else dense_weight(layer)
         if weight is None or not weight.is_floating_point():
             raise ValueError(
                 f"cannot merge into {path!r}: its weight is quantised; merge into the model it is made from"
@@ -115,10 +118,11 @@ class MergedWeights:
             raise ValueError(f"cannot merge into {path!r}: it shares its weight with {sorted(owners - {path})}")
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.detach().to(dtype)
-        if s_in is not None:
-            merged = merged * s_in
-        if s_out is not None:
-            merged = merged * s_out.unsqueeze(1)
+        if has_channels:
+            merged = scaled_channels(layer, merged, s_in, s_out)
+        else:
+            merged = merged if s_in is None else merged * s_in
+            merged = merged if s_out is None else merged * s_out.unsqueeze(1)
         self._replace(path, layer.weight, merged if weight is layer.weight else merged.t())
         if bias is not None and s_out is not None:
             self._replace(path, bias, bias.detach().to(dtype) * s_out)

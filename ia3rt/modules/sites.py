@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ia3rt.adapters.site import ModuleNames, Side, Site, name_matches
+from ia3rt.modules.channels import channel_widths, spatial_dims
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import keeps_class_forward
@@ -142,20 +143,23 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
         raise ValueError(
             f"the model has no module {path!r}: the adapter was made for another model, or for a part of this one"
         )
-    widths = module_widths(modules[path])
+    widths = module_widths(modules[path]) or channel_widths(modules[path])
     if widths is None:
         kind = original_class(type(modules[path])).__name__
         raise ValueError(
-            f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D and GPTQ's "
-            "layers do"
+            f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D, GPTQ's "
+            "layers, convolutions and embeddings do"
         )
+    width = widths[0 if side == "in" else 1]
+    if width is None:
+        raise ValueError(f"module {path!r} is an embedding, whose input are indices: it wears a vector at its output")
     reader = reader_of(modules, path)
     if reader is not None:
         name = type(reader).__name__
         raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
-    return Site(path, side, widths[0 if side == "in" else 1])
+    return Site(path, side, width, spatial_dims(modules[path]))
 
 
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleNames) -> list[str]:
