@@ -175,8 +175,7 @@ def write_checkpoint(
     target = shortest_names(list(sides), module_names, sides)
     names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
-        f"{PREFIX}{site.path}{SUFFIX}": vector.cpu().reshape(_shape(site)).clone()
-        for site, vector in vectors.items()
+        f"{PREFIX}{site.path}{SUFFIX}": vector.cpu().reshape(_shape(site)).clone() for site, vector in vectors.items()
     }
     for module, state in modules.items():
         tensors.update({f"{PREFIX}{module}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})

@@ -188,7 +188,7 @@ def _feedforward(path: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     named = config.get("feedforward_modules") or ()
     if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever
         raise ValueError(
-            f"feedforward_modules is {str(named)[:80]!r}, and the shape of the vector at {path!r} does not say on which "
-            "side it acts: expected a list of modules' names, which does"
+            f"feedforward_modules is {str(named)[:80]!r}, and the shape of the vector at {path!r} does not say on "
+            "which side it acts: expected a list of modules' names, which does"
         )
     return tuple(map(str, named))

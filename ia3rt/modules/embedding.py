@@ -13,7 +13,7 @@ from ia3rt.modules.wearer import original_class
 
 
 class IA3Embedding(IA3Layer):
-    """An nn.Embedding whose output is scaled: of a weight that it shares, as with an output layer, only what it gives."""
+    """An nn.Embedding whose output is scaled; a layer that shares its weight wears nothing of it."""
 
     ia3_own: ClassVar[Callable[[nn.Module, Tensor], Tensor | None] | None]
 
