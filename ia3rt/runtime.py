@@ -28,6 +28,7 @@ from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
+from ia3rt.modules.sharding import fsdp_modules
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
@@ -531,7 +532,13 @@ class Runtime:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
 
     def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
+        is_sharded = bool(fsdp_modules(self.model))
         for adapter in adapters:
+            if is_sharded and adapter.modules:
+                raise ValueError(
+                    f"adapter {adapter.name!r} has its own {sorted(adapter.modules)}, whose gradients FSDP, which "
+                    "splits the model's, would not bring together: train it on a model without FSDP"
+                )
             for site in adapter.sites:
                 if execution_device(self.model.get_submodule(site.path)) is not None:
                     raise ValueError(

@@ -14,6 +14,7 @@ from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import SiteKey
 from ia3rt.modules.channels import channel_weight, channel_widths, scaled_channels
 from ia3rt.modules.offloading import execution_device
+from ia3rt.modules.sharding import is_split
 from ia3rt.modules.weights import dense_weight
 from ia3rt.routing.composed import composed_vectors
 
@@ -101,6 +102,10 @@ class MergedWeights:
         if execution_device(layer) is not None:
             raise ValueError(
                 f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
+            )
+        if is_split(layer):
+            raise ValueError(
+                f"cannot merge into {path!r}: its weight is split over processes; merge into the model before it is"
             )
         has_channels = channel_widths(layer) is not None
         # [out, in], maybe a view of the parameter

@@ -12,6 +12,7 @@ from ia3rt.modules.channels import channel_widths, spatial_dims
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import keeps_class_forward
+from ia3rt.modules.sharding import is_tensor_parallel
 from ia3rt.modules.wearer import original_class
 
 # Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
@@ -157,6 +158,11 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     if reader is not None:
         name = type(reader).__name__
         raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
+    if is_tensor_parallel(modules, path):
+        raise ValueError(
+            f"module {path!r} is tensor-parallel: each process computes with a part of its weight, and ia3rt does not "
+            "split vectors so yet. Load the model without tp_plan; FSDP (fully_shard) splits weights and can be used"
+        )
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, width, spatial_dims(modules[path]))
