@@ -1,4 +1,4 @@
-"""Weights that are split over processes: by FSDP, which brings them together for a forward, or by tensor parallelism."""
+"""Weights that are split over processes: by FSDP, which joins them for a forward, or by tensor parallelism."""
 
 from __future__ import annotations
 
