@@ -1,4 +1,4 @@
-"""The Trainer makes of an adapter what it makes of PEFT's, whatever it is told; and of several what it makes of each."""
+"""The Trainer makes of an adapter what it makes of PEFT's; and of several in one batch what it makes of each."""
 
 from __future__ import annotations
 
