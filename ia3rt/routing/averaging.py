@@ -41,10 +41,6 @@ class Averaging:
             hook.remove()
         self._hooks = [each.register_post_accumulate_grad_hook(self._reached) for each in self._parameters]  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: object) -> Averaging:
-        """One for a copied model, over the same processes; it watches nothing yet."""
-        return Averaging(self._mesh)
-
     def _reached(self, parameter: Tensor) -> None:
         if not self._is_queued:
             self._is_queued = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import convolutions
 import pytest
 import torch
 from convolutions import images, model, peft_model
@@ -219,7 +218,6 @@ def test_a_side_that_no_one_says_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the shape of the vector at 'same' does not say on which side it acts"):
         runtime.load_adapter(folder)
     assert runtime.adapters == [] and runtime.sites == []
-    assert convolutions.IMAGE == 6
 
 
 def test_compiled_rows_wear_their_own():
@@ -234,3 +232,37 @@ def test_compiled_rows_wear_their_own():
             expected = output(runtime, images())
             with torch.no_grad():
                 torch.testing.assert_close(compiled(images()), expected)
+
+
+class Mlp(nn.Module):
+    """Of a form whose linear second matrix is scaled by the MLP around it; here it is a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.activation_fn, self.fc2 = nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 5, 1)
+
+    def forward(self, hidden_states):
+        hidden_states = self.fc1(hidden_states)
+        hidden_states = self.activation_fn(hidden_states)
+        hidden_states = self.fc2(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_on_each_backend_rows_of_an_mlp_of_convolutions_wear_their_own(backend):
+    l_a, l_b, x = torch.rand(5), torch.rand(5), images()[..., :5]  # as wide as there are channels
+    runtime = ia3rt.patch(Mlp(), target_modules=["fc2"], backend=backend)
+    runtime.add_adapter("a", {("fc2", "in"): l_a})
+    runtime.add_adapter("b", {("fc2", "in"): l_b, ("fc2", "out"): l_a})
+
+    def truth(l_in, l_out):
+        mlp = Mlp()
+        return mlp.fc2(mlp.fc1(x).relu() * l_in[:, None, None]) * l_out[:, None, None]
+
+    of_a, of_b = truth(l_a, torch.ones(5)), truth(l_b, l_a)
+    runtime.set_adapter("b")
+    torch.testing.assert_close(runtime.model(x), of_b)
+    with runtime.route(["a", None, "b"]):
+        mixed = runtime.model(x)
+    torch.testing.assert_close(mixed, torch.stack([of_a[0], Mlp()(x)[1], of_b[2]]))
