@@ -273,8 +273,8 @@ class Runtime:
             The parameters: the vectors, float32 [width] each, and those of the adapters' own modules.
 
         Raises:
-            ValueError: an adapter is unknown or acts at an offloaded module, no row wears one and they cannot be
-                combined, or a name is in the way.
+            ValueError: an adapter is unknown, acts at an offloaded module, or has modules of its own beside a model
+                that FSDP splits; no row wears one and they cannot be combined; or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
