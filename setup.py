@@ -71,6 +71,7 @@ setup(
         "test": [
             "accelerate",
             "build",
+            "diffusers",
             "gguf",
             "httpx",
             "hypothesis",

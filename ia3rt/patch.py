@@ -60,9 +60,10 @@ def patch(
         The model's Runtime.
 
     Raises:
-        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices,
-            PEFT still wraps its layers, or holds adapters of another type, or its layers differ in which adapters are
-            active; or it cannot be seen where slices are. After this or any other exception the model is as it was.
+        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices or
+            are tensor-parallel, PEFT still wraps its layers, or holds adapters of another type, or its layers differ in
+            which adapters are active; or it cannot be seen where slices are. After this or any other exception the
+            model is as it was.
     """
     inner = getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
     base = base_model(inner)

@@ -29,6 +29,7 @@ from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
 from ia3rt.modules.renamed import by_todays_names
+from ia3rt.modules.sharding import fsdp_modules
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
@@ -278,8 +279,8 @@ class Runtime:
             them, and those of the adapters' own modules.
 
         Raises:
-            ValueError: an adapter is unknown or acts at an offloaded module, no row wears one and they cannot be
-                combined, or a name is in the way.
+            ValueError: an adapter is unknown, acts at an offloaded module, or has modules of its own beside a model
+                that FSDP splits; no row wears one and they cannot be combined; or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -537,7 +538,13 @@ class Runtime:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
 
     def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
+        is_sharded = bool(fsdp_modules(self.model))
         for adapter in adapters:
+            if is_sharded and adapter.modules:
+                raise ValueError(
+                    f"adapter {adapter.name!r} has its own {sorted(adapter.modules)}, whose gradients FSDP, which "
+                    "splits the model's, would not bring together: train it on a model without FSDP"
+                )
             for site in adapter.sites:
                 if execution_device(self.model.get_submodule(site.module)) is not None:
                     raise ValueError(

@@ -27,7 +27,8 @@ class Checkpoint:
     """An IA³ adapter as its files hold it.
 
     Attributes:
-        vectors: by module path and side, as stored: [1, in_features] or [out_features, 1]; of experts that are kept as
+        vectors: by module path and side, as stored: [1, in_features] or [out_features, 1]; of a convolution
+            [1, channels, 1, 1] at both sides, with a one for each dimension of its kernel; of experts that are kept as
             one tensor, by that one's path, [experts, 1, in_features] or [experts, out_features, 1].
         config: the adapter_config.json; of an AdapterHub adapter, what PEFT's would say.
         modules: the adapter's own modules, such as a classification head: their tensors by module path, then by name.
@@ -202,7 +203,12 @@ def write_checkpoint(
 
 
 def _as_saved(site: Site, vector: Tensor) -> Tensor:
-    """[1, width] at an input and [width, 1] at an output, as PEFT has them; one after another for experts."""
+    """[1, width] at an input and [width, 1] at an output, as PEFT has them; one after another for experts.
+
+    A convolution's is alike at both sides.
+    """
+    if site.spatial:
+        return vector.reshape(1, -1, *(1,) * site.spatial)
     shape = (1, site.width_of_one) if site.side == "in" else (site.width_of_one, 1)
     return vector.reshape(shape if len(vector) == site.width_of_one else (site.experts, *shape))
 

@@ -39,7 +39,8 @@ def check_givable(taken: TakenOver, adapters: Sequence[AdapterContents]) -> None
                     "save_adapter() and delete_adapter() it before unpatch()"
                 )
             module = modules[path]
-            if path not in taken.layers and not isinstance(module, nn.Linear) and not hasattr(module, "nf"):
+            wrapped = isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) or hasattr(module, "nf")
+            if path not in taken.layers and not wrapped:
                 raise ValueError(
                     f"adapter {adapter.name!r} acts at {path!r}, a kind of layer that PEFT does not wrap: "
                     "save_adapter() and delete_adapter() it before unpatch()"

@@ -175,14 +175,22 @@ def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
     if tensor.dim() == 3 and tensor.shape[0] > 1 and (tensor.shape[1] == 1) != (tensor.shape[2] == 1):
         return "in" if tensor.shape[1] == 1 else "out"  # one such vector an expert
     if tensor.dim() == 2 and tensor.numel() == 1:
-        named = config.get("feedforward_modules") or ()
-        if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever
-            raise ValueError(
-                f"feedforward_modules is {str(named)[:80]!r}, and the vector at {path!r} has one number: expected a "
-                "list of modules' names, which says on which side it acts"
-            )
-        return "in" if name_matches(path, named) else "out"
-    says = f"the vector at {path!r} has shape {tuple(tensor.shape)}"
-    if tensor.dim() in (4, 5) and tensor.numel() == tensor.shape[1]:
-        raise ValueError(f"{says}, that of a Conv{tensor.dim() - 2}d's: ia3rt runs vectors of linear layers only")
-    raise ValueError(f"{says}: PEFT's linear layers have [1, in_features] or [out_features, 1]")
+        return "in" if name_matches(path, _feedforward(path, config)) else "out"
+    if tensor.dim() in (3, 4, 5) and tensor.shape[0] == 1 and tensor.numel() == tensor.shape[1]:
+        # A convolution's, of the same shape at both sides: PEFT knows it by its config, of which it compares endings.
+        return "in" if path.endswith(_feedforward(path, config)) else "out"
+    raise ValueError(
+        f"the vector at {path!r} has shape {tuple(tensor.shape)}: PEFT's linear layers have [1, in_features] or "
+        "[out_features, 1], and convolutions [1, channels, 1, 1] or one dimension more"
+    )
+
+
+def _feedforward(path: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in feedforward_modules, for a vector whose shape does not say its side."""
+    named = config.get("feedforward_modules") or ()
+    if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever
+        raise ValueError(
+            f"feedforward_modules is {str(named)[:80]!r}, and the shape of the vector at {path!r} does not say on "
+            "which side it acts: expected a list of modules' names, which does"
+        )
+    return tuple(map(str, named))

@@ -48,10 +48,13 @@ class Site:
     Attributes:
         path: the module's dotted name in the model; at experts that are kept as one tensor, that tensor's.
         side: `in` scales the module's input, `out` its output (with the bias).
-        width: the vector's length: the module's in_features or out_features; at experts those of all of them.
+        width: the vector's length: the module's in_features or out_features, or its channels; at experts those of all
+            of them.
         experts: how many experts have a vector of their own there, one after another; 0 at a layer.
         parameter: of experts, the tensor's name in their module; empty at a layer.
         slices: the part of it that may differ from ones; None where all of it may.
+        spatial: how many dimensions of what is scaled come after the one that the vector goes over: 0, but those of the
+            kernel of a convolution, 2 for a Conv2d.
     """
 
     path: str
@@ -60,6 +63,7 @@ class Site:
     experts: int = 0
     parameter: str = ""
     slices: Slices | None = None
+    spatial: int = 0
 
     @property
     def module(self) -> str:

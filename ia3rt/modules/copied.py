@@ -76,7 +76,8 @@ def _check(name: str, path: str, own: Mapping[str, Tensor], state: Mapping[str, 
     for tensor_name, tensor in state.items():
         theirs, ours = tuple(tensor.shape), tuple(own[tensor_name].shape)
         if type(own[tensor_name]) not in (Tensor, nn.Parameter) or _is_packed(own[tensor_name], tensor):
-            raise ValueError(f"{where} cannot be one like the model's, whose {tensor_name!r} is quantised")
+            why = "split over processes" if hasattr(own[tensor_name], "device_mesh") else "quantised"
+            raise ValueError(f"{where} cannot be one like the model's, whose {tensor_name!r} is {why}")
         if own[tensor_name].is_meta:
             raise ValueError(
                 f"{where} cannot be one like the model's, whose {tensor_name!r} is not in memory: it is offloaded, or "

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site, SiteKey
+from ia3rt.modules.channels import channel_weight, channel_widths, scaled_channels
 from ia3rt.modules.experts_forms import matrices_of
 from ia3rt.modules.mergeable import mergeable_weight
 from ia3rt.modules.offloading import execution_device
+from ia3rt.modules.sharding import is_split
 from ia3rt.routing.composed import composed_vectors
 
 
@@ -107,14 +109,23 @@ class MergedWeights:
             raise ValueError(
                 f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
             )
-        weight, bias = mergeable_weight(path, layer, s_in, s_out)
+        if is_split(layer):
+            raise ValueError(
+                f"cannot merge into {path!r}: its weight is split over processes; merge into the model before it is"
+            )
+        has_channels = channel_widths(layer) is not None
+        if has_channels:
+            weight, bias = channel_weight(path, layer)
+        else:
+            weight, bias = mergeable_weight(path, layer, s_in, s_out)  # [out, in], maybe a view of the parameter
         self._check_alone(path, layer.weight, path)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.detach().to(dtype)
-        if s_in is not None:
-            merged = merged * s_in
-        if s_out is not None:
-            merged = merged * s_out.unsqueeze(1)
+        if has_channels:
+            merged = scaled_channels(layer, merged, s_in, s_out)
+        else:
+            merged = merged if s_in is None else merged * s_in
+            merged = merged if s_out is None else merged * s_out.unsqueeze(1)
         self._replace(path, layer.weight, merged if weight is layer.weight else merged.t())
         if bias is not None and s_out is not None:
             self._replace(path, bias, bias.detach().to(dtype) * s_out)

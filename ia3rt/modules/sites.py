@@ -10,11 +10,13 @@ from typing import NamedTuple
 from torch import nn
 
 from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames, name_matches
+from ia3rt.modules.channels import channel_widths, spatial_dims
 from ia3rt.modules.experts import why_unworn
 from ia3rt.modules.experts_forms import Matrix, expert_sites, matrices_of, matrix_at
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import keeps_class_forward
+from ia3rt.modules.sharding import is_tensor_parallel
 from ia3rt.modules.slices import find_slices
 from ia3rt.modules.tried import unfit_result
 from ia3rt.modules.wearer import original_class
@@ -218,7 +220,7 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
         raise ValueError(
             f"the model has no module {path!r}: the adapter was made for another model, or for a part of this one"
         )
-    widths = module_widths(modules[path])
+    widths = module_widths(modules[path]) or channel_widths(modules[path])
     if widths is None:
         kind = original_class(type(modules[path])).__name__
         if isinstance(modules[path], nn.Linear):
@@ -227,16 +229,24 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
                 f"and a vector scales one tensor, of its out_features ({modules[path].out_features})"
             )
         raise ValueError(
-            f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D and GPTQ's "
-            "layers do"
+            f"module {path!r} is a {kind}, which wears no vector: only nn.Linear, transformers' Conv1D, GPTQ's "
+            "layers, convolutions and embeddings do"
         )
+    width = widths[0 if side == "in" else 1]
+    if width is None:
+        raise ValueError(f"module {path!r} is an embedding, whose input are indices: it wears a vector at its output")
     reader = reader_of(modules, path)
     if reader is not None:
         name = type(reader).__name__
         raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
+    if is_tensor_parallel(modules, path):
+        raise ValueError(
+            f"module {path!r} is tensor-parallel: each process computes with a part of its weight, and ia3rt does not "
+            "split vectors so yet. Load the model without tp_plan; FSDP (fully_shard) splits weights and can be used"
+        )
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
-    return Site(path, side, widths[0 if side == "in" else 1])
+    return Site(path, side, width, spatial=spatial_dims(modules[path]))
 
 
 def _site_at_experts(modules: Mapping[str, nn.Module], parent: str, matrix: Matrix, side: Side) -> Site:

@@ -8,6 +8,9 @@ from torch import nn
 
 from ia3rt.adapters.site import Site
 from ia3rt.modules import mlp_forms, qkv_forms
+from ia3rt.modules.channels import CONVOLUTIONS
+from ia3rt.modules.convolution import IA3Convolution
+from ia3rt.modules.embedding import IA3Embedding
 from ia3rt.modules.experts import drop_in_of
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.mlp import IA3MLP
@@ -27,13 +30,19 @@ def wearers_of(
     """
     if site.experts:
         return ((modules[site.module], drop_in_of(modules[site.module])),)
-    layer = modules[site.path], IA3Layer
+    layer = modules[site.path], _drop_in(modules[site.path])
     parent, _, name = site.path.rpartition(".")
     around = modules[parent]
-    if not keeps_class_forward(around):
+    if layer[1] is not IA3Layer or not keeps_class_forward(around):
         return (layer,)
     if site.side == "in":
         form = mlp_forms.form_of(around)
         return (layer, (around, IA3MLP)) if form is not None and form.down == name else (layer,)
     attention = qkv_forms.form_of(around) if backend == "triton" else None
     return (layer, (around, IA3QKV)) if attention is not None and attention.projection == name else (layer,)
+
+
+def _drop_in(module: nn.Module) -> type[IA3Layer]:
+    if isinstance(module, CONVOLUTIONS):
+        return IA3Convolution
+    return IA3Embedding if isinstance(module, nn.Embedding) else IA3Layer

@@ -24,12 +24,16 @@ class Compiled:
         model: the model.
         probing: what is known of it.
         route: gives what the next forward wears.
+        leave_ended: leaves forwards that ended with an error: torch calls no hooks then where a compiler runs.
     """
 
-    def __init__(self, model: nn.Module, probing: Probing, route: Callable[[], Route]) -> None:
+    def __init__(
+        self, model: nn.Module, probing: Probing, route: Callable[[], Route], leave_ended: Callable[[], None]
+    ) -> None:
         self._model = weakref.ref(model)
         self._probing = probing
         self._route = route
+        self._leave_ended = leave_ended
         self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
         _compiled[self._key] = self
 
@@ -45,7 +49,7 @@ class Compiled:
         """Runs a forward of inputs that are made up, once for such names.
 
         Raises:
-            ValueError: the model does not run on these.
+            ValueError: the model does not run on these, and no forward of it was looked at before.
         """
         model, index = self._model(), self._route().index
         if model is None or index is None or not self._probing.is_new(names):
@@ -54,6 +58,9 @@ class Compiled:
             with torch.no_grad():
                 model(**made_up(model, names, len(index)))
         except Exception as error:
+            self._leave_ended()
+            if self._probing.seen:
+                return  # a layer that none of those reached says so itself
             raise ValueError(
                 "rows wear different adapters in a compiled model, and it is not known yet where it has its rows: "
                 "run one such forward uncompiled first, by the model that was given to torch.compile "

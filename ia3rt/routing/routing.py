@@ -67,7 +67,7 @@ class Routing:
     def attach(self, model: nn.Module) -> None:
         """Says which model this is of."""
         self._model = weakref.ref(model)
-        self._compiled = Compiled(model, self.probing, lambda: self.route)
+        self._compiled = Compiled(model, self.probing, lambda: self.route, lambda: self._leave_ended(sys._getframe(1)))
 
     def _begin(self) -> None:
         base = Wearing(self._shelf.lay(Route((self.bank.resolve(BASE),))))
@@ -231,11 +231,8 @@ class Routing:
             self._start(model, args, kwargs, sys._getframe(2))  # past the hook
 
     def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType) -> None:
+        self._leave_ended(caller)
         task, outer = _current_task(), self._context.forward()
-        while outer is not None and not outer.is_running(caller):  # Ctrl-C calls no hooks
-            self.probing.end(outer, completed=False)
-            self._context.leave(outer)
-            outer = self._context.forward()
         if outer is not None and outer.task == task:
             if outer.owner is model:
                 outer.calls += 1
@@ -277,6 +274,14 @@ class Routing:
                 self._past.end(tree_leaves(output), forward.worn)
             if forward.watch is not None:
                 forward.watch.end(completed=output is not None)
+
+    def _leave_ended(self, frame: FrameType) -> None:
+        """Leaves forwards that `frame` is not inside of: Ctrl-C, and an error under a compiler, call no hooks."""
+        forward = self._context.forward()
+        while forward is not None and not forward.is_running(frame):
+            self.probing.end(forward, completed=False)
+            self._context.leave(forward)
+            forward = self._context.forward()
 
     def capture(self) -> None:
         """Notes that a CUDA graph is captured, which reads what this context wears at its address from now on."""

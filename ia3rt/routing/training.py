@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.site import Site
+from ia3rt.routing.averaging import Averaging, mesh_of
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 from ia3rt.routing.worn import Worn
@@ -49,6 +50,8 @@ class TrainedAdapters:
             self._parameters[adapter] = {site: nn.Parameter(vector) for site, vector in vectors.items()}
             for site, parameter in self._parameters[adapter].items():
                 self._modules[site.module].register_parameter(_attribute(site, adapter), parameter)
+        mesh = mesh_of(model)
+        self._averaging = None if mesh is None else Averaging(mesh)
         self.keep_float32()
 
     @property
@@ -92,10 +95,17 @@ class TrainedAdapters:
             registered = module._parameters.get(_attribute(site, adapter))
             if type(registered) is nn.Parameter:
                 self._parameters[adapter][site] = registered
+            elif hasattr(registered, "device_mesh"):
+                raise RuntimeError(
+                    f"adapter {adapter.name!r} is trained, and its vector at {site} was split over processes after "
+                    "train_adapter(): call end_training(), and train_adapter() once fully_shard() was called"
+                )
         self.keep_float32()
 
     def keep_float32(self) -> None:
         """Gives the parameters their float32 numbers back after the model was cast, and follows it to its device."""
+        if self._averaging is not None:
+            self._averaging.watch(self.parameters)
         device, kept = self._bank.table.device, {}
         for parameter in self.parameters:
             own = self._float32.get(parameter)

@@ -228,7 +228,8 @@ K = "model.layers.0.self_attn.k_proj"
             r"holds several adapters, \['x', 'y'\], by its keys",
         ),
         (_added("model.layers.0.nothing.ia3_l", 32, 1), "the model has no module 'model.layers.0.nothing'"),
-        (_added("model.embed_tokens.ia3_l", 32, 1), "'model.embed_tokens' is a Embedding, which wears no vector"),
+        (_added("model.norm.ia3_l", 32, 1), "'model.norm' is a LlamaRMSNorm, which wears no vector"),
+        (_added("model.embed_tokens.ia3_l", 1, 32), "'model.embed_tokens' is an embedding, whose input are indices"),
         (
             _added("extra.weight", 3, 3),
             "weights for 'extra' .weight., a module that LlamaForSequenceClassification lacks",
@@ -236,8 +237,10 @@ K = "model.layers.0.self_attn.k_proj"
         (_added("model.norm.weight", 32), None),  # as the model's: nothing to refuse
         # one tensor
         (_first(lambda vector: vector.flatten()), rf"at '{K}' has shape \(32,\): PEFT's linear layers have"),
-        (_first(lambda vector: vector.reshape(1, 32, 1, 1)), r"shape \(1, 32, 1, 1\), that of a Conv2d's"),
-        (_first(lambda vector: vector.reshape(1, 32, 1, 1, 1)), "that of a Conv3d's"),
+        (
+            _first(lambda vector: vector.reshape(2, 16, 1, 1)),
+            r"shape \(2, 16, 1, 1\).*convolutions \[1, channels, 1, 1",
+        ),
         (_first(lambda vector: vector[:0]), r"has shape \(0, 1\)"),
         (_first(lambda vector: vector[:16]), "expected 32 numbers. It was made for a model of another size"),
         (_first(lambda vector: vector.to(torch.int64)), "of dtype torch.int64: expected a floating point one"),

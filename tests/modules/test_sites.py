@@ -150,7 +150,11 @@ def test_structural_input_sites_stay_so_where_only_targets_are_named():
             dict(target_modules=["nothing"]),
             r"no IA³ site found in LlamaForCausalLM with target_modules=\['nothing'\].*k_",
         ),
-        (dict(target_modules=["embed_tokens"]), "'model.embed_tokens' is a Embedding, which wears no vector"),
+        (dict(target_modules=["norm"]), "'model.norm' is a LlamaRMSNorm, which wears no vector"),
+        (
+            dict(target_modules=["embed_tokens"], feedforward_modules=["embed_tokens"]),
+            "'model.embed_tokens' is an embedding, whose input are indices: it wears a vector at its output",
+        ),
         (
             dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]),
             "down_proj', which target_modules does not",
