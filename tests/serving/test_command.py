@@ -145,6 +145,17 @@ def refused(result, told: str) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(("model", "told"), [("/no/such/model", "there is nothing"), ("./none", "there is nothing")])
+def test_a_model_that_is_not_there(started, model, told) -> None:
+    result = serve(model, "--adapters", EXAMPLES)
+    assert result.exit_code == 1 and told in " ".join(result.output.split()) and not started
+
+
+def test_a_folder_without_a_model(started, tmp_path) -> None:
+    result = serve(tmp_path, "--adapters", EXAMPLES)
+    assert result.exit_code == 1 and "no config.json" in " ".join(result.output.split()) and not started
+
+
 def test_a_port_that_is_taken(started) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

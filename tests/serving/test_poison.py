@@ -19,6 +19,7 @@ from ia3rt.adapters.checkpoint import write_checkpoint
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site
 from ia3rt.bench.serving.server import ON_CPU
+from ia3rt.serving.vllm import told_engine
 from ia3rt.serving.vllm.source import Source
 
 HOSTILE = 340
@@ -51,6 +52,8 @@ def test_no_innocent_answer_changes(dtype, tmp_path, monkeypatch) -> None:
     for name, value in {**ON_CPU, "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    # What is refused before the engine knows of it (test_offline) is let through: here the engine has to stand it.
+    monkeypatch.setattr(told_engine, "check", lambda request, dtype: True)
     (tmp_path / "small").mkdir()
     save_small_model(tmp_path / "small")
     options = dict(enable_lora=True, max_lora_rank=1, max_loras=4, max_cpu_loras=8, enforce_eager=True)
