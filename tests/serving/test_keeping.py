@@ -143,3 +143,19 @@ def test_what_is_loaded_is_not_another_adapters_leftover(doors, tmp_path) -> Non
 
     doors.engine.add_lora = refuse
     assert doors.load("a3", tmp_path / "a").status_code == 400 and copy_of(doors, "a").is_dir()
+
+
+def test_a_copy_that_goes_as_soon_as_it_is_stored_is_missed(tmp_path, monkeypatch) -> None:
+    def stored_and_gone(*arguments: object) -> Path:
+        folder = stored(*arguments)
+        shutil.rmtree(folder)
+        return folder
+
+    stored = keeping.store
+    kept = keeping.Keeping(tmp_path / "store")
+    monkeypatch.setattr(keeping, "store", stored_and_gone)
+    folder = kept.store(str(write(tmp_path / "a")), "a")
+    assert not kept.is_as_it_was(folder)
+    monkeypatch.setattr(keeping, "store", stored)
+    kept.mend(folder, "a")
+    assert kept.is_as_it_was(folder) and folder.is_dir()

@@ -47,7 +47,8 @@ class Keeping:
 
     def is_as_it_was(self, folder: Path) -> bool:
         """Whether nobody has touched a copy since it was last read and found good."""
-        return folder in self._seen and self._seen[folder] == signature(folder)
+        now = signature(folder)  # None where it is gone, maybe in the very moment after it was stored
+        return now is not None and self._seen.get(folder) == now
 
     def mend(self, folder: Path, name: str) -> None:
         """Reads a copy that somebody touched, and writes it anew from its original where it is damaged or gone.
