@@ -8,9 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from ia3rt.adapters.folder import local_folder
 from ia3rt.serving.limits import FILES
+from ia3rt.serving.vllm.names import ECHO, short
 
-MOST_SHOWN = 80
-"""Characters that an error repeats of what a client sent."""
 MOST_PATH = 4_096
 """Characters of a path, as on Linux."""
 MOST_NAME = 255
@@ -65,6 +64,6 @@ def is_name_within(root: Path, name: str) -> bool:
     return is_within(root, [root / name, *(root / name / file for file in FILES)])
 
 
-def shown(text: str, most: int = MOST_SHOWN) -> str:
+def shown(text: str, most: int = ECHO) -> str:
     """What a client sent, as an error or a log repeats it: short, in quotes, and without what no terminal can show."""
-    return repr(text if len(text) <= most else text[: most - 1] + "…")
+    return repr(short(text, most))

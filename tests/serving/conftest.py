@@ -40,6 +40,8 @@ else:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.utils.network_utils import get_open_port
 
+    from ia3rt.serving.vllm import keeping, register
+
     @pytest.fixture(scope="session")
     def one_process() -> Iterator[None]:
         """vLLM's state, as its layers need it to be made."""
@@ -47,6 +49,15 @@ else:
             init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
             initialize_model_parallel(1)
             yield
+
+    @pytest.fixture
+    def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The plugin in this process, with a store of the test's own, where clients may load."""
+        register()
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+        monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        keeping.keeping.cache_clear()
 
     @pytest.fixture(scope="session")
     def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,7 +16,7 @@ from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
 from ia3rt.serving.settings import ALLOW_ADAPTERS
 from ia3rt.serving.vllm import doors as our_doors
-from ia3rt.serving.vllm import keeping, register
+from ia3rt.serving.vllm import register
 
 BASE = "some/model"
 
@@ -27,11 +27,7 @@ def plugin() -> None:
 
 
 @pytest.fixture
-def doors(tmp_path, monkeypatch) -> Doors:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    keeping.keeping.cache_clear()
+def doors(own_store, tmp_path) -> Doors:
     made = Doors(BASE)
     made.models.lora_resolvers = [FilesystemResolver(str(tmp_path / "mine"))]
     return made

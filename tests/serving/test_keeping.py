@@ -23,10 +23,7 @@ def plugin() -> None:
 
 
 @pytest.fixture
-def doors(tmp_path, monkeypatch) -> Doors:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    keeping.keeping.cache_clear()
+def doors(own_store, tmp_path) -> Doors:
     made = Doors()
     assert made.load("a", write(tmp_path / "a", 2.0)).status_code == 200
     return made

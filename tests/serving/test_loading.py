@@ -29,13 +29,7 @@ def plugin() -> None:
 
 
 @pytest.fixture
-def doors(tmp_path, monkeypatch) -> Doors:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from ia3rt.serving.vllm import keeping
-
-    keeping.keeping.cache_clear()
+def doors(own_store) -> Doors:
     return Doors()
 
 
