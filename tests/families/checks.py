@@ -12,23 +12,21 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families.table import Family
+from families.family import Family
+from families.truth import SUM, Outputs, Truth, outputs, pefts, randomize
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
-from tiny import peft_vectors, save_each
+from tiny import peft_vectors
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from where import home
 
 import ia3rt
 
-SUM = {"a": 0.6, "b": 0.7}
 ROWS: list[Any] = ["a", None, ["a", "b"], SUM]
 CLOSE = 2e-5  # of the largest number in an output: for another order of sums, as in a batch of one row
 TOKENS = 5
-Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Report:
         sites: where `patch()` lets vectors act, with N for a layer's number.
         kernels: the operations that apply them on a GPU.
         default: the modules of PEFT's own adapter for the type; None where PEFT has none.
-        exact: whether outputs are PEFT's to the bit.
         mixed: what becomes of a batch whose rows wear different adapters.
         generation: the same of `generate`; None where the class has none.
         merged: what becomes of merging.
@@ -48,7 +45,6 @@ class Report:
     sites: tuple[str, ...]
     kernels: tuple[str, ...]
     default: str | None
-    exact: bool
     mixed: str
     generation: str | None
     merged: str
@@ -63,96 +59,45 @@ def check(family: Family, folder: Path) -> Report:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, on Conv1D and on merging
-        wrapped = _pefts(family)
-        folders = save_each(wrapped, folder)
-        wrapped.base_model.add_weighted_adapter(list(SUM), list(SUM.values()), "sum")
+        truth = Truth(family, folder)
         model = family.build()
         before, kinds = outputs(model, family.inputs(2)), _kinds(model)
         runtime = ia3rt.patch(model)
-        theirs = {key for name in "ab" for key in peft_vectors(wrapped, name)}
-        assert {site.key for site in runtime.sites} == theirs, "the sites are not those that the table names"
-        for each in folders:
+        assert {site.key for site in runtime.sites} == truth.keys, "the sites are not those that the table names"
+        for each in truth.folders:
             runtime.load_adapter(each)
-        exact = _check_outputs(runtime, wrapped, family, before)
-        mixed = _check_mixed(runtime, wrapped, family)
-        generation = _check_generation(runtime, wrapped, family)
-        merged = _check_merged(runtime, wrapped, family)
+        _check_outputs(runtime, truth, family, before)
+        mixed = _check_mixed(runtime, truth, family)
+        generation = _check_generation(runtime, truth, family)
+        merged = _check_merged(runtime, truth, family)
         runtime.unpatch()
         assert _kinds(model) == kinds, "unpatch() has to give the classes back"
         own = family.build().state_dict()
         assert all(torch.equal(own[name], value) for name, value in model.state_dict().items()), "weights have changed"
         _assert_same(outputs(model, family.inputs(2)), before, exact=True)
         default = _check_default(family, folder / "default")
-        _check_taken_over(family, theirs)
-        return Report(_named(runtime.sites), _kernels(family), default, exact, mixed, generation, merged)
+        _check_taken_over(family)
+        return Report(_named(runtime.sites), _kernels(family), default, mixed, generation, merged)
 
 
-def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Outputs:
-    """Every tensor of numbers that a forward gives, by its place in the output."""
-    torch.manual_seed(3)  # for what draws at random, as Reformer's hashes
-    with torch.no_grad():
-        found, spec = tree_flatten(model(**inputs))
-    del spec
-    numbers = {
-        str(at): x for at, x in enumerate(found) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
-    }
-    assert numbers and all(x.isfinite().any() for x in numbers.values())
-    return numbers
-
-
-def _pefts(family: Family) -> peft.PeftModel:
-    """PEFT's model with two adapters, whose vectors are random."""
-    names = dict(target_modules=_ending(family.out, family.into), feedforward_modules=_ending(family.into))
-    wrapped = peft.get_peft_model(family.build(), peft.IA3Config(**names), "a")
-    wrapped.add_adapter("b", peft.IA3Config(**names))
-    _randomize(wrapped)
-    return wrapped.eval()
-
-
-def _randomize(wrapped: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in wrapped.named_parameters():
-        if "ia3_l" in name:
-            parameter.data = torch.empty(parameter.shape).uniform_(0.3, 1.7, generator=generator)
-
-
-def _ending(*names: str) -> str:
-    """A regular expression for paths that end with these names; PEFT takes a layer whose whole path matches."""
-    return rf"(.*\.)?({'|'.join(filter(None, names)) or '(?!)'})"
-
-
-def _check_outputs(runtime: ia3rt.Runtime, wrapped: peft.PeftModel, family: Family, before: Outputs) -> bool:
-    inputs, exact = family.inputs(2), True
+def _check_outputs(runtime: ia3rt.Runtime, truth: Truth, family: Family, before: Outputs) -> None:
+    inputs = family.inputs(2)
     for spec in ("a", "b", ["a", "b"], SUM):
-        expected = _of_peft(wrapped, spec, inputs)
+        expected = truth.outputs(spec, inputs)
         runtime.set_adapter(spec)
         found = outputs(runtime.model, inputs)
-        exact = exact and all(torch.equal(found[at], expected[at]) for at in expected)
         _assert_same(found, expected)
         assert any(not _are_close(found[at], before[at], 5) for at in expected), "the adapter does not show"
-    return exact
 
 
-def _of_peft(wrapped: peft.PeftModel, spec: Any, inputs: dict[str, Tensor]) -> Outputs:
-    with _peft_wears(wrapped, spec):
-        return outputs(wrapped.get_base_model(), inputs)
-
-
-def _peft_wears(wrapped: peft.PeftModel, spec: Any) -> Any:
-    if spec is None:
-        return wrapped.disable_adapter()
-    wrapped.base_model.set_adapter("sum" if isinstance(spec, dict) else spec)
-    return torch.enable_grad()  # nothing: a context is asked for
-
-
-def _check_mixed(runtime: ia3rt.Runtime, wrapped: peft.PeftModel, family: Family) -> str:
+def _check_mixed(runtime: ia3rt.Runtime, truth: Truth, family: Family) -> str:
     """A batch in which each row wears another mix, beside PEFT on each row alone."""
     inputs = family.inputs(len(ROWS))
     alone = [_row(inputs, row) for row in range(len(ROWS))]
     of_rows = list(_of_rows(family.build(), inputs, alone))
     if not of_rows:
         return "the model itself mixes rows"
-    expected = [_of_peft(wrapped, spec, one) for spec, one in zip(ROWS, alone, strict=True)]
+    expected = [truth.outputs(spec, one) for spec, one in zip(ROWS, alone, strict=True)]
     images = list(range(len(ROWS))) if family.images else None
     if images is not None:
         with pytest.raises(ValueError, match=r"images=\[…\]"), runtime.route(ROWS):
@@ -184,7 +129,7 @@ def _row(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     return {name: x[row : row + 1] if x.dim() and len(x) == len(ROWS) else x for name, x in inputs.items()}
 
 
-def _check_generation(runtime: ia3rt.Runtime, wrapped: peft.PeftModel, family: Family) -> str | None:
+def _check_generation(runtime: ia3rt.Runtime, truth: Truth, family: Family) -> str | None:
     can = getattr(runtime.model, "can_generate", lambda: False)() if family.generates is None else family.generates
     if not can:
         return None
@@ -192,8 +137,8 @@ def _check_generation(runtime: ia3rt.Runtime, wrapped: peft.PeftModel, family: F
     alone = [_row(inputs, row) for row in range(len(ROWS))]
     for spec in ("a", ["a", "b"]):
         runtime.set_adapter(spec)
-        with _peft_wears(wrapped, spec):
-            expected = generated(wrapped.get_base_model(), inputs)
+        with truth.wearing(spec):
+            expected = generated(truth.model, inputs)
         assert torch.equal(generated(runtime.model, inputs), expected), f"generate wearing {spec} is not PEFT's"
     base = family.build()
     if not all(torch.equal(generated(base, inputs)[row], generated(base, one)[0]) for row, one in enumerate(alone)):
@@ -205,8 +150,8 @@ def _check_generation(runtime: ia3rt.Runtime, wrapped: peft.PeftModel, family: F
         assert family.mixed is not None and re.search(family.mixed, str(error)), f"refused by row: {error}"
         return "PEFT's"
     for row, (spec, one) in enumerate(zip(ROWS, alone, strict=True)):
-        with _peft_wears(wrapped, spec):
-            expected = generated(wrapped.get_base_model(), one)
+        with truth.wearing(spec):
+            expected = generated(truth.model, one)
         assert torch.equal(found[row], expected[0]), f"row {row} of a mixed batch generates other tokens"
     return "PEFT's, by row too"
 
@@ -218,13 +163,13 @@ def generated(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model.generate(**inputs, **settings)  # type: ignore[no-any-return]
 
 
-def _check_merged(runtime: ia3rt.Runtime, wrapped: peft.PeftModel, family: Family) -> str:
+def _check_merged(runtime: ia3rt.Runtime, truth: Truth, family: Family) -> str:
     inputs = family.inputs(2)
     runtime.set_adapter("a")
     worn = outputs(runtime.model, inputs)
-    with _peft_wears(wrapped, "a"):
-        wrapped.base_model.merge_adapter()
-        _assert_same(worn, outputs(wrapped.get_base_model(), inputs))
+    with truth.wearing("a"):
+        truth.wrapped.base_model.merge_adapter()
+        _assert_same(worn, outputs(truth.model, inputs))
     try:
         runtime.merge_adapter()
     except ValueError as error:
@@ -245,7 +190,7 @@ def _check_default(family: Family, folder: Path) -> str | None:
     if targets is None:
         return None
     wrapped = peft.get_peft_model(family.build(), peft.IA3Config()).eval()
-    _randomize(wrapped)
+    randomize(wrapped)
     wrapped.save_pretrained(folder)
     model = family.build()
     runtime = ia3rt.patch(model)
@@ -257,9 +202,10 @@ def _check_default(family: Family, folder: Path) -> str | None:
     return ", ".join(f"{name} (in)" if name in inputs else name for name in found)
 
 
-def _check_taken_over(family: Family, theirs: set[Any]) -> None:
+def _check_taken_over(family: Family) -> None:
     """Whether `patch(peft_model)` has the sites of the adapters that it takes over, and goes on with what they do."""
-    wrapped = _pefts(family)
+    wrapped = pefts(family)
+    theirs = {key for name in "ab" for key in peft_vectors(wrapped, name)}
     expected = outputs(wrapped.get_base_model(), family.inputs(2))
     runtime = ia3rt.patch(wrapped)
     assert {site.key for site in runtime.sites} == theirs and runtime.adapters == ["a", "b"]

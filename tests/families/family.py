@@ -6,13 +6,27 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 VOCABULARY = 99
 Inputs: TypeAlias = "Callable[[int], dict[str, Tensor]]"
+
+
+class Experts(NamedTuple):
+    """Matrices of experts that are kept as one tensor, and are scaled at their input.
+
+    Attributes:
+        name: the last parts of the tensor's path.
+        dim: over which dimension of [experts, rows, columns] a vector goes.
+        count: how many experts there are, where they lie below each other in one matrix.
+    """
+
+    name: str
+    dim: int
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Family:
         config: sizes, by the names of its config class; a dict within is for a config within.
         generates: whether `generate` is compared; None where the class says it.
         default: whether it is in the default run of the tests.
+        experts: those that are scaled, where they are no modules.
         mixed: why a batch of rows that wear different adapters is refused, as a part of the sentence; None where it is
             right.
         images: whether a route of such rows has to say to which row each image belongs.
@@ -41,6 +56,7 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     generates: bool | None = None
     default: bool = False
+    experts: Experts | None = None
     mixed: str | None = None
     images: bool = False
     merged: str | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from families.family import (
     VOCABULARY,
+    Experts,
     Family,
     both,
     global_text,
@@ -123,7 +124,9 @@ CONFORMER_SITES = ("linear_k|linear_v", "output_dense")
 MAMBA_SITES = ("in_proj", "out_proj")
 HYBRID_SITES = ("k_proj|v_proj|in_proj", "down_proj|mamba.out_proj")
 DIFFUSERS_SITES = ("to_k|to_v|add_k_proj|add_v_proj", r"net\.2|single_transformer_blocks\.\d+\.proj_out")
-NO_EXPERTS = "without its experts, whose weights are in no linear layers"
+DOWN = Experts("experts.down_proj", 2)
+TRANSPOSED = Experts("experts.down_proj", 1)
+BELOW = Experts("experts.mlp.w2", 1, count=4)
 
 
 def seen_text(token: int, count: int) -> Callable[[int], dict[str, Tensor]]:
@@ -254,8 +257,8 @@ FAMILIES: dict[str, Family] = {
     "nanochat": Family("NanoChatForCausalLM", text, *FC_SITES, LLAMA),
     "minicpm3": Family("MiniCPM3ForCausalLM", text, *MLA_SITES, MLA, default=True),
     "youtu": Family("YoutuForCausalLM", text, *MLA_SITES, MLA),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", text, *MLA_SITES, DEEPSEEK, remark=NO_EXPERTS),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", text, *MLA_SITES, DEEPSEEK, remark=NO_EXPERTS),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", text, *MLA_SITES, DEEPSEEK, experts=DOWN),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", text, *MLA_SITES, DEEPSEEK, experts=DOWN),
     "gpt2": Family("GPT2LMHeadModel", text, *GPT2_SITES, GPT2, default=True),
     "gpt_bigcode": Family("GPTBigCodeForCausalLM", text, *GPT2_SITES, GPT2),
     "gpt_neo": Family("GPTNeoForCausalLM", text, "k_proj|v_proj", r"mlp\.c_proj", dict(vocab_size=VOCABULARY,
@@ -277,8 +280,7 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family("BloomForCausalLM", text, *NEOX_SITES, dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2,
         n_head=4, pad_token_id=0)),
     "falcon": Family("FalconForCausalLM", text, *NEOX_SITES, dict(vocab_size=VOCABULARY, hidden_size=32,
-        num_hidden_layers=2, num_attention_heads=4, pad_token_id=0),
-        merged="whose forward may do more with its weight"),
+        num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)),
     "opt": Family("OPTForCausalLM", text, *FC_SITES, dict(**BERT, ffn_dim=48, word_embed_proj_dim=32), default=True),
     "xglm": Family("XGLMForCausalLM", text, *FC_SITES, dict(vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=2,
         attention_heads=4, max_position_embeddings=64, pad_token_id=0)),
@@ -287,28 +289,28 @@ FAMILIES: dict[str, Family] = {
         decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0)),
     "bert-generation": Family("BertGenerationDecoder", text, *BERT_SITES, dict(**BERT, is_decoder=True, bos_token_id=1,
         eos_token_id=2)),
-    # experts, as far as their layers are modules
-    "mixtral": Family("MixtralForCausalLM", text, "k_proj|v_proj", "", LOCAL_EXPERTS, remark=NO_EXPERTS),
+    # mixtures of experts
+    "mixtral": Family("MixtralForCausalLM", text, "k_proj|v_proj", "", LOCAL_EXPERTS, default=True, experts=DOWN),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", text, *LLAMA_SITES, dict(**EXPERTS, shared_expert_intermediate_size=24),
-        remark=NO_EXPERTS),
+        experts=DOWN),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", text, "k_proj|v_proj", "", dict(**EXPERTS, head_dim=8),
-        remark=NO_EXPERTS),
-    "olmoe": Family("OlmoeForCausalLM", text, "k_proj|v_proj", "", EXPERTS, remark=NO_EXPERTS),
-    "granitemoe": Family("GraniteMoeForCausalLM", text, "k_proj|v_proj", "", LOCAL_EXPERTS, remark=NO_EXPERTS),
+        experts=DOWN),
+    "olmoe": Family("OlmoeForCausalLM", text, "k_proj|v_proj", "", EXPERTS, experts=DOWN),
+    "granitemoe": Family("GraniteMoeForCausalLM", text, "k_proj|v_proj", "", LOCAL_EXPERTS, experts=DOWN),
     "granitemoe-shared": Family("GraniteMoeSharedForCausalLM", text, "k_proj|v_proj", r"shared_mlp\.output_linear",
-        dict(**LOCAL_EXPERTS, shared_intermediate_size=24), remark=NO_EXPERTS),
-    "phimoe": Family("PhimoeForCausalLM", text, "k_proj|v_proj", "", LOCAL_EXPERTS, remark=NO_EXPERTS),
+        dict(**LOCAL_EXPERTS, shared_intermediate_size=24), experts=DOWN),
+    "phimoe": Family("PhimoeForCausalLM", text, "k_proj|v_proj", "", LOCAL_EXPERTS, experts=DOWN),
     "llama4": Family("Llama4ForCausalLM", text, *LLAMA_SITES, dict(**LLAMA, head_dim=8, num_local_experts=2,
-        intermediate_size_mlp=48, interleave_moe_layer_step=2), remark=NO_EXPERTS),
+        intermediate_size_mlp=48, interleave_moe_layer_step=2), experts=TRANSPOSED),
     "gpt_oss": Family("GptOssForCausalLM", text, "k_proj|v_proj", "", dict(**LOCAL_EXPERTS, head_dim=8),
-        remark=NO_EXPERTS),
+        default=True, experts=TRANSPOSED),
     "glm4_moe": Family("Glm4MoeForCausalLM", text, *LLAMA_SITES, dict(**LLAMA, head_dim=8, n_routed_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1), remark=NO_EXPERTS),
+        num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1), experts=DOWN),
     "dbrx": Family("DbrxForCausalLM", text, "Wqkv", "", dict(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2,
         max_seq_len=64, pad_token_id=0, attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
-        ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, hidden_size=32)), remark=NO_EXPERTS),
+        ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, hidden_size=32)), experts=BELOW),
     "minimax": Family("MiniMaxForCausalLM", text, "k_proj|v_proj|qkv_proj", "", dict(**LOCAL_EXPERTS, head_dim=8,
-        layer_types=["full_attention", "linear_attention"], block_size=4), remark=NO_EXPERTS),
+        layer_types=["full_attention", "linear_attention"], block_size=4), experts=DOWN),
     # state spaces and other mixers
     "mamba": Family("MambaForCausalLM", text, *MAMBA_SITES, dict(vocab_size=VOCABULARY, hidden_size=32, state_size=8,
         num_hidden_layers=2, time_step_rank=4, pad_token_id=0), default=True),
@@ -323,7 +325,7 @@ FAMILIES: dict[str, Family] = {
         remark="its own batched decoding gives a row other tokens than alone, also without adapters"),
     "jamba": Family("JambaForCausalLM", text, *HYBRID_SITES, dict(**LLAMA, num_experts=4, attn_layer_period=2,
         attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8,
-        mamba_dt_rank=4), remark=NO_EXPERTS),
+        mamba_dt_rank=4), experts=DOWN),
     "bamba": Family("BambaForCausalLM", text, *HYBRID_SITES, dict(**LLAMA, attn_layer_indices=[1], **MAMBA2)),
     "falcon_h1": Family("FalconH1ForCausalLM", text, *HYBRID_SITES, dict(**LLAMA, mamba_d_ssm=64, **MAMBA2)),
     "nemotron_h": Family("NemotronHForCausalLM", text, "k_proj|v_proj|in_proj", "down_proj|out_proj", dict(**LLAMA,
@@ -331,14 +333,14 @@ FAMILIES: dict[str, Family] = {
         chunk_size=8, head_dim=8)),
     "granitemoe-hybrid": Family("GraniteMoeHybridForCausalLM", text, "k_proj|v_proj|in_proj",
         r"shared_mlp\.output_linear|mamba\.out_proj", dict(**LOCAL_EXPERTS, shared_intermediate_size=24,
-        layer_types=["mamba", "attention"], **MAMBA2), remark=NO_EXPERTS),
+        layer_types=["mamba", "attention"], **MAMBA2), experts=DOWN),
     "lfm2": Family("Lfm2ForCausalLM", text, "k_proj|v_proj|in_proj", r"w2|conv\.out_proj", dict(**LLAMA,
         block_multiple_of=8, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"]), default=True),
     "lfm2_moe": Family("Lfm2MoeForCausalLM", text, "k_proj|v_proj|in_proj", r"w2|conv\.out_proj", dict(**EXPERTS,
-        num_dense_layers=1, layer_types=["conv", "full_attention"]), remark=NO_EXPERTS),
+        num_dense_layers=1, layer_types=["conv", "full_attention"]), experts=DOWN),
     "qwen3_next": Family("Qwen3NextForCausalLM", text, "k_proj|v_proj|in_proj_qkvz", r"down_proj|linear_attn\.out_proj",
         dict(**EXPERTS, head_dim=8, shared_expert_intermediate_size=24, **DELTA, layer_types=["linear_attention",
-        "full_attention"]), remark=NO_EXPERTS),
+        "full_attention"]), experts=DOWN),
     "recurrent_gemma": Family("RecurrentGemmaForCausalLM", text, *LLAMA_SITES, dict(**LLAMA, block_types=["recurrent",
         "attention"], lru_width=32, attention_window_size=8)),
     # encoders and decoders
