@@ -56,7 +56,9 @@ class Checkpoint:
                 f"adapter {name!r} has its own {', '.join(map(repr, self.modules))} beside its vectors: a server wears "
                 "vectors only; ia3rt.patch(model) wears both"
             )
-        of_experts = next((path for (path, _), vector in self.vectors.items() if vector.dim() == 3), None)
+        of_experts = next(
+            (path for (path, _), vector in self.vectors.items() if vector.dim() == 3 and len(vector) > 1), None
+        )
         if of_experts is not None:
             raise ValueError(
                 f"adapter {name!r} has a vector for each expert of {of_experts!r}, which a server does not wear: "

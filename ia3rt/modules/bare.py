@@ -6,13 +6,18 @@ And computing what its forward does past that, so that the result is ours to wri
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from ia3rt.modules.channels import CONVOLUTIONS
+
 _linear_forward = nn.Linear.forward
+_torchs: dict[type, Any] = {cls: cls.forward for cls in (*CONVOLUTIONS, nn.Embedding)}
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -59,11 +64,13 @@ def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | Non
     """
     if cls is nn.Linear:
         return own_linear
-    known = getattr(cls, "forward", None)
+    known: Any = getattr(cls, "forward", None)
     if _compiles_to(known, _conv1d):
         compute = _own_conv1d
     elif computes_as_linear(cls):
         compute = own_linear if known is _linear_forward else _own_matmul
+    elif cls in _torchs and _torchs[cls] is known:
+        compute = partial(_own_of_torch, known)
     else:
         return None
 
@@ -88,6 +95,11 @@ def _own_matmul(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     y = x @ weight.T
     return y if bias is None else y + bias
+
+
+def _own_of_torch(forward: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, x: Tensor) -> Tensor | None:
+    weight = layer.__dict__["_parameters"].get("weight")
+    return forward(layer, x) if type(weight) is nn.Parameter or type(weight) is Tensor else None
 
 
 def _compiles_to(function: object, expected: Callable[..., Tensor]) -> bool:

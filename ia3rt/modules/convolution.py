@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ia3rt.modules.channels import CONVOLUTIONS, spatial_dims
+from ia3rt.modules.channels import spatial_dims
 from ia3rt.modules.layer import IA3Layer
-from ia3rt.modules.own_result import own_result
-from ia3rt.modules.wearer import original_class
 from ia3rt.routing.worn import Worn
 
 
@@ -19,13 +16,6 @@ class IA3Convolution(IA3Layer):
 
     An input vector of a convolution with groups has a number for each channel of the input, as in PEFT.
     """
-
-    ia3_own: ClassVar[Callable[[nn.Module, Tensor], Tensor | None] | None]
-
-    def __init_subclass__(cls) -> None:
-        """Looks at the original class once, when the drop-in class is made."""
-        super().__init_subclass__()
-        cls.ia3_own = own_result(original_class(cls), CONVOLUTIONS)
 
     def ia3_scale(self, position: int, x: Tensor, worn: Worn) -> Tensor | None:
         """What x, [..., C, *sizes], is multiplied by; see `Wearer.ia3_scale`, to which the channels come last."""

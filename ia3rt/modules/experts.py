@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ia3rt.modules.experts_forms import form_of
-from ia3rt.modules.experts_paths import Acting, Scales, by_implementation, flat, sorted_by_expert, why_not_by
+from ia3rt.modules.experts_forms import form_of, interface_of
+from ia3rt.modules.experts_paths import Acting, Scales, by_implementation, flat, sorted_by_expert
 from ia3rt.modules.experts_trial import computes_as_known
 from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.wearer import How, Wearer, original_class
@@ -114,10 +114,18 @@ def why_unworn(experts: nn.Module) -> str | None:
 
 
 def _why_not_by(experts: Any, implementation: str | None) -> str | None:
-    """The same of one way of computing."""
-    if implementation in (None, "eager") and not computes_as_known(experts):
+    """The same of one way of computing: eager, the class's own, or a function of transformers."""
+    if implementation in (None, "eager"):
+        if computes_as_known(experts):
+            return None
         return (
             "computes one expert after another in a way that is not known: where the model has another, take that "
             "with model.set_experts_implementation('grouped_mm') or 'batched_mm'"
         )
-    return why_not_by(experts, implementation)
+    function = interface_of(original_class(type(experts))).get(implementation)
+    if implementation in ("batched_mm", "grouped_mm") and function.__module__ == "transformers.integrations.moe":
+        return None
+    return (
+        f"computes by {implementation!r}, which has no place for a vector: take another with "
+        "model.set_experts_implementation('grouped_mm'), 'batched_mm' or 'eager'"
+    )

@@ -42,7 +42,7 @@ class Matrix(NamedTuple):
 def form_of(experts: nn.Module) -> Form | None:
     """How a module computes that keeps all experts; None for one that does not, or in a way that is not known.
 
-    By structure: whether it computes so is tried out by `computes_as_known` in trial.py.
+    By structure: whether it computes so is tried out by `computes_as_known` in experts_trial.py.
     """
     held, cls = experts._parameters, original_class(type(experts))
     up, down = held.get("gate_up_proj", held.get("up_proj")), held.get("down_proj")

@@ -99,19 +99,6 @@ def by_implementation(experts: Any, acting: Acting, x: Tensor, index: Tensor, we
     return interface_of(original_class(type(experts)))[name](pairs, x, index, weights)  # type: ignore[no-any-return]
 
 
-def why_not_by(experts: Any, implementation: str | None) -> str | None:
-    """Why no vector acts in a function of transformers, the end of a sentence; None where it does, as in eager."""
-    if implementation in (None, "eager"):
-        return None
-    function = interface_of(original_class(type(experts))).get(implementation)
-    if implementation in ("batched_mm", "grouped_mm") and function.__module__ == "transformers.integrations.moe":
-        return None
-    return (
-        f"computes by {implementation!r}, which has no place for a vector: take another with "
-        "model.set_experts_implementation('grouped_mm'), 'batched_mm' or 'eager'"
-    )
-
-
 def by_expert(experts: Any, acting: Acting, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """One expert after another, as in the forward of a class of experts. Arguments as `by_implementation`."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,84 +14,13 @@ from ia3rt.modules.experts import why_unworn
 from ia3rt.modules.experts_forms import Matrix, expert_sites, matrices_of, matrix_at
 from ia3rt.modules.quantised import is_gptq
 from ia3rt.modules.readers import reader_of
+from ia3rt.modules.searched import asked, searched_paths
 from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.sharding import is_tensor_parallel
+from ia3rt.modules.siblings import sides_within
 from ia3rt.modules.slices import find_slices
 from ia3rt.modules.tried import unfit_result
 from ia3rt.modules.wearer import original_class
-
-# Siblings by which a layer's role is known, and which of them wear a vector. The second MLP matrix is scaled at
-# its input, the key and value projections (or the projection that fuses them with the query) at their output.
-# A name with a dot goes on into a sibling. Mixers without attention (Mamba, LFM2's convolutions, Qwen3-Next) have their
-# keys, values and gates in one first projection, and their second matrix is the last one.
-_OUTPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
-    (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"k_proj", "v_proj"})),
-    (frozenset({"qkv_proj", "o_proj"}), frozenset({"qkv_proj"})),
-    (frozenset({"qkv_proj", "out_proj"}), frozenset({"qkv_proj"})),
-    (frozenset({"c_attn", "c_proj"}), frozenset({"c_attn"})),
-    (frozenset({"query_key_value", "dense"}), frozenset({"query_key_value"})),
-    (frozenset({"q", "k", "v", "o"}), frozenset({"k", "v"})),
-    (frozenset({"query", "key", "value"}), frozenset({"key", "value"})),
-    (frozenset({"query_global", "key_global", "value_global"}), frozenset({"key_global", "value_global"})),
-    (frozenset({"query_key", "value"}), frozenset({"query_key", "value"})),
-    (frozenset({"query_proj", "key_proj", "value_proj"}), frozenset({"key_proj", "value_proj"})),
-    (frozenset({"q_lin", "k_lin", "v_lin"}), frozenset({"k_lin", "v_lin"})),
-    (frozenset({"q_head", "k_head", "v_head"}), frozenset({"k_head", "v_head"})),
-    (frozenset({"linear_q", "linear_k", "linear_v"}), frozenset({"linear_k", "linear_v"})),
-    (frozenset({"Wq", "Wk", "Wv"}), frozenset({"Wk", "Wv"})),
-    (frozenset({"to_q", "to_k", "to_v"}), frozenset({"to_k", "to_v"})),
-    (frozenset({"add_k_proj", "add_v_proj"}), frozenset({"add_k_proj", "add_v_proj"})),
-    (frozenset({"Wqkv", "Wo"}), frozenset({"Wqkv"})),
-    (frozenset({"Wqkv", "out_proj"}), frozenset({"Wqkv"})),
-    (frozenset({"qkv", "proj"}), frozenset({"qkv"})),
-    (frozenset({"qkv", "projection"}), frozenset({"qkv"})),
-    (frozenset({"attention.qkv", "output.dense"}), frozenset({"attention.qkv"})),
-    (frozenset({"self.in_proj", "output.dense"}), frozenset({"self.in_proj"})),
-    (frozenset({"kv_a_proj_with_mqa", "kv_b_proj"}), frozenset({"kv_b_proj"})),
-    (frozenset({"in_proj", "out_proj"}), frozenset({"in_proj"})),
-    (frozenset({"in_proj_qkv", "out_proj"}), frozenset({"in_proj_qkv"})),
-    (frozenset({"in_proj_qkvz", "out_proj"}), frozenset({"in_proj_qkvz"})),
-    (
-        frozenset({"attention.key", "attention.value", "attention.receptance"}),
-        frozenset({"attention.key", "attention.value"}),
-    ),
-)
-_INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
-    (frozenset({"up_proj", "down_proj"}), frozenset({"down_proj"})),
-    (frozenset({"gate_up_proj", "down_proj"}), frozenset({"down_proj"})),
-    (frozenset({"c_fc", "c_proj"}), frozenset({"c_proj"})),
-    (frozenset({"dense_h_to_4h", "dense_4h_to_h"}), frozenset({"dense_4h_to_h"})),
-    (frozenset({"fc1", "fc2"}), frozenset({"fc2"})),
-    (frozenset({"fc_in", "fc_out"}), frozenset({"fc_out"})),
-    (frozenset({"wi", "wo"}), frozenset({"wo"})),
-    (frozenset({"wi_0", "wi_1", "wo"}), frozenset({"wo"})),
-    (frozenset({"Wi", "Wo"}), frozenset({"Wo"})),
-    (frozenset({"w1", "w2", "w3"}), frozenset({"w2"})),
-    (frozenset({"lin1", "lin2"}), frozenset({"lin2"})),
-    (frozenset({"pwconv1", "pwconv2"}), frozenset({"pwconv2"})),
-    (frozenset({"ffn", "ffn_output"}), frozenset({"ffn_output"})),
-    (frozenset({"intermediate", "output"}), frozenset({"output"})),
-    (frozenset({"input_linear", "output_linear"}), frozenset({"output_linear"})),
-    (frozenset({"intermediate_dense", "output_dense"}), frozenset({"output_dense"})),
-    (frozenset({"proj_mlp", "proj_out"}), frozenset({"proj_out"})),
-    (frozenset({"in_proj", "out_proj"}), frozenset({"out_proj"})),
-    (frozenset({"in_proj_qkv", "out_proj"}), frozenset({"out_proj"})),
-    (frozenset({"in_proj_qkvz", "out_proj"}), frozenset({"out_proj"})),
-    (frozenset({"intermediate.dense", "output.dense"}), frozenset({"output.dense"})),
-    (frozenset({"intermediate_query.dense", "output_query.dense"}), frozenset({"output_query.dense"})),
-    (frozenset({"lang_inter.dense", "lang_output.dense"}), frozenset({"lang_output.dense"})),
-    (frozenset({"visn_inter.dense", "visn_output.dense"}), frozenset({"visn_output.dense"})),
-    (frozenset({"dense.dense", "output.dense"}), frozenset({"output.dense"})),
-    (frozenset({"mlp.dense1", "mlp.dense2"}), frozenset({"mlp.dense2"})),
-    (frozenset({"ff.layer_1", "ff.layer_2"}), frozenset({"ff.layer_2"})),
-    (frozenset({"ffn.linear_1", "ffn.linear_2"}), frozenset({"ffn.linear_2"})),
-    (frozenset({"ffn.0", "ffn.2"}), frozenset({"ffn.2"})),
-    (frozenset({"net.0.proj", "net.2"}), frozenset({"net.2"})),
-    (
-        frozenset({"feed_forward.key", "feed_forward.value", "feed_forward.receptance"}),
-        frozenset({"feed_forward.value"}),
-    ),
-)
 
 
 def module_widths(module: nn.Module) -> tuple[int, int] | None:
@@ -263,7 +191,7 @@ def _site_at_experts(modules: Mapping[str, nn.Module], parent: str, matrix: Matr
 
 def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleNames) -> list[str]:
     if names == "all-linear":
-        head = _asked(model, "get_output_embeddings")
+        head = asked(model, "get_output_embeddings")
         linear = [path for path, module in modules.items() if module_widths(module) and module is not head]
         at_experts = [path for path, site in expert_sites(modules).items() if why_unworn(modules[site.module]) is None]
         return [*(path for path in linear if reader_of(modules, path) is None), *at_experts]
@@ -326,20 +254,9 @@ def _linear_names(modules: Mapping[str, nn.Module]) -> str:
 
 
 def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Side]:
-    """The sites that the tables know in the part of the model that is searched, in the order of the modules."""
-    linear = {path for path, module in modules.items() if module_widths(module)}
-    found: dict[str, Side] = {}
-    sided: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ...] = (
-        ("out", _OUTPUT_SITES),
-        ("in", _INPUT_SITES),
-    )
-    searched = dict.fromkeys(_searched(model, modules))
-    for parent in searched:
-        within = f"{parent}." if parent else ""
-        for side, table in sided:
-            for siblings, wearers in table:
-                if all(f"{within}{name}" in linear for name in siblings):
-                    found.update((f"{within}{name}", side) for name in wearers)
+    """The sites known by their siblings, in the part of the model that is searched, in the order of the modules."""
+    searched = dict.fromkeys(searched_paths(model, modules))
+    found = sides_within(searched, {path for path, module in modules.items() if module_widths(module)})
     sites: dict[str, Side] = {}
     for path, module in modules.items():
         if path in found and reader_of(modules, path) is None:
@@ -348,44 +265,3 @@ def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> dic
             if matrix.side == "in" and why_unworn(module) is None:
                 sites[matrix.site(path).path] = "in"
     return sites
-
-
-def _searched(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The modules in which sites are looked for: all, but for what sees and hears where the text is what is written.
-
-    There the vision and audio towers stay as they are. An encoder has no such part, and models with two towers beside
-    each other (CLIP) or with an encoder before the decoder are searched as a whole.
-    """
-    decoder = None if _is_encoder_decoder(model) else _asked(model, "get_decoder")
-    paths = {module: path for path, module in modules.items()}
-    if not isinstance(decoder, nn.Module) or decoder not in paths or not _writes(decoder):
-        yield from modules
-        return
-    root = paths[decoder]
-    towers = [_asked(model, "get_encoder", modality=sense) for sense in ("image", "audio")]
-    towers += [module for module in modules.values() if getattr(module, "main_input_name", "input_ids") != "input_ids"]
-    inside = [paths[tower] for tower in towers if isinstance(tower, nn.Module) and tower in paths]
-    left_out = [path for path in inside if path != root and _is_in(path, root)]
-    for path in modules:
-        if _is_in(path, root) and not any(_is_in(path, tower) for tower in left_out):
-            yield path
-
-
-def _is_in(path: str, root: str) -> bool:
-    return root in ("", path) or path.startswith(f"{root}.")
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _writes(decoder: nn.Module) -> bool:
-    """Whether it goes on with a text: it keeps a cache for that, and its config does not say that it is an encoder."""
-    takes = inspect.signature(decoder.forward).parameters
-    return "use_cache" in takes and getattr(getattr(decoder, "config", None), "is_decoder", True) is not False
-
-
-def _asked(model: nn.Module, method: str, **about: str) -> object:
-    """What a transformers model answers, None for any other."""
-    ask = getattr(model, method, None)
-    return ask(**about) if callable(ask) else None

@@ -12,7 +12,7 @@ from tiny import FAMILIES, TARGETS, logits, peft_model, save_each, tiny_model, t
 from torch import nn
 
 import ia3rt
-from ia3rt.adapters.checkpoint import read_checkpoint
+from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint
 
 
 @pytest.fixture
@@ -237,3 +237,11 @@ def test_a_hub_id_is_downloaded_with_what_was_asked(folder, monkeypatch):
             )
         ],
     }
+
+
+def test_vectors_of_experts_are_refused_to_who_wears_layers_only():
+    convolution = Checkpoint({("line", "out"): torch.ones(1, 5, 1)}, {})
+    assert convolution.vectors_alone("a") is convolution.vectors
+    experts = Checkpoint({("mlp.experts.down_proj", "in"): torch.ones(4, 1, 24)}, {})
+    with pytest.raises(ValueError, match=r"adapter 'a' has a vector for each expert of 'mlp.experts.down_proj'"):
+        experts.vectors_alone("a")

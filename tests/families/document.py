@@ -44,7 +44,7 @@ def _sites(sites: tuple[str, ...]) -> str:
 
 def _named(site: str) -> str:
     path, _, side = site.partition(" ")
-    short = re.search(r"experts\.[a-z].*$|([^.]+\.)?(dense|[0-9]+)$|[^.]+$", path)
+    short = re.search(r"experts\.(mlp\.)?[^.]+$|([^.]+\.)?(dense|[0-9]+)$|[^.]+$", path)
     assert short is not None
     return short[0] if side == "(out)" else f"{short[0]} {side}"
 
