@@ -84,20 +84,29 @@ _SIDES: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ..
     ("out", _OUTPUT_SITES),
     ("in", _INPUT_SITES),
 )
+_PARTS = 1 + max(name.count(".") for _, table in _SIDES for siblings, _ in table for name in siblings)
 
 
-def sides_within(parents: Iterable[str], linear: Collection[str]) -> dict[str, Side]:
+def sides_within(parents: Collection[str], linear: Iterable[str]) -> dict[str, Side]:
     """The layers that wear a vector, with the side on which they do.
 
     Args:
         parents: the paths of the modules in which they are looked for.
         linear: the paths of all linear layers.
     """
+    names: dict[str, set[str]] = {}  # of the layers in a module, as many parts of a path as the tables have
+    for path in linear:
+        name, parent = "", path
+        for _ in range(_PARTS if path else 0):
+            parent, _, last = parent.rpartition(".")
+            name = f"{last}.{name}" if name else last
+            names.setdefault(parent, set()).add(name)
+            if not parent:
+                break
     found: dict[str, Side] = {}
-    for parent in parents:
-        within = f"{parent}." if parent else ""
+    for parent in names.keys() & parents:
         for side, table in _SIDES:
             for siblings, wearers in table:
-                if all(f"{within}{name}" in linear for name in siblings):
-                    found.update((f"{within}{name}", side) for name in wearers)
+                if siblings <= names[parent]:
+                    found.update((f"{parent}.{name}" if parent else name, side) for name in wearers)
     return found
