@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ia3rt.modules.experts_forms import form_of, interface_of
 from ia3rt.modules.experts_paths import Acting, Scales, by_implementation, flat, sorted_by_expert
 from ia3rt.modules.experts_trial import computes_as_known
 from ia3rt.modules.set_forward import keeps_class_forward
+from ia3rt.modules.sharding import is_split, is_tensor_parallel
 from ia3rt.modules.wearer import How, Wearer, original_class
 from ia3rt.routing.worn import Worn
 
@@ -99,18 +101,29 @@ def drop_in_of(experts: nn.Module) -> type[IA3Experts]:
     return IA3FlatExperts if form == "flat" else IA3SortedExperts if form == "sorted" else IA3Experts
 
 
-def why_unworn(experts: nn.Module) -> str | None:
-    """Why experts of a known form cannot wear vectors as they are now, the end of a sentence; None where they can."""
-    held: Any = experts
+def why_unworn(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Why experts of a known form cannot wear vectors as they are now, the end of a sentence; None where they can.
+
+    Args:
+        modules: the model's, by path.
+        path: the experts'.
+    """
+    experts: Any = modules[path]
     if not keeps_class_forward(experts):
         return "has a forward of its own, set by other code, which would hide its vectors"
     for name, parameter in experts.named_parameters():
-        if type(parameter) is not nn.Parameter or str(parameter.dtype).removeprefix("torch.") not in _TYPES:
+        holder = ".".join(filter(None, [path, name.rpartition(".")[0]]))
+        if is_tensor_parallel(modules, holder):
+            return (
+                "is tensor-parallel: each process computes with a part of its weights, and vectors are of all of them"
+            )
+        is_plain = type(parameter) is nn.Parameter or is_split(modules[holder])
+        if not is_plain or str(parameter.dtype).removeprefix("torch.") not in _TYPES:
             return f"keeps {name!r} as a {type(parameter).__name__} of {parameter.dtype}, which wears no vector"
-    if getattr(held, "_is_expert_parallel", False):
+    if getattr(experts, "_is_expert_parallel", False):
         return "has only some of the experts (expert parallelism), and vectors are of all of them"
     by_config = form_of(experts) == "by implementation"
-    return _why_not_by(held, held.config._experts_implementation if by_config else "eager")
+    return _why_not_by(experts, experts.config._experts_implementation if by_config else "eager")
 
 
 def _why_not_by(experts: Any, implementation: str | None) -> str | None:

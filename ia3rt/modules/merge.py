@@ -105,14 +105,7 @@ class MergedWeights:
 
     def _write_layer(self, path: str, s_in: Tensor | None, s_out: Tensor | None) -> None:
         layer = self._model.get_submodule(path)
-        if execution_device(layer) is not None:
-            raise ValueError(
-                f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
-            )
-        if is_split(layer):
-            raise ValueError(
-                f"cannot merge into {path!r}: its weight is split over processes; merge into the model before it is"
-            )
+        self._check_here(path, layer)
         has_channels = channel_widths(layer) is not None
         if has_channels:
             weight, bias = channel_weight(path, layer)
@@ -133,11 +126,8 @@ class MergedWeights:
     def _write_experts(self, site: Site, scale: Tensor) -> None:
         experts = self._model.get_submodule(site.module)
         matrix = next(each for each in matrices_of(experts) if each.name == site.parameter)
-        if execution_device(experts) is not None:
-            raise ValueError(
-                f"cannot merge into {site.path!r}: accelerate offloads it; load the model without offloading"
-            )
         holder, _, name = site.path.rpartition(".")
+        self._check_here(site.path, self._model.get_submodule(holder))
         weight = self._model.get_submodule(holder).get_parameter(name)
         self._check_alone(site.path, weight, holder)
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -148,6 +138,17 @@ class MergedWeights:
         if matrix.bias:
             bias = experts.get_parameter(matrix.bias)
             self._replace(site.module, bias, bias.detach().to(dtype) * scale.view(bias.shape))
+
+    def _check_here(self, path: str, holder: nn.Module) -> None:
+        """Raises ValueError where the weight that `holder` keeps is not all of it in this process."""
+        if execution_device(holder) is not None:
+            raise ValueError(
+                f"cannot merge into {path!r}: accelerate offloads its weight; load the model without offloading"
+            )
+        if is_split(holder):
+            raise ValueError(
+                f"cannot merge into {path!r}: its weight is split over processes; merge into the model before it is"
+            )
 
     def _check_alone(self, path: str, weight: Any, holder: str) -> None:
         """Raises ValueError where the weight is another module's too."""

@@ -179,7 +179,7 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
 
 def _site_at_experts(modules: Mapping[str, nn.Module], parent: str, matrix: Matrix, side: Side) -> Site:
     site = matrix.site(parent)
-    why = why_unworn(modules[parent])
+    why = why_unworn(modules, parent)
     if why is not None:
         raise ValueError(f"{site.path!r} wears no vector: {original_class(type(modules[parent])).__name__} {why}")
     if side != matrix.side:
@@ -193,7 +193,7 @@ def _named(model: nn.Module, modules: Mapping[str, nn.Module], names: ModuleName
     if names == "all-linear":
         head = asked(model, "get_output_embeddings")
         linear = [path for path, module in modules.items() if module_widths(module) and module is not head]
-        at_experts = [path for path, site in expert_sites(modules).items() if why_unworn(modules[site.module]) is None]
+        at_experts = [path for path, site in expert_sites(modules).items() if why_unworn(modules, site.module) is None]
         return [*(path for path in linear if reader_of(modules, path) is None), *at_experts]
     return [path for path in (*modules, *expert_sites(modules)) if path and name_matches(path, names)]
 
@@ -262,6 +262,6 @@ def _structural_sites(model: nn.Module, modules: Mapping[str, nn.Module]) -> dic
         if path in found and reader_of(modules, path) is None:
             sites[path] = found[path]
         for matrix in matrices_of(module) if path in searched else ():
-            if matrix.side == "in" and why_unworn(module) is None:
+            if matrix.side == "in" and why_unworn(modules, path) is None:
                 sites[matrix.site(path).path] = "in"
     return sites

@@ -7,9 +7,11 @@ import sys
 
 import torch
 import torch.distributed as dist
+from mixtures import tiny_mixture
 from tiny import logits, tiny_model, token_ids
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import ia3rt
@@ -66,7 +68,11 @@ def refusals() -> list[str]:
     said = []
     model = tiny_model()
     attention = model.model.layers[0].self_attn
-    parallelize_module(attention, dist.init_device_mesh("cpu", (2,)), {"k_proj": ColwiseParallel()})
+    mesh = dist.init_device_mesh("cpu", (2,))
+    parallelize_module(attention, mesh, {"k_proj": ColwiseParallel()})
+    mixture = tiny_mixture(num_hidden_layers=1)
+    experts = mixture.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)]))
     runtime = patched(tiny_model())
     runtime.train_adapter("a")
     shard(runtime.model)
@@ -82,6 +88,7 @@ def refusals() -> list[str]:
         sharded.merge_adapter,
         lambda: headed.train_adapter("headed"),
         lambda: sharded.add_adapter("headed", modules=own),
+        lambda: ia3rt.patch(mixture, target_modules=["experts.down_proj"]),
     )
     for refused in refused_all:
         try:
@@ -93,14 +100,15 @@ def refusals() -> list[str]:
 
 dist.init_process_group("gloo")
 results = {}
-for order in ("sharded first", "patched first"):
-    whole = patched(tiny_model())
-    if order == "sharded first":
-        runtime = patched(shard(tiny_model()))
-    else:
-        runtime = patched(tiny_model())
-        shard(runtime.model)
-    results[order] = worn(runtime, whole), trained(runtime, whole)
+for made in (tiny_model, tiny_mixture):
+    for order in ("sharded first", "patched first"):
+        whole = patched(made())
+        if order == "sharded first":
+            runtime = patched(shard(made()))
+        else:
+            runtime = patched(made())
+            shard(runtime.model)
+        results[f"{made.__name__}, {order}"] = worn(runtime, whole), trained(runtime, whole)
 results["refusals"] = refusals()
 if dist.get_rank() == 0:
     with open(sys.argv[1], "w", encoding="utf-8") as file:

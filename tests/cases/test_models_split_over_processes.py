@@ -31,16 +31,18 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("order", ["sharded first", "patched first"])
-def test_a_model_that_fsdp_splits_wears_and_learns_what_one_process_does(results, order):
-    worn, learned = results[order]
+@pytest.mark.parametrize("made", ["tiny_model", "tiny_mixture"])
+def test_a_model_that_fsdp_splits_wears_and_learns_what_one_process_does(results, made, order):
+    worn, learned = results[f"{made}, {order}"]
     assert worn < 1e-5
     assert learned < 1e-4
 
 
 def test_what_is_not_supported_is_said(results):
-    parallel, trained, merged, headed, added = results["refusals"]
+    parallel, trained, merged, headed, added, experts = results["refusals"]
     assert "'model.layers.0.self_attn.k_proj' is tensor-parallel" in parallel
     assert "adapter 'a' is trained, and its vector at" in trained and "fully_shard()" in trained
     assert "cannot merge into 'model.layers.0.self_attn.k_proj': its weight is split over processes" in merged
     assert "adapter 'headed' has its own ['lm_head'], whose gradients FSDP" in headed
     assert "own module 'lm_head' cannot be one like the model's, whose 'weight' is split over processes" in added
+    assert "'model.layers.0.mlp.experts.down_proj' wears no vector: MixtralExperts is tensor-parallel" in experts
