@@ -114,9 +114,7 @@ def why_unworn(modules: Mapping[str, nn.Module], path: str) -> str | None:
     for name, parameter in experts.named_parameters():
         holder = ".".join(filter(None, [path, name.rpartition(".")[0]]))
         if is_tensor_parallel(modules, holder):
-            return (
-                "is tensor-parallel: each process computes with a part of its weights, and vectors are of all of them"
-            )
+            return "is tensor-parallel: each process has a part of its weights, and vectors are of all of them"
         is_plain = type(parameter) is nn.Parameter or is_split(modules[holder])
         if not is_plain or str(parameter.dtype).removeprefix("torch.") not in _TYPES:
             return f"keeps {name!r} as a {type(parameter).__name__} of {parameter.dtype}, which wears no vector"
