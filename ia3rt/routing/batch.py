@@ -19,27 +19,25 @@ _NOT_MARKED = ("mask", "position", "cache")
 _MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input_values", "speech", "patch", "mm_")
 
 
-def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name; those without a name by their number."""
-    names = _parameters(type(model))  # type: ignore[arg-type]
-    return {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
+def named_arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a function by name, in the order of its parameters; those without a name by their number.
 
-
-def numbered_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a function whose names are not looked up: those without a name by their number."""
-    return {**{str(at): value for at, value in enumerate(args)}, **kwargs}
+    Args:
+        names: its parameters'; empty where they are not looked up.
+        args: those that were given by place.
+        kwargs: those that were given by name, in any order.
+    """
+    given = {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
+    return {name: given[name] for name in dict.fromkeys((*names, *given)) if name in given}
 
 
 def main_input(arguments: Mapping[str, Any], model: nn.Module | None = None) -> Tensor | None:
     """The input that is counted in rows, [rows, ...]: text where there is any, else what the model calls its main one.
 
-    Else it is the first tensor that is no mask, in the order of the forward's parameters: arguments may be given by
-    name in any order.
+    Else it is the first tensor that is no mask.
     """
     names = *_MAIN, getattr(model, "main_input_name", ""), "hidden_states"
-    known = [] if model is None else _parameters(type(model))  # type: ignore[arg-type]
-    ordered = dict.fromkeys([*known, *arguments])
-    inputs = (arguments.get(name) for name in ordered if not any(part in name for part in _NOT_MARKED))
+    inputs = (value for name, value in arguments.items() if not any(part in name for part in _NOT_MARKED))
     candidates = [*(arguments.get(name) for name in names), *inputs]
     return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
 
@@ -94,6 +92,11 @@ def cached(arguments: Mapping[str, Any]) -> int:
     """How many tokens of each row the forward's key-value cache holds."""
     cache = next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """What a model's forward calls its arguments, as far as they may be given by place."""
+    return _parameters(type(model))  # type: ignore[arg-type]
 
 
 @lru_cache(256)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3rt.routing.batch import cached, main_input, numbered_arguments
+from ia3rt.routing.batch import cached, main_input, named_arguments
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 
@@ -148,7 +148,7 @@ def uninstall(model: nn.Module) -> None:
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     generation = Generation(self.ia3_generation)
     try:
-        arguments = numbered_arguments(args, kwargs)
+        arguments = named_arguments((), args, kwargs)
         generation.begin_with(main_input(arguments), cached(arguments))
         return _original(self, "generate")(*args, **kwargs)
     finally:
@@ -158,7 +158,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _expand_inputs_for_generation(self: Any, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
     generation = generation_of(self.ia3_generation)
     if generation is not None:
-        generation.expand(main_input(numbered_arguments(args, kwargs)), expand_size)
+        generation.expand(main_input(named_arguments((), args, kwargs)), expand_size)
     return _original(self, "_expand_inputs_for_generation")(*args, expand_size=expand_size, **kwargs)
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, main_input, named_arguments, numbered_arguments
+from ia3rt.routing.batch import cached, main_input, named_arguments, parameter_names
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
@@ -67,6 +67,7 @@ class Routing:
     def attach(self, model: nn.Module) -> None:
         """Says which model this is of."""
         self._model = weakref.ref(model)
+        self._names = parameter_names(model)  # a compiler does not look them up
         self._compiled = Compiled(model, self.probing, lambda: self.route, lambda: self._leave_ended(sys._getframe(1)))
 
     def _begin(self) -> None:
@@ -219,7 +220,7 @@ class Routing:
                     "given to torch.compile, or route rows"
                 )
             if worn.by_row:
-                given = numbered_arguments(args, kwargs)
+                given = named_arguments(self._names, args, kwargs)
                 self._check_rows(worn, main_input(given, model))
                 self._compiled.see(tuple(name for name, x in given.items() if isinstance(x, Tensor)))
             return
@@ -243,7 +244,7 @@ class Routing:
         again = self._past.find() if task != -1 else None
         worn = self._here() if again is None else again
         if again is None and worn.rows is not None:
-            arguments = named_arguments(model, args, kwargs)
+            arguments = named_arguments(parameter_names(model), args, kwargs)
             batch = main_input(arguments, model)
             worn = self._over_batch(model, worn, arguments, batch)
         forward = Forward(self._bound(worn), model, task, outer, caller)

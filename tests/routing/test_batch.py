@@ -26,8 +26,11 @@ def test_arguments_are_named_in_any_order(order: tuple[str, ...]) -> None:
     for name in "ab":
         runtime.add_adapter(name, {site.key: torch.rand(site.width) + 0.5 for site in runtime.sites})
     given = dict(sample=torch.randn(2, 3, 8), timestep=torch.tensor([3.0]), ids=torch.zeros(3, 2))
+    compiled = torch.compile(model, backend="eager")
     with runtime.route(["a", "b"]):
         routed = model(**{name: given[name] for name in order})
+        assert torch.equal(compiled(**{name: given[name] for name in order}), routed)
+        assert torch.equal(compiled(given["sample"], timestep=given["timestep"]), routed)
     for row, name in enumerate("ab"):
         runtime.set_adapter(name)
         torch.testing.assert_close(routed[row], model(given["sample"], given["timestep"])[row])
