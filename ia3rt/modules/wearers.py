@@ -22,7 +22,7 @@ def wearers_of(
     """The modules that apply a site's vector, with their drop-ins: the site's layer first, which wears it.
 
     And one that spares it a pass, where there is one: the MLP around a second matrix, and on the Triton backend the
-    attention around a projection of q, k and v; unless other code set a forward on that, which runs in its place.
+    attention around a projection of q, k or v; unless other code set a forward on that, which runs in its place.
     """
     layer = modules[site.path], IA3Layer
     parent, _, name = site.path.rpartition(".")
@@ -33,4 +33,4 @@ def wearers_of(
         form = mlp_forms.form_of(around)
         return (layer, (around, IA3MLP)) if form is not None and form.down == name else (layer,)
     attention = qkv_forms.form_of(around) if backend == "triton" else None
-    return (layer, (around, IA3QKV)) if attention is not None and attention.projection == name else (layer,)
+    return (layer, (around, IA3QKV)) if attention is not None and name in attention.projections else (layer,)
