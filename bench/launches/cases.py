@@ -105,9 +105,10 @@ def _rope() -> Case:
     angles = _row(HEAD), _row(HEAD)
     form: Any = attention.ia3_form
     sizes = form.sizes(attention)
+    worn = runtime._routing.now()
     return (
         "rope (q, k and v)",
-        lambda: attention.ia3_rotated(qkv, angles),  # type: ignore[operator]
+        lambda: attention.ia3_turned(worn, [qkv], [l], angles),  # type: ignore[operator]
         lambda: ops.rope(*form.parts(qkv, *sizes), *form.parts(l, *sizes), *angles, mixes, route, False),
     )
 

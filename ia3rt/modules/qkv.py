@@ -1,18 +1,20 @@
-"""Attentions with one projection for q, k and v, whose vector is applied where the rotary embedding is.
+"""Attentions of a known form, whose projections' vectors are applied where the rotary embedding is.
 
-The rotary embedding reads and writes q and k anyway, so the vector costs no pass of its own, whatever the projection is
-made of: a quantised one too. And one launch takes the place of the dozen operations of transformers' embedding.
+The rotary embedding reads and writes q and k anyway, so vectors cost no pass of their own, whatever the projections are
+made of: quantised ones too. And one launch takes the place of the dozen operations of transformers' embedding.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ia3rt import ops
+from ia3rt.modules.bare import linear
 from ia3rt.modules.layer import IA3Layer, is_as_patched
 from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.qkv_forms import Form, form_of_class, original_forward
@@ -20,23 +22,28 @@ from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.routing.worn import Worn
 
+_Positions = tuple[int | None, ...]
+"""Of the projections' vectors in the bank; None where one has none."""
+
 
 class IA3QKV(Wearer):
-    """An attention of a known form: its projection's vector is applied where q and k are rotated.
+    """An attention of a known form: its projections' vectors are applied where q and k are rotated.
 
-    It is a short way, and the projection itself wears the vector: where anything stands in between at a call, such as a
-    hook on the projection, the attention's own forward runs, and the projection scales its output.
+    It is a short way, and the projections themselves wear the vectors: where anything stands in between at a call, such
+    as a hook on a projection, the attention's own forward runs, and the projections scale their outputs.
 
     Attributes:
         ia3_form: the form, of the drop-in class.
         ia3_known: the original class's forward, and the rotary embedding that it calls, as they were recognised.
         ia3_module: the module that its forward is from, and finds the attention functions in.
+        ia3_angles: where among that forward's arguments cos and sin are.
         ia3_prepared: the launch of the rotary embedding, as long as the bank stays.
     """
 
     ia3_form: ClassVar[Form | None]
     ia3_known: ClassVar[tuple[Any, Any]]
     ia3_module: ClassVar[Any]
+    ia3_angles: ClassVar[int]
     ia3_prepared: Prepared | None = None
 
     def __init_subclass__(cls) -> None:
@@ -46,54 +53,93 @@ class IA3QKV(Wearer):
         forward = original_forward(original)
         cls.ia3_form = form_of_class(original)
         cls.ia3_module = None if forward is None else sys.modules[forward.__module__]
+        if cls.ia3_form is not None:
+            cls.ia3_angles = list(inspect.signature(cls.ia3_form.forward).parameters).index("position_embeddings") - 1
         cls.ia3_known = original.forward, getattr(cls.ia3_module, "apply_rotary_pos_emb", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's forward, its vector applied on the way."""
-        projection, worn = self._ia3_layer(), self.ia3_routing.now()
-        if projection is None or (worn.by_row and not self._is_row_major(projection, worn, args, kwargs)):
+        """The original's forward, its vectors applied on the way."""
+        positions = self._ia3_positions()
+        if positions is None or not self._fits(positions, args, kwargs):
             return super().forward(*args, **kwargs)
         assert self.ia3_form is not None
         return self.ia3_form.worn(self, *args, **kwargs)
 
-    def _ia3_layer(self) -> IA3Layer | None:
-        """The projection, whose vector is to be applied here; None where it has to wear it itself.
+    def _ia3_positions(self) -> _Positions | None:
+        """The positions of the vectors that are to be applied here; None where the projections have to wear them.
 
-        Nothing may hang on it, as what is applied here is not seen there; and the functions that are replaced have to
-        be those that were recognised.
+        Nothing may hang on these, as what is applied here is not seen there; and the functions that are replaced have
+        to be those that were recognised.
         """
         forward, rotary = self.ia3_known
-        if self.ia3_form is None or self.ia3_original.forward is not forward:  # type: ignore[attr-defined]
+        form, modules = self.ia3_form, self._modules
+        if form is None or self.ia3_original.forward is not forward:  # type: ignore[attr-defined]
             return None
-        projection = self._modules.get(self.ia3_form.projection)
-        if not is_as_patched(projection) or projection.ia3_out is None:
-            return None
-        return projection if self.ia3_module.apply_rotary_pos_emb is rotary else None
+        positions: list[int | None] = []
+        for name in form.projections:
+            layer = modules.get(name)
+            if is_as_patched(layer):
+                positions.append(layer.ia3_out)
+            elif layer is None or isinstance(layer, Wearer):
+                return None
+            else:
+                positions.append(None)
+        return tuple(positions) if self.ia3_module.apply_rotary_pos_emb is rotary else None
 
-    def _is_row_major(self, projection: IA3Layer, worn: Worn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _fits(self, positions: _Positions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the kernel computes what the attention's own forward would, for these arguments."""
         x = args[0] if args else kwargs.get("hidden_states")
-        position = projection.ia3_out
-        return isinstance(x, Tensor) and position is not None and projection.ia3_is_row_major(position, x, worn)
+        at = type(self).ia3_angles
+        angles = args[at] if len(args) > at else kwargs.get("position_embeddings")
+        if not isinstance(x, Tensor) or x.is_nested or angles is None:
+            return False
+        form, cos = self.ia3_form, angles[0]
+        assert form is not None
+        if cos.dtype is not x.dtype or (not form.is_partial and cos.shape[-1] != self.head_dim):
+            return False  # torch would compute in another dtype, or not at all
+        worn = self.ia3_routing.now()
+        return not worn.by_row or all(
+            position is None or layer.ia3_is_row_major(position, x, worn)
+            for layer, position in zip(self._projections(), positions, strict=True)
+        )
 
-    def ia3_projected(self, x: Tensor) -> Tensor:
-        """The projection's output for x [batch, length, width], without the vector that `ia3_rotated` applies."""
+    def _projections(self) -> list[Any]:
         assert self.ia3_form is not None
-        projection: Any = self._modules[self.ia3_form.projection]
-        return projection.ia3_forward(self.ia3_routing.now(), projection.ia3_in, None, x)  # type: ignore[no-any-return]
+        return [self._modules[name] for name in self.ia3_form.projections]
 
-    def ia3_rotated(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """q, k and v of the projection's output [batch, length, width]: scaled, rotated, [batch, heads, length, D]."""
-        assert self.ia3_form is not None
-        form, tables = self.ia3_form, self.ia3_routing.now().tables
-        projection: Any = self._modules[form.projection]
-        l, sizes = tables.bank[projection.ia3_out], form.sizes(self)  # noqa: E741
+    def ia3_rotated(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+        """q, k and v of x [batch, length, width]: projected, scaled, rotated, [batch, heads, length, D]."""
+        form, worn = self.ia3_form, self.ia3_routing.now()
+        assert form is not None
+        projected, vectors = [], []
+        for layer in self._projections():
+            if isinstance(layer, IA3Layer):
+                projected.append(layer.ia3_forward(worn, layer.ia3_in, None, x))
+                vectors.append(None if layer.ia3_out is None else worn.tables.bank[layer.ia3_out])
+            else:
+                projected.append(linear(layer, x)[0])
+                vectors.append(None)
+        return self.ia3_turned(worn, projected, vectors, position_embeddings)
+
+    def ia3_turned(
+        self,
+        worn: Worn,
+        projected: Sequence[Tensor],
+        vectors: Sequence[Tensor | None],
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> Sequence[Tensor]:
+        """q, k and v of what the projections put out, scaled by their vectors in the bank and rotated."""
+        form, tables = self.ia3_form, worn.tables
+        assert form is not None
+        sizes, turned = form.sizes(self), _OF_ONE if len(projected) == 1 else _OF_THREE
         if not can_prepare(tables):
-            worn = tables.mixes, tables.route
-            return tuple(_rotated(qkv, l, *position_embeddings, *worn, form.parts, sizes))
+            mixed = tables.mixes, tables.route
+            return turned(*projected, *vectors, *position_embeddings, *mixed, form.parts, sizes)
         prepared = self.ia3_prepared
         if prepared is None or prepared.fixed["sizes"] != sizes or not prepared.fits(tables):
-            prepared = self.ia3_prepared = Prepared(tables, (), _rotated, l=l, parts=form.parts, sizes=sizes)
-        return tuple(prepared.call(tables, qkv, *position_embeddings))
+            named = dict(zip(turned.vectors, vectors, strict=True))
+            prepared = self.ia3_prepared = Prepared(tables, (), turned, **named, parts=form.parts, sizes=sizes)
+        return prepared.call(tables, *projected, *position_embeddings)  # type: ignore[no-any-return]
 
     def ia3_attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         """What the attention function that the model's config names returns."""
@@ -104,26 +150,44 @@ class IA3QKV(Wearer):
 
     def ia3_hows(self, rows: int) -> dict[int, How]:
         """The rotary embedding's kernel, where `forward` takes it."""
-        form, projection = self.ia3_form, self._ia3_layer()
-        if form is None or projection is None or projection.ia3_out is None or not is_reached(self):
+        form, positions = self.ia3_form, self._ia3_positions()
+        worn = [position for position in positions or () if position is not None]
+        if form is None or not worn or not is_reached(self):
             return {}
         from ia3rt.kernels.configs import rope_config  # not before: Triton may not be installed
 
-        q, *_ = form.parts(self.ia3_routing.now().tables.bank[projection.ia3_out], *form.sizes(self))
-        config = rope_config(rows, q.shape[-1], computing_tensor(projection).dtype)
+        weight = computing_tensor(self)
+        outputs = [weight.new_empty(0, layer.weight.shape[0]) for layer in self._projections()]
+        q, *_ = form.parts(*outputs, *form.sizes(self))
+        config = rope_config(rows, q.shape[-1], weight.dtype)
         words = f"{config.block_m} rows × {config.group(q.shape[-2])} heads, {config.num_warps} warps"
         why = "q, k and v are read and rotated here anyway: the vector costs no pass"
-        return {projection.ia3_out: How("rope", words, why)}
+        return dict.fromkeys(worn, How("rope", words, why))
 
 
-class _Rotated:
-    """The parts of a projection's output [batch, length, width], scaled and rotated: [batch, heads, length, D] each.
+class _Turned:
+    """Projections' outputs [batch, length, width], scaled and rotated: q, k and v, [batch, heads, length, D] each.
 
-    As one function of that output, so that a launch that is known takes no views of it.
+    As one function of these outputs, so that a launch that is known takes no views of them.
+
+    Attributes:
+        vectors: what the vectors are called among the arguments of `body`, which is `__call__` past the dispatcher.
     """
+
+    vectors: tuple[str, ...]
 
     def __call__(self, *args: Any) -> list[Tensor]:
         return self._by(ops.rope, *args)
+
+    def _by(self, rope: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+        count = len(self.vectors)
+        *rest, parts, sizes = args[2 * count :]
+        outputs, vectors = parts(*args[:count], *sizes), parts(*args[count : 2 * count], *sizes)
+        return [part.transpose(1, 2) for part in rope(*outputs, *vectors, *rest, False)]
+
+
+class _OfOne(_Turned):
+    vectors = ("l",)
 
     def body(
         self,
@@ -136,13 +200,28 @@ class _Rotated:
         parts: Callable[..., tuple[Tensor, ...]],
         sizes: tuple[int, ...],
     ) -> list[Tensor]:
-        """The same past the dispatcher."""
         return self._by(ops.rope.body, qkv, l, cos, sin, mixes, route, parts, sizes)
 
-    @staticmethod
-    def _by(rope: Callable[..., list[Tensor]], qkv: Tensor, l: Tensor, *rest: Any) -> list[Tensor]:  # noqa: E741
-        *rest, parts, sizes = rest  # type: ignore[assignment]
-        return [part.transpose(1, 2) for part in rope(*parts(qkv, *sizes), *parts(l, *sizes), *rest, False)]
+
+class _OfThree(_Turned):
+    vectors = ("l_q", "l_k", "l_v")
+
+    def body(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        l_q: Tensor | None,
+        l_k: Tensor | None,
+        l_v: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        mixes: Tensor,
+        route: Tensor,
+        parts: Callable[..., tuple[Tensor | None, ...]],
+        sizes: tuple[int, ...],
+    ) -> list[Tensor]:
+        return self._by(ops.rope.body, q, k, v, l_q, l_k, l_v, cos, sin, mixes, route, parts, sizes)
 
 
-_rotated = _Rotated()
+_OF_ONE, _OF_THREE = _OfOne(), _OfThree()

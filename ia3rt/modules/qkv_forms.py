@@ -1,4 +1,4 @@
-"""Attentions whose forward is known: those with one projection for q, k and v, and a rotary embedding behind it."""
+"""Attentions whose forward is known: projections of q, k and v, or one for the three, and a rotary embedding behind."""
 # The forwards are written as transformers writes them, without types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ia3rt.modules import qkv_separate
 from ia3rt.modules.wearer import original_class
 
 # The forwards below are only compared with others, which find these names in their own modules.
@@ -29,24 +30,34 @@ class Form(NamedTuple):
     Attributes:
         forward: the forward, as its source is written; a class is of this form if its own compiles to the same.
         rotary: the rotary embedding that the forward calls, likewise; pairs are half of rotary_dim apart.
-        projection: the name of the projection of q, k and v, whose output the vector scales.
+        projections: the names of the projections of q, k and v, or of their one projection.
         sizes: what `parts` has to know of an attention.
-        parts: ([..., width of the projection], *sizes) to its q, k and v, views [..., heads, D].
-        worn: the forward with the vector.
+        parts: (an output of each projection [..., width], *sizes) to q, k and v, views [..., heads, D].
+        worn: the forward with the vectors, which scale the projections' outputs.
+        is_partial: whether some of a head's numbers may not be rotated.
     """
 
     forward: Callable[..., Any]
     rotary: Callable[..., Any]
-    projection: str
+    projections: tuple[str, ...]
     sizes: Callable[[Any], tuple[int, ...]]
-    parts: Callable[..., tuple[Tensor, ...]]
+    parts: Callable[..., tuple[Any, ...]]
     worn: Callable[..., Any]
+    is_partial: bool
 
 
 def rotate_half(x):  # noqa: D103
     x1 = x[..., : x.shape[-1] // 2]
     x2 = x[..., x.shape[-1] // 2 :]
     return torch.cat((-x2, x1), dim=-1)
+
+
+def _rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
 
 
 def _rotary_in_one(q, k, cos, sin, unsqueeze_dim=1):
@@ -121,7 +132,7 @@ def _phi3(self, hidden_states, position_embeddings, attention_mask, cache=None, 
 
 def _phi3_worn(self, hidden_states, position_embeddings, attention_mask, cache=None, past_key_values=None, **kwargs):
     cache = past_key_values if cache is None else cache  # its earlier name, which transformers still takes
-    query, key, value = self.ia3_rotated(self.ia3_projected(hidden_states), position_embeddings)
+    query, key, value = self.ia3_rotated(hidden_states, position_embeddings)
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
     window = getattr(self.config, "sliding_window", None)
@@ -173,7 +184,7 @@ def _gpt_neox(self, hidden_states, attention_mask, layer_past=None, position_emb
 
 
 def _gpt_neox_worn(self, hidden_states, attention_mask, layer_past=None, position_embeddings=None, **kwargs):
-    query, key, value = self.ia3_rotated(self.ia3_projected(hidden_states), position_embeddings)
+    query, key, value = self.ia3_rotated(hidden_states, position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
     output, weights = self.ia3_attend(query, key, value, attention_mask, **kwargs)
@@ -190,8 +201,12 @@ def _gpt_neox_parts(qkv: Tensor, head_size: int) -> tuple[Tensor, ...]:
 
 
 FORMS: tuple[Form, ...] = (
-    Form(_phi3, _rotary_in_one, "qkv_proj", _phi3_sizes, _phi3_parts, _phi3_worn),
-    Form(_gpt_neox, _rotary_in_two, "query_key_value", _gpt_neox_sizes, _gpt_neox_parts, _gpt_neox_worn),
+    *(
+        Form(forward, _rotary, qkv_separate.PROJECTIONS, qkv_separate.sizes, qkv_separate.parts, worn, False)
+        for forward, worn in qkv_separate.forwards()
+    ),
+    Form(_phi3, _rotary_in_one, ("qkv_proj",), _phi3_sizes, _phi3_parts, _phi3_worn, True),
+    Form(_gpt_neox, _rotary_in_two, ("query_key_value",), _gpt_neox_sizes, _gpt_neox_parts, _gpt_neox_worn, True),
 )
 
 

@@ -26,7 +26,7 @@ def wearers_of(
     """The modules that apply a site's vector, with their drop-ins: the site's layer first, which wears it.
 
     And one that spares it a pass, where there is one: the MLP around a second matrix, and on the Triton backend the
-    attention around a projection of q, k and v; unless other code set a forward on that, which runs in its place.
+    attention around a projection of q, k or v; unless other code set a forward on that, which runs in its place.
     """
     if site.experts:
         return ((modules[site.module], drop_in_of(modules[site.module])),)
@@ -39,7 +39,7 @@ def wearers_of(
         form = mlp_forms.form_of(around)
         return (layer, (around, IA3MLP)) if form is not None and form.down == name else (layer,)
     attention = qkv_forms.form_of(around) if backend == "triton" else None
-    return (layer, (around, IA3QKV)) if attention is not None and attention.projection == name else (layer,)
+    return (layer, (around, IA3QKV)) if attention is not None and name in attention.projections else (layer,)
 
 
 def _drop_in(module: nn.Module) -> type[IA3Layer]:

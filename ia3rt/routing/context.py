@@ -19,12 +19,12 @@ class Captured:
 
     Attributes:
         wearing: what the context wears.
-        memories: by the rows of the batch; a switch of the context writes them too.
+        memories: each with the rows of the batch that it is for; a switch of the context writes them too.
     """
 
     def __init__(self, wearing: Wearing) -> None:
         self.wearing = wearing
-        self.memories: dict[int | None, Memory] = {}
+        self.memories: list[tuple[int | None, Memory]] = []
 
 
 class _Local(threading.local):
@@ -97,13 +97,19 @@ class Context:
             captured = Captured(self.wearing)
             self._captured.set(captured)
             self._all_captured.append(captured)
-        captured.memories[rows] = memory
+        if all(memory is not known for _, known in captured.memories):
+            captured.memories.append((rows, memory))
+
+    def captured(self, rows: int | None) -> Memory | None:
+        """Memory for a batch of so many rows that CUDA graphs of this context read, and that it has written last."""
+        captured = self._captured.get()
+        return next((memory for of, memory in captured.memories if of == rows), None) if captured else None
 
     def rewrite(self, wearing: Wearing) -> None:
         """Writes what is worn into the memory that CUDA graphs read, in each context that wears it."""
         for captured in self._all_captured:
             if captured.wearing is wearing:
-                for rows, memory in captured.memories.items():
+                for rows, memory in captured.memories:
                     wearing.worn.write_to(memory, rows)
 
     def enter(self, forward: Forward) -> None:

@@ -284,12 +284,17 @@ class Routing:
             self._context.leave(forward)
             forward = self._context.forward()
 
-    def capture(self) -> None:
-        """Notes that a CUDA graph is captured, which reads what this context wears at its address from now on."""
-        worn = self._context.wearing.worn
-        if worn.memory is not None:
-            worn.lent = True
-            self._context.capture(worn.rows, worn.memory)
+    def capture(self, worn: Worn) -> Worn:
+        """`worn` for a forward that a CUDA graph captures: in memory that each switch of this context writes."""
+        whole = worn.of or worn
+        if worn is self._context.wearing.worn:
+            written = self._context.captured(worn.rows)
+            if written is not None and written is not worn.memory:
+                return worn.within(written)
+        memory = whole.lend()
+        if memory is not None:
+            self._context.capture(whole.rows, memory)
+        return worn
 
     def _here(self) -> Worn:
         """What a forward wears that begins now in this context."""
@@ -317,7 +322,7 @@ class Routing:
             worn = self.lay(worn.route)
         if self.bank.table.is_cuda:
             if torch.cuda.is_current_stream_capturing():
-                self.capture()
+                worn = self.capture(worn)
             else:
                 worn.order(self.bank)
         if torch.is_grad_enabled():

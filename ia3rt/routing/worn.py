@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -23,11 +24,13 @@ class Memory:
     Attributes:
         composed: the mixes as torch applies them; nothing is in it where no module needs them.
         tables: the mixes as the kernels read them; nothing is in it on the torch backend.
+        holder: the Worn whose numbers CUDA graphs read here; None once a switch has written others for them.
     """
 
     def __init__(self) -> None:
         self.composed = ComposedMixes()
         self.tables = MixTables()
+        self.holder: weakref.ref[Worn] | None = None
 
     @outside_inference_mode
     def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
@@ -57,6 +60,7 @@ class Worn:
         is_composed: whether that was written.
         spread: scales as they are multiplied to inputs, by what `RowScales.scale` looks them up, with the dimension of
             the rows.
+        major: sites whose tensors lie row by row, by what `RowScales.are_major` looks them up.
         stream: of a CUDA device, the one that the numbers were written in.
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
     """
@@ -76,6 +80,7 @@ class Worn:
         self.of: Worn | None = None  # whose numbers these are
         self.is_composed = True
         self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
+        self.major: set[tuple[int, int, int]] = set()
         self._acts: frozenset[int] | None = None
         self._kept: Worn | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -149,7 +154,30 @@ class Worn:
             route = Route(route.mixes, torch.zeros(rows, dtype=torch.int64))
         if route.by_token or (None if route.index is None else len(route.index)) != rows:
             return
+        holder = None if memory.holder is None else memory.holder()
+        if holder is not None:
+            holder._move(shelf)  # others may wear it on, or it may be worn again
+        memory.holder = None
         memory.write(shelf.bank, route, shelf.backend, shelf.composes)
+
+    def lend(self) -> Memory | None:
+        """Gives its memory to CUDA graphs, which read it at its address from now on; None where it has none."""
+        if self.memory is not None:
+            self.lent = True
+            self.memory.holder = weakref.ref(self)
+        return self.memory
+
+    def within(self, memory: Memory) -> Worn:
+        """The same numbers in memory that holds them already."""
+        made = Worn(self.route, self.rows, memory.composed, memory.tables)
+        made.images, made.stream, made.is_composed, made.lent = self.images, self.stream, self.is_composed, True
+        return made
+
+    def _move(self, shelf: Shelf) -> None:
+        """Takes other memory, and leaves the one that it has to CUDA graphs."""
+        memory = shelf.written(self.route, self.rows)
+        self.memory, self.composed, self.tables = memory, memory.composed, memory.tables
+        self.spread, self.is_composed = {}, shelf.composes
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copy of the model has a bank of its own, and lays its own tables."""
@@ -172,13 +200,18 @@ class Shelf:
     def lay(self, route: Route) -> Worn:
         """What `route` is over the rows that it has."""
         rows = None if route.index is None else len(route.index)
-        memory = self._take(rows)
-        memory.write(self.bank, route, self.backend, self.composes)
+        memory = self.written(route, rows)
         worn = Worn(route, rows, memory.composed, memory.tables)
         worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
         if self.bank.table.is_cuda:
             worn.stream = torch.cuda.current_stream(self.bank.table.device)
         return worn
+
+    def written(self, route: Route, rows: int | None) -> Memory:
+        """Memory with a route of so many rows in it."""
+        memory = self._take(rows)
+        memory.write(self.bank, route, self.backend, self.composes)
+        return memory
 
     def put(self, rows: int | None, memory: Memory) -> None:
         """Takes memory for so many rows that nothing reads any more."""

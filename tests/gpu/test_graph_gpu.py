@@ -60,6 +60,39 @@ def test_loading_and_deleting_between_replays(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_graphs_and_forwards_wear_what_is_worn_again(backend) -> None:
+    """Two graphs, captured under different mixes, and what was worn when they were captured put back by a `with`."""
+    model, ids = tiny_model("llama", torch.bfloat16).cuda(), token_ids(2).cuda()
+    runtime = ia3rt.patch(model, backend=backend)
+    generator = torch.Generator().manual_seed(5)
+    for name in "abc":
+        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    expected, graphs = {}, []
+    for name in ("a", "b", None):
+        runtime.set_adapter(name)
+        expected[name] = logits(model, ids)
+    for name in ("a", "b"):
+        runtime.set_adapter(name)
+        logits(model, ids)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            graphs.append((graph, model(ids, use_cache=False).logits))
+
+    def all_wear(name) -> None:
+        assert torch.equal(logits(model, ids), expected[name])
+        for graph, captured in graphs:
+            graph.replay()
+            assert torch.equal(captured, expected[name])
+
+    for name in ("a", "b"):
+        runtime.set_adapter(name)
+        all_wear(name)
+        with runtime.disable_adapter():
+            all_wear(None)
+        all_wear(name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_inductor_compiles_once(backend) -> None:
     """torch.compile's own CUDA graphs: 50 switches of every kind of mix."""
     torch._dynamo.reset()

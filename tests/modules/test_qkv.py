@@ -1,7 +1,8 @@
-"""Attentions with one projection for q, k and v are recognised, and wear its vector where they rotate q and k."""
+"""Attentions are recognised by what they compute, and wear their projections' vectors where they rotate q and k."""
 
 import copy
 import functools
+import sys
 from contextlib import nullcontext
 
 import peft
@@ -9,10 +10,25 @@ import pytest
 import torch
 from tiny import generated, logits, peft_vectors, randomize, save_each, scaled, token_ids
 from torch import nn
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.gpt_neox import modeling_gpt_neox
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 from transformers.models.phi3 import modeling_phi3
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from where import DEVICE, home
 
 import ia3rt
@@ -23,19 +39,38 @@ from ia3rt.modules.qkv_forms import form_of_class
 IDS = token_ids()
 SUM = {"b": 0.25, "d": -0.7}
 ROWS = ["b", None, ["c", "d"]]
-PROJECTION = {"phi3": "qkv_proj", "gpt_neox": "query_key_value"}
-SECOND = {"phi3": "down_proj", "gpt_neox": "dense_4h_to_h"}
-ATTENTION = {"phi3": modeling_phi3.Phi3Attention, "gpt_neox": modeling_gpt_neox.GPTNeoXAttention}
+SEPARATE = {
+    "llama": (LlamaConfig, LlamaForCausalLM, modeling_llama),
+    "mistral": (MistralConfig, MistralForCausalLM, modeling_mistral),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, modeling_qwen2),
+}
+MODULE = {"phi3": modeling_phi3, "gpt_neox": modeling_gpt_neox, **{name: made[2] for name, made in SEPARATE.items()}}
+ATTENTION = {
+    "phi3": modeling_phi3.Phi3Attention,
+    "gpt_neox": modeling_gpt_neox.GPTNeoXAttention,
+    "llama": modeling_llama.LlamaAttention,
+    "mistral": modeling_mistral.MistralAttention,
+    "qwen2": modeling_qwen2.Qwen2Attention,
+}
+PROJECTIONS = {name: ["k_proj", "v_proj"] for name in SEPARATE} | {
+    "phi3": ["qkv_proj"],
+    "gpt_neox": ["query_key_value"],
+}
+PROJECTION = {name: projections[0] for name, projections in PROJECTIONS.items()}
+SECOND = dict.fromkeys(PROJECTIONS, "down_proj") | {"gpt_neox": "dense_4h_to_h"}
 
 
 def make(family, dtype=torch.float32, **options):
-    """Two layers with biases, whose heads rotate a part of their numbers."""
+    """Two layers, those of the fused projections with biases, and heads that rotate a part of their numbers."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     if family == "phi3":
         rope = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75)
         config = Phi3Config(**sizes, num_key_value_heads=2, rope_parameters=rope, pad_token_id=0, **options)
         model = Phi3ForCausalLM(config)
+    elif family in SEPARATE:
+        made, cls, _ = SEPARATE[family]
+        model = cls(made(**sizes, num_key_value_heads=2, pad_token_id=0, **options))
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **options))
     with torch.no_grad():
@@ -48,7 +83,9 @@ def make(family, dtype=torch.float32, **options):
 
 def with_peft(model, family):
     config = dict(
-        target_modules=[PROJECTION[family], SECOND[family]], feedforward_modules=[SECOND[family]], task_type="CAUSAL_LM"
+        target_modules=[*PROJECTIONS[family], SECOND[family]],
+        feedforward_modules=[SECOND[family]],
+        task_type="CAUSAL_LM",
     )
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.IA3Config(**config), adapter_name="b")
     for name in "cd":
@@ -66,7 +103,7 @@ def patched(model, wrapped, folder, backend="triton"):
     return runtime
 
 
-@pytest.fixture(params=PROJECTION)
+@pytest.fixture(params=PROJECTIONS)
 def family(request):
     return request.param
 
@@ -104,7 +141,7 @@ def test_the_attention_applies_the_vector_that_the_projection_wears(pair, family
     _, runtime = pair
     assert len(attentions(runtime.model)) == 2
     for attention in attentions(runtime.model):
-        assert isinstance(getattr(attention, PROJECTION[family]), IA3Layer)
+        assert all(isinstance(getattr(attention, name), IA3Layer) for name in PROJECTIONS[family])
     assert {entry.kernel for entry in ia3rt.explain(runtime.model).sites} == {"rope", "activation"}
     assert not runtime._routing.composes, "no vector is left to torch"
 
@@ -213,7 +250,7 @@ def test_gradients_reach_the_vectors_and_the_model(family, tmp_path):
         runtime.model(inputs_embeds=embeddings, labels=ids).loss.backward()
         trained = [embeddings, *(p for p in runtime.model.parameters() if p.requires_grad)]
         gradients.append([parameter.grad.cpu() for parameter in trained])
-    assert len(gradients[0]) == 5 and all(gradient.any() for gradient in gradients[1])
+    assert len(gradients[0]) == 3 + 2 * len(PROJECTIONS[family]) and all(gradient.any() for gradient in gradients[1])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
@@ -301,14 +338,14 @@ def _computes_something_else(original, monkeypatch):
 
 
 def _another_rotary(original, monkeypatch):
-    module = modeling_phi3 if original is modeling_phi3.Phi3Attention else modeling_gpt_neox
+    module = sys.modules[original.__module__]
     theirs = module.apply_rotary_pos_emb
     monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, cos, sin: theirs(k, q, cos, sin)[::-1])
     return original
 
 
 def _another_half(original, monkeypatch):
-    module = modeling_phi3 if original is modeling_phi3.Phi3Attention else modeling_gpt_neox
+    module = sys.modules[original.__module__]
     monkeypatch.setattr(module, "rotate_half", lambda x: x.flip(-1))
     return original
 
@@ -333,8 +370,10 @@ def test_an_attention_that_computes_something_else_keeps_its_forward(family, cha
     wrapped = with_peft(model, family)
     runtime = patched(model, wrapped, tmp_path)
     assert not attentions(model)
-    projections = [m for name, m in model.named_modules() if name.endswith(PROJECTION[family])]
-    assert len(projections) == 2 and all(isinstance(module, IA3Layer) for module in projections)
+    projections = [m for name, m in model.named_modules() if name.endswith(tuple(PROJECTIONS[family]))]
+    assert len(projections) == 2 * len(PROJECTIONS[family]) and all(
+        isinstance(module, IA3Layer) for module in projections
+    )
     runtime.set_adapter("b")
     assert_close(logits(model, IDS), peft_logits(wrapped, "b"))
 
@@ -348,13 +387,14 @@ def test_a_forward_set_on_the_instance_is_not_hidden(family, tmp_path):
     assert not attentions(model)
 
 
-def test_a_cache_may_be_passed_by_its_earlier_name():
-    model = make("phi3").to(DEVICE)
+@pytest.mark.parametrize("family", ["phi3", *SEPARATE], indirect=True)
+def test_a_cache_may_be_passed_by_its_earlier_name(family):
+    model = make(family).to(DEVICE)
     attention, states = model.model.layers[0].self_attn, torch.randn(1, 3, 64).to(DEVICE)
     angles = model.model.rotary_emb(states, torch.arange(3, device=DEVICE)[None])
 
     def run(**cache):
-        with torch.no_grad(), pytest.warns(FutureWarning) if type(attention) is ATTENTION["phi3"] else nullcontext():
+        with torch.no_grad(), pytest.warns(FutureWarning) if type(attention) is ATTENTION[family] else nullcontext():
             return attention(states, angles, None, **cache)[0]
 
     plain, worn = DynamicCache(), DynamicCache()
@@ -364,8 +404,43 @@ def test_a_cache_may_be_passed_by_its_earlier_name():
     assert plain.get_seq_length() == worn.get_seq_length() == 3
 
 
+@pytest.mark.parametrize("family", SEPARATE, indirect=True)
+def test_angles_of_another_dtype_or_of_a_part_of_a_head_are_left_to_the_attention(family):
+    """Torch computes in the wider dtype, which a kernel would not, and refuses to rotate a part, which a kernel can."""
+    model = make(family, torch.bfloat16).to(DEVICE)
+    attention, states = model.model.layers[0].self_attn, torch.randn(1, 3, 64).to(DEVICE, torch.bfloat16)
+    angles = [angle.float() for angle in model.model.rotary_emb(states, torch.arange(3, device=DEVICE)[None])]
+    cos, sin = (angle.to(torch.bfloat16)[..., :8] for angle in angles)
+
+    def raised(angles):
+        with torch.no_grad(), pytest.raises(RuntimeError) as error:
+            attention(states, position_embeddings=angles, attention_mask=None)
+        return str(error.value)
+
+    expected = raised(angles), raised((cos, sin))
+    ia3rt.patch(model, backend="triton")
+    assert attentions(model)
+    assert (raised(angles), raised((cos, sin))) == expected
+
+
+@pytest.mark.parametrize("targets", [["k_proj"], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]], ids=str)
+def test_any_of_the_three_projections_may_wear_vectors(targets):
+    model = make("qwen2").to(DEVICE)
+    runtime = ia3rt.patch(model, backend="triton", target_modules=targets, feedforward_modules=[])
+    generator = torch.Generator().manual_seed(1)
+    vectors = {site.key: torch.rand(site.width, generator=generator) + 0.5 for site in runtime.sites}
+    runtime.add_adapter("some", vectors)
+    runtime.set_adapter("some")
+    assert len(attentions(model)) == 2 and len(vectors) == 2 * len(targets)
+    truth = scaled(make("qwen2"), {key: vector.double() for key, vector in vectors.items()})
+    torch.testing.assert_close(logits(model, IDS).double(), logits(truth, IDS), rtol=1e-4, atol=1e-5)
+
+
 def test_forms_are_recognised_by_what_they_compute():
     from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAttention
 
     assert form_of_class(Phi4MultimodalAttention) is form_of_class(modeling_phi3.Phi3Attention) is not None
-    assert form_of_class(LlamaAttention) is form_of_class(nn.Linear) is form_of_class(nn.ModuleList) is None
+    forms = [form_of_class(ATTENTION[family]) for family in ATTENTION]
+    assert None not in forms and len({id(form) for form in forms}) == len(forms)
+    # Qwen3 normalises keys between their projection and their rotation.
+    assert form_of_class(Qwen3Attention) is form_of_class(nn.Linear) is form_of_class(nn.ModuleList) is None
