@@ -7,7 +7,7 @@ keys, values and gates in one first projection, and their second matrix is the l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from ia3rt.adapters.site import Side
 
@@ -87,7 +87,7 @@ _SIDES: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ..
 _PARTS = 1 + max(name.count(".") for _, table in _SIDES for siblings, _ in table for name in siblings)
 
 
-def sides_within(parents: Collection[str], linear: Iterable[str]) -> dict[str, Side]:
+def sides_within(parents: Iterable[str], linear: Iterable[str]) -> dict[str, Side]:
     """The layers that wear a vector, with the side on which they do.
 
     Args:
@@ -104,7 +104,9 @@ def sides_within(parents: Collection[str], linear: Iterable[str]) -> dict[str, S
             if not parent:
                 break
     found: dict[str, Side] = {}
-    for parent in names.keys() & parents:
+    for parent in parents:
+        if parent not in names:
+            continue
         for side, table in _SIDES:
             for siblings, wearers in table:
                 if siblings <= names[parent]:
