@@ -8,11 +8,14 @@ keys, values and gates in one first projection, and their second matrix is the l
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from ia3rt.adapters.site import Side
 
-# Siblings, and which of them wear a vector. A name with a dot goes on into a sibling.
-_OUTPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
+_Table: TypeAlias = "tuple[tuple[frozenset[str], frozenset[str]], ...]"
+"""Siblings, and which of them wear a vector. A name with a dot goes on into a sibling."""
+
+_OUTPUT_SITES: _Table = (
     (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"k_proj", "v_proj"})),
     (frozenset({"qkv_proj", "o_proj"}), frozenset({"qkv_proj"})),
     (frozenset({"qkv_proj", "out_proj"}), frozenset({"qkv_proj"})),
@@ -44,7 +47,7 @@ _OUTPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
         frozenset({"attention.key", "attention.value"}),
     ),
 )
-_INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
+_INPUT_SITES: _Table = (
     (frozenset({"up_proj", "down_proj"}), frozenset({"down_proj"})),
     (frozenset({"gate_up_proj", "down_proj"}), frozenset({"down_proj"})),
     (frozenset({"c_fc", "c_proj"}), frozenset({"c_proj"})),
@@ -80,10 +83,7 @@ _INPUT_SITES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
         frozenset({"feed_forward.value"}),
     ),
 )
-_SIDES: tuple[tuple[Side, tuple[tuple[frozenset[str], frozenset[str]], ...]], ...] = (
-    ("out", _OUTPUT_SITES),
-    ("in", _INPUT_SITES),
-)
+_SIDES: tuple[tuple[Side, _Table], ...] = (("out", _OUTPUT_SITES), ("in", _INPUT_SITES))
 _PARTS = 1 + max(name.count(".") for _, table in _SIDES for siblings, _ in table for name in siblings)
 
 
