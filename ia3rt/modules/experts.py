@@ -13,10 +13,9 @@ from ia3rt.modules.experts_paths import Acting, Scales, by_implementation, flat,
 from ia3rt.modules.experts_trial import computes_as_known
 from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.sharding import is_split, is_tensor_parallel
+from ia3rt.modules.tried import PLAIN_DTYPES
 from ia3rt.modules.wearer import How, Wearer, original_class
 from ia3rt.routing.worn import Worn
-
-_TYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class IA3Experts(Wearer):
@@ -116,7 +115,7 @@ def why_unworn(modules: Mapping[str, nn.Module], path: str) -> str | None:
         if is_tensor_parallel(modules, holder):
             return "is tensor-parallel: each process has a part of its weights, and vectors are of all of them"
         is_plain = type(parameter) is nn.Parameter or is_split(modules[holder])
-        if not is_plain or str(parameter.dtype).removeprefix("torch.") not in _TYPES:
+        if not is_plain or parameter.dtype not in PLAIN_DTYPES:
             return f"keeps {name!r} as a {type(parameter).__name__} of {parameter.dtype}, which wears no vector"
     if getattr(experts, "_is_expert_parallel", False):
         return "has only some of the experts (expert parallelism), and vectors are of all of them"
