@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3rt.modules.channels import CONVOLUTIONS
+from ia3rt.modules.same_code import compiles_to
 
 _linear_forward = nn.Linear.forward
 _torchs: dict[type, Any] = {cls: cls.forward for cls in (*CONVOLUTIONS, nn.Embedding)}
@@ -54,7 +55,7 @@ def computes_as_linear(cls: type) -> bool:
     """
     if not issubclass(cls, nn.Linear) or cls.__call__ is not nn.Module.__call__:
         return False
-    return cls.forward is _linear_forward or _compiles_to(cls.forward, _matmul)
+    return cls.forward is _linear_forward or compiles_to(cls.forward, _matmul)
 
 
 def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | None:
@@ -65,7 +66,7 @@ def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | Non
     if cls is nn.Linear:
         return own_linear
     known: Any = getattr(cls, "forward", None)
-    if _compiles_to(known, _conv1d):
+    if compiles_to(known, _conv1d):
         compute = _own_conv1d
     elif computes_as_linear(cls):
         compute = own_linear if known is _linear_forward else _own_matmul
@@ -100,11 +101,6 @@ def _own_matmul(layer: nn.Module, x: Tensor) -> Tensor | None:
 def _own_of_torch(forward: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, x: Tensor) -> Tensor | None:
     weight = layer.__dict__["_parameters"].get("weight")
     return forward(layer, x) if type(weight) is nn.Parameter or type(weight) is Tensor else None
-
-
-def _compiles_to(function: object, expected: Callable[..., Tensor]) -> bool:
-    code, known = getattr(function, "__code__", None), expected.__code__
-    return code is not None and (code.co_code, code.co_names) == (known.co_code, known.co_names)
 
 
 def _conv1d(self, x):  # type: ignore[no-untyped-def]

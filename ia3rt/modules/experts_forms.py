@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side, Site
+from ia3rt.modules.same_code import compiles_to
 from ia3rt.modules.wearer import original_class
 
 Form: TypeAlias = Literal["by implementation", "flat", "sorted"]
@@ -96,13 +97,10 @@ def interface_of(cls: Any) -> Any:
 
     They stand in what the decorator made the class's forward.
     """
-    code = getattr(cls.forward, "__code__", None)
-    known = _dispatched(None, None).__code__
-    if code is None or (code.co_code, code.co_names) != (known.co_code, known.co_names):
+    if not compiles_to(cls.forward, _dispatched(None, None)):
         return None
-    held: dict[str, Any] = {
-        name: cell.cell_contents for name, cell in zip(code.co_freevars, cls.forward.__closure__ or (), strict=True)
-    }
+    names, cells = cls.forward.__code__.co_freevars, cls.forward.__closure__ or ()
+    held: dict[str, Any] = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
     return held.get("experts_interface")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.modules import bare
+from ia3rt.modules.same_code import compiles_to
 from ia3rt.modules.wearer import Wearer, original_class
 from ia3rt.modules.weights import dense_weight
 
@@ -146,9 +147,5 @@ def form_of(mlp: nn.Module) -> Form | None:
 
 def form_of_class(cls: type) -> Form | None:
     """The form of an MLP's class; None where it has none of these forms."""
-    code = getattr(cls.forward, "__code__", None)  # type: ignore[attr-defined]
-    for form in FORMS:
-        expected = form.forward.__code__
-        if code is not None and (code.co_code, code.co_names) == (expected.co_code, expected.co_names):
-            return form
-    return None
+    forward: object = getattr(cls, "forward", None)
+    return next((form for form in FORMS if compiles_to(forward, form.forward)), None)
