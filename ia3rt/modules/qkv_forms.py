@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ia3rt.modules import qkv_separate
+from ia3rt.modules.qkv_written import IN_ONE, IN_THREE, LLAMA, MISTRAL, QWEN2, forwards
 from ia3rt.modules.wearer import original_class
 
 # The forwards below are only compared with others, which find these names in their own modules.
@@ -32,7 +32,8 @@ class Form(NamedTuple):
         rotary: the rotary embedding that the forward calls, likewise; pairs are half of rotary_dim apart.
         projections: the names of the projections of q, k and v, or of their one projection.
         sizes: what `parts` has to know of an attention.
-        parts: (an output of each projection [..., width], *sizes) to q, k and v, views [..., heads, D].
+        parts: (an output of each projection [..., width], *sizes) to q, k and v, views [..., heads, D]; so are vectors
+            taken apart, of which there may be none.
         worn: the forward with the vectors, which scale the projections' outputs.
         is_partial: whether some of a head's numbers may not be rotated.
     """
@@ -89,55 +90,12 @@ def _rotary_in_two(q, k, cos, sin, unsqueeze_dim=1):
     return q_embed, k_embed
 
 
-def _phi3(self, hidden_states, position_embeddings, attention_mask, cache=None, **kwargs):
-    input_shape = hidden_states.shape[:-1]
-    hidden_shape = (*input_shape, -1, self.head_dim)
-
-    qkv = self.qkv_proj(hidden_states)
-    query_pos = self.config.num_attention_heads * self.head_dim
-    query_states = qkv[..., :query_pos]
-    key_states = qkv[..., query_pos : query_pos + self.num_key_value_heads * self.head_dim]
-    value_states = qkv[..., query_pos + self.num_key_value_heads * self.head_dim :]
-
-    query_states = query_states.view(hidden_shape).transpose(1, 2)
-    key_states = key_states.view(hidden_shape).transpose(1, 2)
-    value_states = value_states.view(hidden_shape).transpose(1, 2)
-
-    cos, sin = position_embeddings
-    query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
-
-    if cache is not None:
-        key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
-
-    attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-        self.config._attn_implementation, eager_attention_forward
-    )
-
-    attn_output, attn_weights = attention_interface(
-        self,
-        query_states,
-        key_states,
-        value_states,
-        attention_mask,
-        dropout=0.0 if not self.training else self.attention_dropout,
-        scaling=self.scaling,
-        sliding_window=getattr(self.config, "sliding_window", None),
-        **kwargs,
-    )
-
-    attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-    attn_output = self.o_proj(attn_output)
-    return attn_output, attn_weights
+def _head_dim(attention: Any) -> tuple[int, ...]:
+    return (attention.head_dim,)
 
 
-def _phi3_worn(self, hidden_states, position_embeddings, attention_mask, cache=None, past_key_values=None, **kwargs):
-    cache = past_key_values if cache is None else cache  # its earlier name, which transformers still takes
-    query, key, value = self.ia3_rotated(hidden_states, position_embeddings)
-    if cache is not None:
-        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-    window = getattr(self.config, "sliding_window", None)
-    output, weights = self.ia3_attend(query, key, value, attention_mask, sliding_window=window, **kwargs)
-    return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+def _by_heads(q: Tensor | None, k: Tensor | None, v: Tensor | None, head_dim: int) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
 
 
 def _phi3_sizes(attention: Any) -> tuple[int, ...]:
@@ -202,10 +160,13 @@ def _gpt_neox_parts(qkv: Tensor, head_size: int) -> tuple[Tensor, ...]:
 
 FORMS: tuple[Form, ...] = (
     *(
-        Form(forward, _rotary, qkv_separate.PROJECTIONS, qkv_separate.sizes, qkv_separate.parts, worn, False)
-        for forward, worn in qkv_separate.forwards()
+        Form(forward, _rotary, ("q_proj", "k_proj", "v_proj"), _head_dim, _by_heads, worn, False)
+        for forward, worn in forwards(IN_THREE, LLAMA, MISTRAL, QWEN2)
     ),
-    Form(_phi3, _rotary_in_one, ("qkv_proj",), _phi3_sizes, _phi3_parts, _phi3_worn, True),
+    *(
+        Form(forward, _rotary_in_one, ("qkv_proj",), _phi3_sizes, _phi3_parts, worn, True)
+        for forward, worn in forwards(IN_ONE, MISTRAL)
+    ),
     Form(_gpt_neox, _rotary_in_two, ("query_key_value",), _gpt_neox_sizes, _gpt_neox_parts, _gpt_neox_worn, True),
 )
 

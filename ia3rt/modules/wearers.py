@@ -17,6 +17,7 @@ from ia3rt.modules.mlp import IA3MLP
 from ia3rt.modules.qkv import IA3QKV
 from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.wearer import Wearer
+from ia3rt.modules.weights import quantised_weight
 from ia3rt.routing.route import Backend
 
 
@@ -39,7 +40,11 @@ def wearers_of(
         form = mlp_forms.form_of(around)
         return (layer, (around, IA3MLP)) if form is not None and form.down == name else (layer,)
     attention = qkv_forms.form_of(around) if backend == "triton" else None
-    return (layer, (around, IA3QKV)) if attention is not None and name in attention.projections else (layer,)
+    if attention is None or name not in attention.projections:
+        return (layer,)
+    if len(attention.projections) > 1 and quantised_weight(modules[site.path]) is not None:
+        return (layer,)  # its vector costs nothing in the kernel that dequantises its weight either
+    return layer, (around, IA3QKV)
 
 
 def _drop_in(module: nn.Module) -> type[IA3Layer]:

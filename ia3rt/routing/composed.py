@@ -67,7 +67,7 @@ class ComposedMixes:
             self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
             self._rows = [pieces(row) for row in self._buffer]
             self._index = torch.empty(count, dtype=torch.int32, device=bank.table.device)
-            self._staging = None if bank.table.is_cpu else Staging(count, bank.table.device)
+            self._staging = None if bank.table.is_cpu else Staging(self._index)
             self._whole = self._buffer[0] if count == 1 else self._buffer
             self._starts = tuple(accumulate(bank.widths[:-1], initial=0))
             self._ends = tuple(accumulate(bank.widths))
@@ -83,7 +83,7 @@ class ComposedMixes:
         if self._staging is not None:
             turn = self._staging.turn()
             turn.ints[:count] = [*rows]
-            turn.copy_to(self._index, count)
+            turn.copy(count)
             torch.index_select(composed, 0, self._index, out=self._buffer)
             return
         for out, slot in zip(self._rows, rows, strict=True):

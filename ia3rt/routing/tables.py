@@ -66,25 +66,25 @@ class MixTables:
         fits = self.mixes.device == device and len(self.mixes) >= slots and self.mixes.shape[1] >= 2 + 2 * size
         if self._mix_staging is None or not fits:
             self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
-            self._mix_staging = Staging(self.mixes.numel(), device)
+            self._mix_staging = Staging(self.mixes.view(-1))
             self._lay_out()
         turn, width = self._mix_staging.turn(), self.mixes.shape[1]
         _pack(turn, mixes, width)
-        turn.copy_to(self.mixes.view(-1), len(mixes) * width)
+        turn.copy(len(mixes) * width)
 
     def write_route(self, slots: list[int]) -> None:
         """Writes which of the mixes each row wears; in place where as many rows were there before."""
         device, count = self.mixes.device, len(slots)
         if self._route_staging is None or self.route.device != device or len(self.route) != count:
             self.route = torch.empty(count, dtype=torch.int32, device=device)
-            self._route_staging, self._slots = Staging(count, device), None
+            self._route_staging, self._slots = Staging(self.route), None
             self._lay_out()
         if slots == self._slots:
             return  # as between any two switches of all rows
         self._slots = slots
         turn = self._route_staging.turn()
         turn.ints[:count] = [*slots]
-        turn.copy_to(self.route, count)
+        turn.copy(count)
 
     def _lay_out(self) -> None:
         self.layout = len(self.route), *self.mixes.shape

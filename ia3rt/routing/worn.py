@@ -13,6 +13,7 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.routing.composed import ComposedMixes, Scales
 from ia3rt.routing.route import Backend, Route
+from ia3rt.routing.streams import current_stream
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 
 _KEPT = 4  # of each size: a switch needs one besides the one that is worn
@@ -134,7 +135,7 @@ class Worn:
 
     def order(self, bank: Bank) -> None:
         """Lets the current stream of a CUDA device wait for the one that this was written in."""
-        written, here = (self.of or self).stream, torch.cuda.current_stream(bank.table.device)
+        written, here = (self.of or self).stream, current_stream(bank.table.device)
         if written is None or here == written:
             return
         here.wait_stream(written)
@@ -204,7 +205,7 @@ class Shelf:
         worn = Worn(route, rows, memory.composed, memory.tables)
         worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
         if self.bank.table.is_cuda:
-            worn.stream = torch.cuda.current_stream(self.bank.table.device)
+            worn.stream = current_stream(self.bank.table.device)
         return worn
 
     def written(self, route: Route, rows: int | None) -> Memory:

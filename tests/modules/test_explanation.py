@@ -8,13 +8,15 @@ from where import DEVICE
 
 import ia3rt
 from ia3rt import ops
+from ia3rt.ops import _bound
 
 NAMES = ("linear", "linear_pair", "activation", "gate_up", "rope")
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The ops that were called."""
+    """The ops that were called, each call by the op: none repeats what was launched before this test."""
+    monkeypatch.setattr(_bound, "_calls", {})
     calls = []
     for name in NAMES:
         op = getattr(ops, name)
@@ -45,7 +47,7 @@ def test_each_backend_and_kind_of_weight_has_its_reason(monkeypatch):
     }
 
     model = tiny_model().to(DEVICE)
-    path = "model.layers.0.self_attn.k_proj"
+    path = "model.layers.0.self_attn.o_proj"
     runtime = ia3rt.patch(model, backend="triton", target_modules=["k_proj", "o_proj"])
 
     def why(rows: int) -> str:
@@ -61,8 +63,8 @@ def test_each_backend_and_kind_of_weight_has_its_reason(monkeypatch):
             return super().forward(input)
 
     other = tiny_model().to(DEVICE)
-    other.model.layers[0].self_attn.k_proj.__class__ = Quantised
-    ia3rt.patch(other, backend="triton")
+    other.model.layers[0].self_attn.o_proj.__class__ = Quantised
+    ia3rt.patch(other, backend="triton", target_modules=["o_proj"])
     entry = next(entry for entry in ia3rt.explain(other).sites if entry.site.path == path)
     assert entry.kernel == "multiplication" and "no kernel reads" in entry.why
 
@@ -80,7 +82,7 @@ def test_printed_it_shows_each_kind_of_site_once():
     text = str(ia3rt.explain(ia3rt.patch(tiny_model().to(DEVICE), backend="triton").model))
     assert "6 sites, triton backend, 1 rows" in text
     assert text.count("× 2") == 3
-    for part in ("model.layers.N.self_attn.k_proj (out)", "linear_pair", "activation", "warps"):
+    for part in ("model.layers.N.self_attn.k_proj (out)", "rope", "activation", "warps"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 120
 
@@ -90,7 +92,7 @@ def test_a_plain_model_is_an_error():
         ia3rt.explain(tiny_model())
 
 
-def test_a_fused_projection_is_explained_by_the_rotary_embedding(launched):
+def test_a_fused_projection_is_explained_by_the_rotary_embedding_too(launched):
     from transformers import Phi3Config, Phi3ForCausalLM
 
     config = Phi3Config(

@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from tiny import logits, tiny_model, token_ids
+from tiny import logits, token_ids
 from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from where import DEVICE
 
 import ia3rt
 from ia3rt import ops
 from ia3rt.modules.pair import Pair
+from ia3rt.ops import _bound
 
 IDS = token_ids()
 
@@ -29,7 +31,8 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each op ran."""
+    """How often each op ran, by the op each time: none repeats what was launched before this test."""
+    monkeypatch.setattr(_bound, "_calls", {})
     counts = {"linear": 0, "linear_pair": 0}
     for name in counts:
         monkeypatch.setattr(ops, name, _counted(getattr(ops, name), name, counts))
@@ -78,7 +81,9 @@ def test_both_come_from_one_op(calls, value_width):
 
 
 def test_a_model_uses_it_in_each_layer(calls):
-    model = tiny_model()
+    """One that normalises its keys before it rotates them, so that the rotary embedding cannot wear their vectors."""
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     logits(patched(model).model, IDS)
     assert calls["linear_pair"] == 2
 
