@@ -81,14 +81,14 @@ def gate_up_kernel(
         w_gate = tl.load(gate_ptrs, mask=(ks < K - k)[:, None], other=0.0)
         if IN_PARTS:
             gate_part = tl.dot(x, w_gate, gate_part, input_precision=PRECISION)
-            gate, gate_part = add_part(gate, gate_part, k + BLOCK_K)
+            gate, gate_part = add_part(gate, gate_part, k + BLOCK_K, K)
         else:
             gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
         if up_ptr is not None:
             w_up = tl.load(up_ptrs, mask=(ks < K - k)[:, None], other=0.0)
             if IN_PARTS:
                 up_part = tl.dot(x, w_up, up_part, input_precision=PRECISION)
-                up, up_part = add_part(up, up_part, k + BLOCK_K)
+                up, up_part = add_part(up, up_part, k + BLOCK_K, K)
             else:
                 up = tl.dot(x, w_up, up, input_precision=PRECISION)
             up_ptrs += BLOCK_K * stride_wk

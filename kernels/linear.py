@@ -99,7 +99,7 @@ def linear_kernel(
         w = tl.load(w_ptrs, mask=(ks < K - k)[:, None], other=0.0)
         if IN_PARTS:
             part = tl.dot(x, w, part, input_precision=PRECISION)
-            acc, part = add_part(acc, part, k + BLOCK_K)
+            acc, part = add_part(acc, part, k + BLOCK_K, K)
         else:
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K

@@ -93,7 +93,7 @@ def linear_quantised_kernel(
             w = scale_values(w, scales_ptr, zeros_ptr, groups_ptr, k, cols, N, K, group_size, KIND, ONE_GROUP, PLUS_ONE)
         if IN_PARTS:
             part = tl.dot(x, w.to(tl.float32), part, input_precision=PRECISION)
-            acc, part = add_part(acc, part, k + BLOCK_K)
+            acc, part = add_part(acc, part, k + BLOCK_K, K)
         else:
             acc = tl.dot(x, w.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)
     if IN_PARTS:

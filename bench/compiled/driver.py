@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,8 +48,11 @@ class _Device(_Driver):
 
         self.launcher_cls = driver.CudaLauncher
         self.utils = _Utils(launched)
-        # The C extension's type, which is not there without a CUDA driver.
-        driver.PyKernelArg, driver.ARG_TUPLE, driver.ARG_KERNEL, driver.ARG_CONSTEXPR = dict, 0, 1, 2
+        if hasattr(driver, "make_launcher"):  # Triton 3.6 writes a launcher in C for each kernel
+            extension = SimpleNamespace(launch=lambda *call: launched(*call[:7], *call[9:13], call[7:9], call[13:]))
+            driver.compile_module_from_src, driver.library_dirs = lambda **_: extension, lambda: []
+        else:  # the C extension's type, which is not there without a CUDA driver
+            driver.PyKernelArg, driver.ARG_TUPLE, driver.ARG_KERNEL, driver.ARG_CONSTEXPR = dict, 0, 1, 2
 
     def allocate_default_profile_scratch(self, *_: object) -> None:
         return None

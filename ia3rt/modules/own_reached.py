@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ia3rt.modules.first_hook import register_first
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.routing.hooks import models_in
 from ia3rt.routing.routing import Routing
@@ -40,7 +42,20 @@ class OwnReached:
         self._places: list[_Place] = []
         self._seen: object = None
         self._hooks: list[RemovableHandle] = []
-        torch.compiler.assume_constant_result(_check)  # type: ignore[no-untyped-call]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        model, places = self._model, self._places
+        # Without arguments: a compiler takes no model for a constant.
+        check = torch.compiler.assume_constant_result(lambda: _check(model, places))  # type: ignore[no-untyped-call]
+        self._check: Callable[[], None] = check
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnReached:
+        """That of a copied model."""
+        made = memo[id(self)] = OwnReached.__new__(OwnReached)
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_check"})
+        made._prepare()
+        return made
 
     def place(self, modules: Mapping[str, nn.Module]) -> None:
         """Says which modules those are, by path; none takes everything back. One stays where it stood at first."""
@@ -53,6 +68,7 @@ class OwnReached:
                 self._edges += [edge for edge in way if edge not in self._edges]
         self._places = [known[path] for path in modules]
         self._seen = None
+        self._prepare()
         if not modules:
             self._edges = []
             for hook in self._hooks:
@@ -61,7 +77,7 @@ class OwnReached:
         elif not self._hooks:
             for each in models_in(self._model):
                 look = self._before_forward if each is self._model else self._before_part
-                self._hooks.append(each.register_forward_pre_hook(look, prepend=True))
+                self._hooks.append(register_first(each, look))
 
     def _before_part(self, *args: object) -> None:
         if not is_traced() and self._routing.forward() is None:
@@ -85,11 +101,11 @@ class OwnReached:
     def _look(self) -> None:
         """Checks them all, once for what other code has put there."""
         if torch.compiler.is_compiling():
-            return _check(self._model, self._places)
+            return self._check()
         present = [parent._modules.get(name) for parent, name, _ in self._edges]
         changed = [(vars(place.module).get("forward"), _rows(place.module)) for place in self._places]
         if self._seen != (present, changed):
-            _check(self._model, self._places)
+            self._check()
             self._seen = present, changed
         return None
 

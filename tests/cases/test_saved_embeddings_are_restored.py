@@ -6,6 +6,7 @@ that was saved.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from heads import SIZES, VOCABULARY, output, randomize, token_ids
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import ia3rt
 
@@ -77,7 +78,9 @@ def test_tokens_are_generated_as_by_the_model_that_was_saved(tied: bool, tmp_pat
     runtime = ia3rt.patch(model)
     runtime.load_adapter(tmp_path / "a")
     runtime.set_adapter("a")
-    for settings in ({}, {"num_beams": 3}):
+    # Up to transformers 5.17 beams are cut by the config's vocabulary, and a larger one is an error there.
+    by_config = "vocab_size = self.config" in inspect.getsource(GenerationMixin._beam_search)
+    for settings in ({}, {"num_beams": 3})[: 1 if by_config else 2]:
         asked = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **settings)
         assert torch.equal(model.generate(new_tokens(), **asked), theirs.generate(input_ids=new_tokens(), **asked))
 
