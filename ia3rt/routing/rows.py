@@ -105,8 +105,8 @@ class RowScales:
         """
         forward = self._forward()
         key = position, x.dim(), self._probing.seen
-        known = key in worn.major and x.shape[0] == worn.rows
-        if known and not is_traced() and (forward is None or forward.marks is None):
+        may_know = not is_traced() and (forward is None or forward.marks is None)
+        if may_know and key in worn.major and x.shape[0] == worn.rows:
             return True  # as in each step of decoding: the rest would take longer than a launch
         if not self._is_scaled(layer, position, x, worn, forward):
             return False

@@ -47,7 +47,9 @@ def hostile(folder: Path, number: int) -> LoRARequest:
     return LoRARequest(f"hostile{number}", number + 1, source.path())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("bfloat16", "float32"))]
+)
 def test_no_innocent_answer_changes(dtype, tmp_path, monkeypatch) -> None:
     for name, value in {**ON_CPU, "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
