@@ -76,6 +76,8 @@ class _Utils:
     def fill_tma_descriptor_tiled(self, *described: object) -> tuple[object, ...]:
         return described
 
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # in Triton 3.6
+
 
 class Builder:
     """Builds for one architecture. There can be one in a process."""

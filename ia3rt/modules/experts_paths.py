@@ -108,7 +108,8 @@ def by_expert(experts: Any, acting: Acting, x: Tensor, index: Tensor, weights: T
         h = h if up is None else up.of_expert(h, expert, token)
         h = _activated(experts, h)
         h = _linear(experts, "down_proj", h if down is None else down.of_expert(h, expert, token), expert)
-        return experts.post_expert_norm(h) if experts.has_post_expert_norm else h
+        normalises = getattr(experts, "has_post_expert_norm", False)  # which transformers 5.17 does not have yet
+        return experts.post_expert_norm(h) if normalises else h
 
     return _looped(experts.num_experts, compute, x, index, weights)
 
