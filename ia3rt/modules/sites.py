@@ -19,6 +19,7 @@ from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.sharding import is_tensor_parallel
 from ia3rt.modules.siblings import sides_within
 from ia3rt.modules.slices import find_slices
+from ia3rt.modules.split import why_unworn as why_unworn_split
 from ia3rt.modules.tried import unfit_result
 from ia3rt.modules.wearer import original_class
 
@@ -168,10 +169,12 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
         name = type(reader).__name__
         raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
     if is_tensor_parallel(modules, path):
-        raise ValueError(
-            f"module {path!r} is tensor-parallel: each process computes with a part of its weight, and ia3rt does not "
-            "split vectors so yet. Load the model without tp_plan; FSDP (fully_shard) splits weights and can be used"
-        )
+        why = why_unworn_split(modules[path], side)
+        if why is not None:
+            raise ValueError(
+                f"module {path!r} is tensor-parallel and wears no vector at its {side}put: {why}. Leave it out, or "
+                "load the model without tp_plan; FSDP (fully_shard) splits weights of any layer"
+            )
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, width, spatial=spatial_dims(modules[path]))
