@@ -224,6 +224,11 @@ def _sliced(model: nn.Module, modules: Mapping[str, nn.Module], sites: list[Site
                 f"module {site.path!r} wears its vector at its input, and slices {wanted[site.path]} are of an output: "
                 "give None for them, or name its side with feedforward_modules"
             )
+        if wanted[site.path] and is_tensor_parallel(modules, site.path):
+            raise ValueError(
+                f"module {site.path!r} is tensor-parallel, and where its slices {wanted[site.path]} are is seen on a "
+                "whole layer only: give None for them"
+            )
     found = find_slices(model, modules, {path: slices for path, slices in wanted.items() if slices is not None})
     return [replace(site, slices=found.get(site.path)) for site in sites]
 
