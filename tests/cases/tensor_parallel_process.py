@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
-from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 import ia3rt
 
@@ -94,8 +95,14 @@ def late() -> dict[str, Tensor]:
     return {"others": logits(model, IDS), "others, with gradients": model(IDS).logits.detach()}
 
 
-def planned(plan: dict[str, str]) -> nn.Module:
-    return apply_tensor_parallelism(tiny_model(), mesh, {f"{LAYER}{name}": style for name, style in plan.items()})
+def planned(name: str, plan: str) -> nn.Module:
+    """A model of which transformers splits one layer by a style of its plans."""
+    model, style = tiny_model(), ALL_PARALLEL_STYLES[plan]
+    layer = model.model.layers[0].get_submodule(name)
+    for parameter in ("weight", "bias"):
+        style.shard_param(layer, parameter, mesh)
+    style.install_forward(layer, mesh)
+    return model
 
 
 def on_a_mesh_of_two() -> nn.Module:
@@ -137,8 +144,6 @@ def refusals() -> dict[str, str]:
     runtime.add_adapter("a")
     runtime.set_adapter("a")
     before = runtime.adapters, len(runtime.sites)
-    packed = dict.fromkeys(("self_attn.k_proj", "self_attn.k_proj.weight"), "packed_colwise")
-    gathered = dict.fromkeys(("self_attn.v_proj", "self_attn.v_proj.weight"), "sequence_parallel")
     refused: dict[str, Callable[[], object]] = {
         "bias": lambda: runtime.add_adapter("late", {(f"{LAYER}self_attn.o_proj", "out"): torch.ones(64)}),
         "embedding": lambda: runtime.add_adapter("late", {("model.embed_tokens", "out"): torch.ones(64)}),
@@ -146,8 +151,8 @@ def refusals() -> dict[str, str]:
         "merged": runtime.merge_adapter,
         "slices": lambda: ia3rt.patch(by_transformers("llama"), target_modules={"k_proj": ("k",)}),
         "triton": lambda: ia3rt.patch(by_transformers("llama"), backend="triton"),
-        "packed": lambda: ia3rt.patch(planned(packed)),
-        "sequence": lambda: ia3rt.patch(planned(gathered)),
+        "packed": lambda: ia3rt.patch(planned("self_attn.k_proj", "packed_colwise")),
+        "sequence": lambda: ia3rt.patch(planned("self_attn.v_proj", "sequence_parallel")),
         "mesh": lambda: ia3rt.patch(on_a_mesh_of_two()),
         "forward": lambda: ia3rt.patch(with_a_forward_of_its_own()),
         "placed": placed_otherwise,
@@ -163,7 +168,7 @@ def refusals() -> dict[str, str]:
     return said
 
 
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=100))
 mesh = dist.init_device_mesh("cpu", (2,))
 results = {
     "llama by transformers": seen(by_transformers("llama"), "llama"),
