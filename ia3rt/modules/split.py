@@ -58,7 +58,7 @@ def why_unworn(layer: nn.Module, side: Side) -> str | None:
     """
     kind = original_class(type(layer)).__name__
     if not computes_as_linear(original_class(type(layer))):
-        return f"how a {kind} computes with a part of its weight is not known"
+        return f"how {kind} computes with a part of its weight is not known"
     style = parallel_style(layer)
     if not keeps_class_forward(layer):
         if style is None:

@@ -86,11 +86,10 @@ def seen(model: nn.Module, family: str) -> dict[str, Any]:
     return {**found, "base": base}
 
 
-def late() -> dict[str, Tensor]:
+def late(model: nn.Module, family: str) -> dict[str, Tensor]:
     """Logits with vectors at other layers than the usual ones, which come with an adapter."""
-    model = by_torch("llama")
     runtime = ia3rt.patch(model)
-    runtime.load_adapter(FOLDER / "others", "others")
+    runtime.load_adapter(FOLDER / f"{family} others", "others")
     runtime.set_adapter("others")
     return {"others": logits(model, IDS), "others, with gradients": model(IDS).logits.detach()}
 
@@ -113,6 +112,10 @@ def on_a_mesh_of_two() -> nn.Module:
         split = distribute_tensor(parameter.detach(), two, [Replicate(), Shard(0)])
         k_proj.register_parameter(name, nn.Parameter(split))
     return model
+
+
+def with_a_split_embedding() -> nn.Module:
+    return parallelize_module(tiny_model(), mesh, {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())})
 
 
 def with_a_forward_of_its_own() -> nn.Module:
@@ -146,7 +149,7 @@ def refusals() -> dict[str, str]:
     before = runtime.adapters, len(runtime.sites)
     refused: dict[str, Callable[[], object]] = {
         "bias": lambda: runtime.add_adapter("late", {(f"{LAYER}self_attn.o_proj", "out"): torch.ones(64)}),
-        "embedding": lambda: runtime.add_adapter("late", {("model.embed_tokens", "out"): torch.ones(64)}),
+        "embedding": lambda: ia3rt.patch(with_a_split_embedding(), target_modules=["embed_tokens"]),
         "trained": lambda: runtime.train_adapter("a"),
         "merged": runtime.merge_adapter,
         "slices": lambda: ia3rt.patch(by_transformers("llama"), target_modules={"k_proj": ("k",)}),
@@ -174,7 +177,7 @@ results = {
     "llama by transformers": seen(by_transformers("llama"), "llama"),
     "llama by torch": seen(by_torch("llama"), "llama"),
     "phi3 by transformers": seen(by_transformers("phi3"), "phi3"),
-    "late": late(),
+    "late": {"llama": late(by_torch("llama"), "llama"), "phi3": late(by_transformers("phi3"), "phi3")},
     "refusals": refusals(),
 }
 torch.save(results, FOLDER / f"{dist.get_rank()}.pt")

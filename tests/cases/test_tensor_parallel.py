@@ -25,13 +25,21 @@ TARGETS = {
 WAYS = ["llama by transformers", "llama by torch", "phi3 by transformers"]
 ROWS = ["b", None, "cb", "c"]
 OTHERS = {
-    ("model.layers.0.self_attn.q_proj", "out"): 64,
-    ("model.layers.0.self_attn.k_proj", "in"): 64,
-    ("model.layers.0.self_attn.o_proj", "out"): 64,
-    ("model.layers.1.self_attn.o_proj", "in"): 64,
-    ("model.layers.1.mlp.up_proj", "in"): 64,
-    ("model.layers.1.mlp.down_proj", "in"): 96,
-    ("lm_head", "in"): 64,
+    "llama": {
+        ("model.layers.0.self_attn.q_proj", "out"): 64,
+        ("model.layers.0.self_attn.k_proj", "in"): 64,
+        ("model.layers.0.self_attn.o_proj", "out"): 64,
+        ("model.layers.1.self_attn.o_proj", "in"): 64,
+        ("model.layers.1.mlp.up_proj", "in"): 64,
+        ("model.layers.1.mlp.down_proj", "in"): 96,
+        ("lm_head", "in"): 64,
+    },
+    "phi3": {
+        ("model.layers.0.self_attn.qkv_proj", "in"): 32,
+        ("model.layers.0.self_attn.o_proj", "out"): 32,
+        ("model.layers.1.mlp.gate_up_proj", "out"): 96,
+        ("lm_head", "out"): 100,
+    },
 }
 
 
@@ -49,9 +57,9 @@ def processes(tmp_path_factory):
     for family, targets in TARGETS.items():
         made(family).save_pretrained(folder / family)
         save_each(peft_model(made(family), "llama", "bc", **targets), folder / f"{family} adapters")
-    whole = ia3rt.patch(tiny_model())
-    whole.add_adapter("others", others())
-    whole.save_adapter("others", folder / "others")
+        whole = ia3rt.patch(made(family))
+        whole.add_adapter("others", others(family))
+        whole.save_adapter("others", folder / f"{family} others")
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
@@ -65,9 +73,9 @@ def processes(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def others():
+def others(family):
     generator = torch.Generator().manual_seed(5)
-    return {key: torch.empty(width).uniform_(0.5, 1.5, generator=generator) for key, width in OTHERS.items()}
+    return {key: torch.empty(width).uniform_(0.5, 1.5, generator=generator) for key, width in OTHERS[family].items()}
 
 
 class Truth:
@@ -173,11 +181,12 @@ def test_one_process_alone_saves_whole_vectors(processes, family):
     assert all(torch.equal(saved[key], original[key]) for key in saved)
 
 
-def test_sites_that_come_with_an_adapter_are_split_too(processes):
+@pytest.mark.parametrize("family", OTHERS)
+def test_sites_that_come_with_an_adapter_are_split_too(processes, family):
     _, ranks = processes
-    truth = scaled(tiny_model(), {key: vector.double() for key, vector in others().items()})
+    truth = scaled(made(family), {key: vector.double() for key, vector in others(family).items()})
     for rank in ranks:
-        for seen in rank["late"].values():
+        for seen in rank["late"][family].values():
             assert difference(seen, logits(truth, IDS)) < 1e-5
 
 
@@ -188,8 +197,11 @@ def test_sites_that_come_with_an_adapter_are_split_too(processes):
             "bias",
             "o_proj' is tensor-parallel and wears no vector at its output: transformers adds its bias after the sum",
         ),
-        ("embedding", "'model.embed_tokens' is tensor-parallel and wears no vector at its output: how a Embedding"),
-        ("trained", "module 'model.embed_tokens' is tensor-parallel, and ia3rt does not train beside it"),
+        (
+            "embedding",
+            "embed_tokens' is tensor-parallel and wears no vector at its output: how Embedding computes",
+        ),
+        ("trained", "is tensor-parallel, and ia3rt does not train beside it"),
         ("merged", "its weight is split over processes"),
         ("slices", "is tensor-parallel, and where its slices ('k',) are is seen on a whole layer only"),
         ("triton", "patch(model, backend='torch')"),
