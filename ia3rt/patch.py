@@ -14,6 +14,7 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames
 from ia3rt.adapters.takeover import TakenOver, base_model, take_over
 from ia3rt.modules import attention
+from ia3rt.modules.sharding import is_tensor_parallel
 from ia3rt.modules.sites import Targets, find_sites, site_of
 from ia3rt.modules.wearer import Wearer, computing_device, computing_tensor
 from ia3rt.routing.route import Backend
@@ -51,7 +52,8 @@ def patch(
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.
         capacity: how many adapters to make room for at first. The bank grows when they are more.
-        backend: `triton` or `torch`. None takes Triton on a CUDA device and torch elsewhere.
+        backend: `triton` or `torch`. None takes Triton on a CUDA device, and torch elsewhere and for a model that
+            tensor parallelism splits.
         fuse_gate_up: whether one kernel computes the first half of an MLP, both its matrices and its activation, where
             it can read them: on the Triton backend, as long as they wear no vector and have no hook. It is as
             accurate. Not the default, as it is not measured on a GPU yet.
@@ -60,10 +62,10 @@ def patch(
         The model's Runtime.
 
     Raises:
-        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices or
-            are tensor-parallel, PEFT still wraps its layers, or holds adapters of another type, or its layers differ in
-            which adapters are active; or it cannot be seen where slices are. After this or any other exception the
-            model is as it was.
+        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices,
+            are tensor-parallel in a way that is not known, or on the Triton backend; PEFT still wraps its layers, or
+            holds adapters of another type, or its layers differ in which adapters are active; or it cannot be seen
+            where slices are. After this or any other exception the model is as it was.
     """
     inner = getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
     base = base_model(inner)
@@ -91,6 +93,8 @@ def patch(
         sites = sites or find_sites(base, *targets)
         weight = _weight(base, sites)
         bank = Bank(sites, weight.device, dtype, capacity)
+        if backend is None and _is_tensor_parallel(base, sites):
+            backend = "torch"  # the kernels compute with whole weights
         return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken)
     except BaseException:
         if taken is not None:
@@ -149,6 +153,11 @@ def _weight(model: nn.Module, sites: list[Site]) -> Tensor:
         )
     weight = computing_tensor(modules[0])
     return torch.empty(0, dtype=weight.dtype, device=device) if weight.is_meta else weight
+
+
+def _is_tensor_parallel(model: nn.Module, sites: list[Site]) -> bool:
+    modules = dict(model.named_modules())
+    return any(is_tensor_parallel(modules, site.module) for site in sites)
 
 
 def _backend(backend: Backend | None, weight: Tensor) -> Backend:

@@ -29,7 +29,7 @@ from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
 from ia3rt.modules.renamed import by_todays_names
-from ia3rt.modules.sharding import fsdp_modules
+from ia3rt.modules.sharding import fsdp_modules, is_tensor_parallel
 from ia3rt.modules.sites import Targets, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
@@ -279,8 +279,9 @@ class Runtime:
             them, and those of the adapters' own modules.
 
         Raises:
-            ValueError: an adapter is unknown, acts at an offloaded module, or has modules of its own beside a model
-                that FSDP splits; no row wears one and they cannot be combined; or a name is in the way.
+            ValueError: the model is tensor-parallel; an adapter is unknown, acts at an offloaded module, or has modules
+                of its own beside a model that FSDP splits; no row wears one and they cannot be
+                combined; or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -539,6 +540,13 @@ class Runtime:
 
     def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
         is_sharded = bool(fsdp_modules(self.model))
+        modules = dict(self.model.named_modules())
+        parallel = next((path for path in modules if is_tensor_parallel(modules, path)), None)
+        if parallel is not None:
+            raise ValueError(
+                f"module {parallel!r} is tensor-parallel, and ia3rt does not train beside it: each process would see "
+                "the gradients of its parts only. Train on a model without tp_plan; FSDP (fully_shard) can be used"
+            )
         for adapter in adapters:
             if is_sharded and adapter.modules:
                 raise ValueError(

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
 _MOST = 100  # objects to look through behind one forward
+_PARALLEL = "transformers.distributed.tensor_parallel"
 
 
 def keeps_class_forward(module: nn.Module) -> bool:
-    """Whether the class's forward runs, also once the class is another: accelerate's hooks call what they replaced."""
+    """Whether the class's forward runs, also once the class is another.
+
+    So it is with accelerate's hooks and with transformers' tensor parallelism, which call what they replaced.
+    """
     held = vars(module)
     if "forward" not in held:
         return True
-    return is_class_forward(held.get("_old_forward"), module)
+    return is_class_forward(held.get("_old_forward"), module) or cell_of_class_forward(module) is not None
+
+
+def parallel_style(module: nn.Module) -> object | None:
+    """How transformers' tensor parallelism has the module's forward compute; None where it has set none on it."""
+    cell = _variables(module).get("self")
+    return None if cell is None else cell.cell_contents
+
+
+def cell_of_class_forward(module: nn.Module) -> CellType | None:
+    """Where the forward that splits a linear layer as transformers does keeps the one that it calls, its class's.
+
+    None where no such forward is set on the module, or it calls another. Those are known that split a layer's outputs,
+    or its inputs, and do nothing else between its class's forward and its weight.
+    """
+    known: Any = sys.modules.get(_PARALLEL)
+    cell = _variables(module).get("original_forward")
+    if cell is None or type(parallel_style(module)) not in (known.ColwiseParallel, known.RowwiseParallel):
+        return None
+    return cell if is_class_forward(cell.cell_contents, module) else None
+
+
+def _variables(module: nn.Module) -> dict[str, CellType]:
+    """The variables around the forward that transformers' tensor parallelism set on a module; none of any other's."""
+    function = vars(module).get("forward")
+    if not isinstance(function, FunctionType) or function.__module__ != _PARALLEL or _PARALLEL not in sys.modules:
+        return {}
+    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
 
 
 def is_class_forward(function: object, module: nn.Module) -> bool:

@@ -9,11 +9,16 @@ from typing import Any
 from torch import nn
 
 
-def is_split(layer: nn.Module) -> bool:
-    """Whether a process holds only a part of the layer's weight, outside of a forward at least."""
+def is_distributed(x: object) -> bool:
+    """Whether x is a tensor of several processes, each with a part of it or with all."""
     # Without the module there is no such tensor; importing it takes a while.
     tensors: Any = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and any(isinstance(each, tensors.DTensor) for each in layer.parameters(False))
+    return tensors is not None and isinstance(x, tensors.DTensor)
+
+
+def is_split(layer: nn.Module) -> bool:
+    """Whether a process holds only a part of the layer's weight, outside of a forward at least."""
+    return any(map(is_distributed, layer.parameters(False)))
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
@@ -23,7 +28,7 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 def is_tensor_parallel(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether the layer at `path` computes with a part of its weight: its vectors would have to be split as that is.
+    """Whether the layer at `path` computes with a part of its weight: its vectors are split as that is.
 
     Args:
         modules: the model's, by path.

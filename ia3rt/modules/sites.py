@@ -19,6 +19,7 @@ from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.sharding import is_tensor_parallel
 from ia3rt.modules.siblings import sides_within
 from ia3rt.modules.slices import find_slices
+from ia3rt.modules.split import why_unworn as why_unworn_split
 from ia3rt.modules.tried import unfit_result
 from ia3rt.modules.wearer import original_class
 
@@ -168,10 +169,12 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
         name = type(reader).__name__
         raise ValueError(f"module {path!r} cannot wear a vector: {name} reads its weight and never calls it")
     if is_tensor_parallel(modules, path):
-        raise ValueError(
-            f"module {path!r} is tensor-parallel: each process computes with a part of its weight, and ia3rt does not "
-            "split vectors so yet. Load the model without tp_plan; FSDP (fully_shard) splits weights and can be used"
-        )
+        why = why_unworn_split(modules[path], side)
+        if why is not None:
+            raise ValueError(
+                f"module {path!r} is tensor-parallel and wears no vector at its {side}put: {why}. Leave it out, or "
+                "load the model without tp_plan; FSDP (fully_shard) splits weights of any layer"
+            )
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, width, spatial=spatial_dims(modules[path]))
@@ -220,6 +223,11 @@ def _sliced(model: nn.Module, modules: Mapping[str, nn.Module], sites: list[Site
             raise ValueError(
                 f"module {site.path!r} wears its vector at its input, and slices {wanted[site.path]} are of an output: "
                 "give None for them, or name its side with feedforward_modules"
+            )
+        if wanted[site.path] and is_tensor_parallel(modules, site.path):
+            raise ValueError(
+                f"module {site.path!r} is tensor-parallel, and where its slices {wanted[site.path]} are is seen on a "
+                "whole layer only: give None for them"
             )
     found = find_slices(model, modules, {path: slices for path, slices in wanted.items() if slices is not None})
     return [replace(site, slices=found.get(site.path)) for site in sites]

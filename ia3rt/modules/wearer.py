@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side
 from ia3rt.modules.offloading import execution_device
-from ia3rt.modules.set_forward import is_class_forward
+from ia3rt.modules.set_forward import cell_of_class_forward, is_class_forward
 from ia3rt.routing.layout import Layout, Unknown
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.worn import Worn
@@ -72,6 +72,9 @@ class Wearer(nn.Module):
 
     def __init_subclass__(cls) -> None:
         """Calls no further: what a layer's class does with its subclasses is not meant for drop-in classes."""
+
+    def ia3_begin(self) -> None:
+        """Looks at the module once, when it is made a drop-in."""
 
     def ia3_scale(self, position: int, x: Tensor, worn: Worn) -> Tensor | None:
         """What x, [..., width], is multiplied by; None where that is nothing.
@@ -169,6 +172,7 @@ def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Calla
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
     become(module, patched_class(mixin, type(module)))
     vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None, ia3_layouts={})
+    module.ia3_begin()  # type: ignore[operator]
 
 
 def place(module: nn.Module, side: Side, position: int | None) -> None:
@@ -208,4 +212,7 @@ def become(module: nn.Module, cls: type) -> None:
     # present class's. One that other code had set on the module is not the class's, and stays.
     if is_class_forward(vars(module).get("_old_forward"), module):
         vars(module)["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    cell = cell_of_class_forward(module)  # so does the forward that splits a layer over processes
+    if cell is not None:
+        cell.cell_contents = MethodType(cls.forward, module)  # type: ignore[attr-defined]
     object.__setattr__(module, "__class__", cls)  # whatever its own __setattr__ forbids

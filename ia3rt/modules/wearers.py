@@ -16,6 +16,8 @@ from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.mlp import IA3MLP
 from ia3rt.modules.qkv import IA3QKV
 from ia3rt.modules.set_forward import keeps_class_forward
+from ia3rt.modules.sharding import is_tensor_parallel
+from ia3rt.modules.split_layer import IA3SplitLayer
 from ia3rt.modules.wearer import Wearer
 from ia3rt.modules.weights import quantised_weight
 from ia3rt.routing.route import Backend
@@ -31,6 +33,13 @@ def wearers_of(
     """
     if site.experts:
         return ((modules[site.module], drop_in_of(modules[site.module])),)
+    if is_tensor_parallel(modules, site.path):
+        if backend == "triton":
+            raise ValueError(
+                f"module {site.path!r} is tensor-parallel, and the Triton backend computes with whole weights: "
+                "patch(model, backend='torch')"
+            )
+        return ((modules[site.path], IA3SplitLayer),)
     layer = modules[site.path], _drop_in(modules[site.path])
     parent, _, name = site.path.rpartition(".")
     around = modules[parent]

@@ -64,6 +64,8 @@ class Marks(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Does an operation, and before it the same on the twins of its inputs, if any of them has one."""
         kwargs = kwargs or {}
+        if any(each.__module__.startswith("torch.distributed.") for each in types):
+            return NotImplemented  # such a tensor does it with what is in this process, and that is followed
         self._calls += 1
         if self._calls % _SWEEP == 0:
             self._twins = {at: twin for at, twin in self._twins.items() if not twin[0].expired()}  # type: ignore[no-untyped-call]
@@ -88,7 +90,7 @@ class Marks(TorchDispatchMode):
 
         twins = None
         with suppress(Exception), _same_draws(func, inputs):
-            twins = tree_leaves(func(*tree_map(twin_of, args), **tree_map(twin_of, kwargs)))
+            twins = _waited(func, tree_leaves(func(*tree_map(twin_of, args), **tree_map(twin_of, kwargs))))
         result = func(*args, **kwargs)
         if self._orders_rows(func, args):
             # By what is in this batch: no order that the next one has. So all of it depends on any row.
@@ -160,6 +162,16 @@ class Marks(TorchDispatchMode):
         twin = self._twin(x)
         assert twin is not None
         return twin
+
+
+def _waited(func: Any, results: list[Any]) -> list[Any]:
+    """The results of an operation; one between processes gives them before they are there."""
+    if func.namespace == "_c10d_functional":
+        return [torch.ops._c10d_functional.wait_tensor(each) if isinstance(each, Tensor) else each for each in results]
+    for each in results if func.namespace == "c10d" else ():
+        if isinstance(each, torch.ScriptObject):
+            each.wait()  # type: ignore[attr-defined]
+    return results
 
 
 def _address(x: Tensor) -> int | None:

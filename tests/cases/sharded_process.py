@@ -12,7 +12,6 @@ from tiny import logits, tiny_model, token_ids
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import ia3rt
 
@@ -66,10 +65,7 @@ def trained(runtime: ia3rt.Runtime, whole: ia3rt.Runtime) -> float:
 def refusals() -> list[str]:
     """What is said of what is not supported."""
     said = []
-    model = tiny_model()
-    attention = model.model.layers[0].self_attn
     mesh = dist.init_device_mesh("cpu", (2,))
-    parallelize_module(attention, mesh, {"k_proj": ColwiseParallel()})
     mixture = tiny_mixture(num_hidden_layers=1)
     experts = mixture.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)]))
@@ -83,7 +79,6 @@ def refusals() -> list[str]:
     headed.add_adapter("headed", modules=own)
     shard(headed.model)
     refused_all = (
-        lambda: ia3rt.patch(model),
         lambda: runtime.model(token_ids()),
         sharded.merge_adapter,
         lambda: headed.train_adapter("headed"),
