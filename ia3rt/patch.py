@@ -45,9 +45,9 @@ def patch(
             structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded. Of a model
             with PEFT's adapters, None finds the sites of these. A mapping of such names says of a fused projection
             which slices of its output wear the vector, as {"c_attn": ("k", "v"), "mlp.c_proj": None}: some of "q", "k"
-            and "v", or of "gate" and "up"; None for all of it. Vectors keep their full width, with ones elsewhere, and
-            adapters with other numbers there are refused. Where the slices are is seen, layer by layer, by running the
-            module around the projection on a few tokens (modules/slices.py).
+            and "v", or of "gate", which is activated, and "up"; None for all of it. Vectors keep their full width, with
+            ones elsewhere, and adapters with other numbers there are refused. Where the slices are is seen, layer by
+            layer, by running the module around the projection on a few tokens (modules/slices.py).
         feedforward_modules: which of them wear it at the input; None leaves that to the structure and to adapters.
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.

@@ -30,7 +30,7 @@ from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
 from ia3rt.modules.renamed import by_todays_names
 from ia3rt.modules.sharding import fsdp_modules, is_tensor_parallel
-from ia3rt.modules.sites import Targets, shared_modules, site_of
+from ia3rt.modules.sites import Targets, find_sites, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
 from ia3rt.routing.composed import composed_vectors
@@ -132,7 +132,7 @@ class Runtime:
 
         Returns:
             Its `vectors`, [width] each by (path, "in") or (path, "out"), or by path alone where the module has one; of
-            experts [experts * width], or [width] where all of them share one; its `config`; and its own `modules`, as
+            experts [experts, width], or [width] where all of them share one; its `config`; and its own `modules`, as
             `add_adapter` takes them.
 
         Raises:
@@ -140,7 +140,12 @@ class Runtime:
         """
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
         self._sync()
-        vectors = {site.key: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
+        vectors = {
+            site.key: (vector.view(site.experts, -1) if site.experts and site not in adapter.shared else vector)
+            .detach()
+            .clone()
+            for site, vector in self._bank.distinct(adapter).items()
+        }
         states = self._own.states((adapter,)).states
         own = {path: {each: x.detach().clone() for each, x in state.items()} for path, state in states.items()}
         return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config), own)
@@ -201,8 +206,8 @@ class Runtime:
             name: what to call it.
             vectors: by module path where that module has one site, else by (path, "in") or (path, "out"); each of
                 the site's width, in any shape; of experts [experts, width], or [width] for all alike. Sites left out
-                count as ones. None makes an adapter of ones at all
-                sites: it changes nothing until it is trained.
+                count as ones. None makes an adapter of ones at all sites, or, where the model has none yet, at those
+                that the config's target_modules and feedforward_modules name: it changes nothing until it is trained.
             config: what `save_adapter` writes into its adapter_config.json besides the sites, such as task_type. Of the
                 modules that its modules_to_save names, and of those that PEFT adds for its task_type ("classifier" and
                 "score" for SEQ_CLS and TOKEN_CLS, "qa_outputs" for QUESTION_ANS), the adapter gets its own, which begin
@@ -219,12 +224,13 @@ class Runtime:
         self._bank.check_name(name)
         own = brought.of_tensors(self.model, name, modules, config or {})
         if vectors is None:
-            if not self.sites:
+            sites = self.sites or self._sites_of_config(config or {})
+            if not sites:
                 raise ValueError(
                     f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
-                    "vectors, or name the modules in patch(target_modules=…)"
+                    "vectors, or name the modules in patch(target_modules=…) or in its config's target_modules"
                 )
-            outside = [site for site in self.sites if own.owner(site.path) is None]
+            outside = [site for site in sites if own.owner(site.path) is None]
             vectors = {site.key: torch.ones(site.width) for site in outside}
         sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
@@ -655,6 +661,13 @@ class Runtime:
             f"adapter {name!r}: say at which side of {key!r} its vector acts, with the key ({key!r}, 'in') or "
             f"({key!r}, 'out')"
         )
+
+    def _sites_of_config(self, config: Mapping[str, Any]) -> list[Site]:
+        """Those that an adapter_config.json names; none where it names none."""
+        names = (config.get(each) for each in ("target_modules", "feedforward_modules", "exclude_modules"))
+        targets = Targets(*names)
+        with self._own.lifted():
+            return find_sites(self.model, *targets) if targets.target_modules else []
 
     def _site(self, name: str, key: SiteKey) -> Site:
         self._check_unshared(name, key[0], key[0])

@@ -200,12 +200,14 @@ class Bank:
         Sites that the bank lacks come after those it has, in the order of `vectors`.
 
         Raises:
-            ValueError: a vector of another width than its site's, or with a NaN or inf, or with other numbers than ones
-                outside of its site's slices; or nothing to load.
+            ValueError: a vector of another width than its site's, of complex numbers, or with a NaN or inf, or with
+                other numbers than ones outside of its site's slices; or nothing to load.
         """
         if not vectors:
             raise ValueError(f"adapter {name!r} has no vectors")
         for site, vector in vectors.items():
+            if vector.is_complex():
+                raise ValueError(f"adapter {name!r} has a vector of {vector.dtype} at {site}: expected real numbers")
             if not _fits(vector, site):
                 raise ValueError(
                     f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected "

@@ -12,7 +12,10 @@ from ia3rt.adapters.site import SiteKey
 
 
 class Vectors(dict[SiteKey, Tensor]):
-    """Vectors [width] by (path, side); `vectors[path]` finds the one of a module that has one."""
+    """Vectors [width] by (path, side); `vectors[path]` finds the one of a module that has one.
+
+    Those of experts are [experts, width], or [width] where all of them share one.
+    """
 
     def __missing__(self, path: object) -> Tensor:
         """The only vector at a module's path.
@@ -32,7 +35,7 @@ class AdapterContents:
 
     Attributes:
         name: what it is called.
-        vectors: [width] each, detached, in the bank's dtype and on its device.
+        vectors: as there, detached, in the bank's dtype and on its device.
         config: the adapter_config.json it came with, or what `add_adapter` was given.
         modules: the tensors of the modules that it has its own of, by path, then by name in the module.
     """

@@ -96,3 +96,35 @@ def name_matches(path: str, names: ModuleNames) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def check_names(argument: str, names: object) -> None:
+    """Sees to it that `names` are such as `name_matches` takes, or a mapping of them to slices, or None.
+
+    Raises:
+        ValueError: they are not: `argument` is what they were given as.
+    """
+    if names is None:
+        return
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(
+                f"{argument}={names!r} is no regular expression, as which a string is read: {error}. Names go in a list"
+            ) from None
+        return
+    wrong = [each for each in names if not isinstance(each, str)] if isinstance(names, Collection) else [names]
+    if wrong:
+        raise ValueError(
+            f"{argument}={names!r}: modules are named by a list or set of strings, or by one string, a regular "
+            f"expression, and {wrong[0]!r} is of type {type(wrong[0]).__name__}"
+        )
+    assert isinstance(names, Collection)
+    for name, slices in names.items() if isinstance(names, Mapping) else ():
+        is_known = slices is None or (isinstance(slices, Collection) and all(isinstance(each, str) for each in slices))
+        if not is_known:
+            raise ValueError(
+                f"{argument} gives {name!r} the slices {slices!r}: they are some of their names, as ('k', 'v'), or "
+                "None for the whole module"
+            )

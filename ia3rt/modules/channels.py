@@ -37,8 +37,9 @@ def channel_weight(path: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         layer: of which `channel_widths` are known.
 
     Raises:
-        ValueError: its weight is no parameter of its own but computed for each forward, or of another kind, or the
-            layer's class computes in a way of its own: with a standardised weight, say, a scale in it is lost.
+        ValueError: its weight is no parameter of its own but computed for each forward, or of another kind, or has
+            a max_norm, or the layer's class computes in a way of its own: with a standardised weight, say, a scale in
+            it is lost.
     """
     kind = original_class(type(layer))
     torchs = next(base for base in (*CONVOLUTIONS, nn.Embedding) if issubclass(kind, base))
@@ -49,6 +50,11 @@ def channel_weight(path: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"cannot merge into {path!r}: a {kind.__name__} has a {own[0]} of its own, by which a scale in its weight "
             f"may be none of its output; only {torchs.__name__}'s own is known to be"
+        )
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"cannot merge into {path!r}: its {kind.__name__} has max_norm={layer.max_norm}, which shortens a row "
+            "of its weight when it is looked up: a scale in it is lost"
         )
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         seen = "no parameter" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"

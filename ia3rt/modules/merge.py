@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.modules.channels import channel_weight, channel_widths, scaled_channels
 from ia3rt.modules.experts_forms import matrices_of
+from ia3rt.modules.memory import Memory, repeats
 from ia3rt.modules.mergeable import mergeable_weight
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.sharding import is_split
@@ -69,8 +71,9 @@ class MergedWeights:
         and rounded once. Either all weights change or none.
 
         Raises:
-            ValueError: a weight is quantised, offloaded, computed from others, shared with another module, not all that
-                its layer computes by, or would overflow; or a vector or a weight is not finite.
+            ValueError: a weight is quantised, offloaded, computed from others, over memory that another tensor has too
+                or that its own elements share, not all that its layer computes by, or would overflow; or a vector or a
+                weight is not finite.
         """
         merged = [*self._mixes, mix]
         try:
@@ -82,9 +85,8 @@ class MergedWeights:
 
     def unmerge(self) -> None:
         """Puts the original weights back, bit for bit, into what stands in their places now."""
-        with torch.no_grad():
-            for (module, name), original in self._originals.items():
-                (module._parameters if name in module._parameters else module._buffers)[name].copy_(original)  # type: ignore[union-attr]
+        for (module, name), original in self._originals.items():
+            _write_into((module._parameters if name in module._parameters else module._buffers)[name], original)
 
     def _write(self, mixes: Sequence[ResolvedMix]) -> None:
         self.unmerge()
@@ -96,6 +98,12 @@ class MergedWeights:
                     raise ValueError(f"cannot merge {_not_finite(self._bank, mix)} at {site}")
                 scales[site.key] = scales[site.key] * vector if site.key in scales else vector
                 sites[site.path] = site
+        memory = Memory(self._model)
+        for site in sites.values():  # all before anything is written
+            for holder, name in self._written(site, scales):
+                self._check_here(site.path, holder)
+                _check_alone(site.path, memory, holder, name)
+                _check_writable(site.path, holder._parameters.get(name))
         for path, site in sites.items():
             if site.experts:
                 self._write_experts(site, scales[site.key])
@@ -103,15 +111,27 @@ class MergedWeights:
                 self._write_layer(path, scales.get((path, "in")), scales.get((path, "out")))
         self._write_own(dict.fromkeys(adapter for mix in mixes for adapter in mix.adapters), self._replace)
 
+    def _written(self, site: Site, scales: Mapping[SiteKey, Tensor]) -> Iterator[tuple[nn.Module, str]]:
+        """The tensors that a merge at a site writes: what holds each, and its name there."""
+        module = self._model.get_submodule(site.module)
+        if site.experts:
+            matrix = next(each for each in matrices_of(module) if each.name == site.parameter)
+            holder, _, name = site.path.rpartition(".")
+            yield self._model.get_submodule(holder), name
+            if matrix.bias:
+                yield module, matrix.bias
+            return
+        yield module, "weight"
+        if (site.path, "out") in scales:
+            yield module, "bias"
+
     def _write_layer(self, path: str, s_in: Tensor | None, s_out: Tensor | None) -> None:
         layer = self._model.get_submodule(path)
-        self._check_here(path, layer)
         has_channels = channel_widths(layer) is not None
         if has_channels:
             weight, bias = channel_weight(path, layer)
         else:
             weight, bias = mergeable_weight(path, layer, s_in, s_out)  # [out, in], maybe a view of the parameter
-        self._check_alone(path, layer.weight, path)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.detach().to(dtype)
         if has_channels:
@@ -127,9 +147,7 @@ class MergedWeights:
         experts = self._model.get_submodule(site.module)
         matrix = next(each for each in matrices_of(experts) if each.name == site.parameter)
         holder, _, name = site.path.rpartition(".")
-        self._check_here(site.path, self._model.get_submodule(holder))
         weight = self._model.get_submodule(holder).get_parameter(name)
-        self._check_alone(site.path, weight, holder)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = [site.experts, 1, 1]
         shape[matrix.dim] = -1
@@ -150,14 +168,6 @@ class MergedWeights:
                 f"cannot merge into {path!r}: its weight is split over processes; merge into the model before it is"
             )
 
-    def _check_alone(self, path: str, weight: Any, holder: str) -> None:
-        """Raises ValueError where the weight is another module's too."""
-        owners = {
-            name for name, module in self._model.named_modules() if any(p is weight for p in module.parameters(False))
-        }
-        if owners != {holder}:
-            raise ValueError(f"cannot merge into {path!r}: it shares its weight with {sorted(owners - {holder})}")
-
     def _replace(self, path: str, parameter: Any, value: Tensor) -> None:
         """Writes `value` into a parameter, at its address, and remembers what was there at first."""
         rounded = value.to(parameter.dtype)
@@ -165,11 +175,11 @@ class MergedWeights:
             if not parameter.isfinite().all():
                 raise ValueError(f"cannot merge into {path!r}: its own weight or bias holds a NaN or inf")
             raise ValueError(f"merging overflows {parameter.dtype} in {path!r}: export the model in a wider dtype")
+        _check_writable(path, parameter)
         place = self._place(path, parameter)
         if place not in self._originals:
             self._originals[place] = parameter.detach().clone().cpu()
-        with torch.no_grad():
-            parameter.copy_(rounded)
+        _write_into(parameter, rounded)
 
     def _place(self, path: str, tensor: Tensor) -> tuple[nn.Module, str]:
         for module in self._model.get_submodule(path).modules():
@@ -177,6 +187,32 @@ class MergedWeights:
                 if held is tensor:
                     return module, name
         raise AssertionError(f"{path!r} does not hold the tensor that is written there")
+
+
+def _write_into(tensor: Any, value: Tensor) -> None:
+    """Writes at the tensor's address; one that was made in inference mode can be written in that mode only."""
+    with torch.no_grad(), torch.inference_mode() if tensor.is_inference() else nullcontext():
+        tensor.copy_(value)
+
+
+def _check_alone(path: str, memory: Memory, holder: nn.Module, name: str) -> None:
+    """Raises ValueError where a tensor that is to be written is another module's too, or lies over one of another's."""
+    others = memory.others(holder, name)
+    if others:
+        owners = sorted({each.path if each.name == name else f"{each.path}.{each.name}" for each in others})
+        raise ValueError(
+            f"cannot merge into {path!r}: it shares its {name} with {owners}, which would be scaled too: give each "
+            "memory of its own first (nn.Parameter(tensor.clone()))"
+        )
+
+
+def _check_writable(path: str, tensor: Tensor | None) -> None:
+    """Raises ValueError where a tensor cannot hold a number for each of its elements."""
+    if tensor is not None and repeats(tensor):
+        raise ValueError(
+            f"cannot merge into {path!r}: elements of its tensor {tuple(tensor.shape)} are one place in memory, as "
+            "expand() makes them: give it memory for each first (nn.Parameter(tensor.clone()))"
+        )
 
 
 def _not_finite(bank: Bank, mix: ResolvedMix) -> str:

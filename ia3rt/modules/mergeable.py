@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -46,28 +48,45 @@ def mergeable_weight(
     if not is_known and not _acts_alike(path, layer, s_in, s_out):
         raise ValueError(
             f"cannot merge into {path!r}: with its weight and bias scaled, a {kind} gives other numbers than with its "
-            "input and output scaled: they are not all that its forward computes by"
+            "input and output scaled, for some inputs at least: what its forward gives does not scale as they do"
         )
     return weight, bias
 
 
 def _acts_alike(path: str, layer: nn.Module, s_in: Tensor | None, s_out: Tensor | None) -> bool:
-    """Whether scaling weight and bias is scaling input and output; tried in float64."""
+    """Whether scaling weight and bias is scaling input and output; tried in float64.
+
+    Each row is of another magnitude, and a scale of many of them is tried beside the one that is asked for: a clamp, a
+    soft cap or a threshold does nothing to ordinary numbers. With small weights too, as a bias hides what is smaller.
+    """
     one = with_tensors(layer, lambda tensor: tensor.detach().double() if tensor.is_floating_point() else tensor)
-    x = torch.randn(4, one.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = x.to(one.weight.device)
-    before, after = (1 if scale is None else scale.double() for scale in (s_in, s_out))
+    weight, bias = one.weight, one.bias
+    generator = torch.Generator().manual_seed(0)
+
+    def random(make: Callable[..., Tensor], *shape: int) -> Tensor:
+        return make(shape, generator=generator, dtype=torch.float64).to(weight.device)
+
+    x = random(torch.randn, 25, one.in_features)
+    x *= torch.logspace(-4, 8, len(x), dtype=x.dtype, device=x.device)[:, None]
+    exact = [None if scale is None else scale.to(weight) for scale in (s_in, s_out)]
+    strong = [None if scale is None else scale * 10 ** (4 * random(torch.rand, len(scale)) - 2) for scale in exact]
     try:
         with torch.no_grad():
-            expected = one.forward(x * before) * after
-            weight, bias = one.weight * before, one.bias
-            one._parameters["weight"] = weight if s_out is None else weight * s_out.double()[:, None]
-            one._parameters["bias"] = None if bias is None else bias * after
-            merged = one.forward(x)
-        difference, largest = (merged - expected).abs().max(), expected.abs().max()
+            for (before, after), size in ((exact, 1.0), (strong, 1.0), (strong, 1e-4)):
+                w, b = weight * size, None if bias is None else bias * size
+                one._parameters.update(weight=w, bias=b)
+                expected = one.forward(x if before is None else x * before)
+                expected = expected if after is None else expected * after
+                w = w if before is None else w * before
+                one._parameters["weight"] = w if after is None else w * after[:, None]
+                one._parameters["bias"] = b if b is None or after is None else b * after
+                difference = (one.forward(x) - expected).abs().amax(-1)
+                largest = expected.abs().amax(-1)
+                if not (difference <= 1e-4 * largest)[largest.isfinite()].all():  # some compute in float32
+                    return False
     except Exception as error:
         raise ValueError(
             f"cannot merge into {path!r}: what the forward of its {original_class(type(layer)).__name__} computes is "
             f"not known, and trying it out fails: {error}"
         ) from error
-    return not largest.isfinite() or bool(difference <= 1e-4 * largest)  # some compute in float32
+    return True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.copied import copied, own_state, tensors_of
+from ia3rt.modules.memory import Memory
 from ia3rt.modules.own_reached import OwnReached
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
@@ -160,12 +161,13 @@ class OwnModules:
                         f"{owners[path]!r}, which is merged"
                     )
         states = self.states(adapters).states
+        memory = Memory(self._model)
         written: set[int] = set()  # tied embeddings are one tensor, of which the first content has to be remembered
         for path, state in states.items():
             module = self._held[path].module
             tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
             tensors.update(module.named_buffers(remove_duplicate=False))
-            _check_shared(self._model, path, states)
+            _check_shared(self._model, memory, path, states)
             for name, value in state.items():
                 if tensors[name].shape != value.shape:
                     raise ValueError(
@@ -221,27 +223,24 @@ class OwnModules:
                 part._parameters["weight"] = first.setdefault(weight.data_ptr(), part._parameters["weight"])  # type: ignore[arg-type]
 
 
-def _check_shared(model: nn.Module, path: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _check_shared(model: nn.Module, memory: Memory, path: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raises ValueError where a tensor of the model's module stands elsewhere too, and is to be another one there."""
     parts = dict(model.get_submodule(path).named_modules(prefix=path, remove_duplicate=False))
-    shared: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for other, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            shared.setdefault(id(parameter), []).append((module, other, name))
     for name, value in states[path].items():
         holder, _, last = f"{path}.{name}".rpartition(".")
-        parameter = parts[holder]._parameters.get(last)
-        for module, other, each in shared.get(id(parameter), ()) if parameter is not None else ():
-            if module is parts[holder] and each == last:
-                continue
-            whole = f"{other}.{each}"
+        tensor = parts[holder]._parameters.get(last, parts[holder]._buffers.get(last))
+        for other in memory.others(parts[holder], last):
+            whole = f"{other.path}.{other.name}"
             owner = next((own for own in states if whole.startswith(f"{own}.")), None)
-            there = parameter if owner is None else states[owner][whole.removeprefix(f"{owner}.")]
-            if there.shape != value.shape or not torch.equal(there.to(value.device, value.dtype), value):
-                what, whose = ("its weight", other) if name == each == "weight" else (f"its {name!r}", whole)
+            there = other.tensor if owner is None else states[owner].get(whole.removeprefix(f"{owner}."), other.tensor)
+            is_one = other.tensor is tensor and there.shape == value.shape
+            if not is_one or not torch.equal(there.to(value.device, value.dtype), value):
+                is_weight = name == other.name == "weight"
+                what, whose = ("its weight", other.path) if is_weight else (f"its {name!r}", whole)
                 raise ValueError(
                     f"cannot merge the own {path!r}: the model's shares {what} with {whose!r}, which is another one "
-                    "with the adapter: load the model without tying them (tie_word_embeddings=False) to merge it"
+                    "with the adapter: load the model without tying them (tie_word_embeddings=False), or give each "
+                    "memory of its own (nn.Parameter(tensor.clone())), to merge it"
                 )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames, name_matches
+from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames, check_names, name_matches
 from ia3rt.modules.channels import channel_widths, spatial_dims
 from ia3rt.modules.experts import why_unworn
 from ia3rt.modules.experts_forms import Matrix, expert_sites, matrices_of, matrix_at
@@ -88,8 +90,15 @@ def find_sites(
         ValueError: nothing matches `target_modules`, all is excluded, `feedforward_modules` reaches outside
             `target_modules`, or a module named is of a type that wears no vector; or slices as in `find_slices`.
     """
+    arguments = dict(target_modules=target_modules, feedforward_modules=feedforward_modules)
+    for argument, names in {**arguments, "exclude_modules": exclude_modules}.items():
+        check_names(argument, names)
     modules = dict(model.named_modules())
     structural = _structural_sites(model, modules)
+    if target_modules is None or target_modules == "all-linear":
+        _tell_of_experts(
+            searched_paths(model, modules) if target_modules is None else modules, modules, exclude_modules
+        )
     if target_modules is None:
         if feedforward_modules is not None:
             raise ValueError("feedforward_modules needs target_modules: it says which of them wear the input vector")
@@ -149,6 +158,11 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
         raise ValueError(
             f"the model has no module {path!r}: the adapter was made for another model, or for a part of this one"
         )
+    if any(is_lazy(each) for each in modules[path].parameters(False)):
+        kind = original_class(type(modules[path])).__name__
+        raise ValueError(
+            f"module {path!r} is a {kind}, which has no weights yet: run a forward of the model once before patch()"
+        )
     widths = module_widths(modules[path]) or channel_widths(modules[path])
     if widths is None:
         kind = original_class(type(modules[path])).__name__
@@ -178,6 +192,21 @@ def site_of(modules: Mapping[str, nn.Module], path: str, side: Side) -> Site:
     if not keeps_class_forward(modules[path]):
         raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide its vectors")
     return Site(path, side, width, spatial=spatial_dims(modules[path]))
+
+
+def _tell_of_experts(
+    paths: Iterable[str], modules: Mapping[str, nn.Module], exclude_modules: ModuleNames | None
+) -> None:
+    """Warns of experts that would be sites, if they did not compute by what has no place for a vector."""
+    left: dict[str, list[str]] = {}
+    for path in paths:
+        sites = [matrix.site(path).path for matrix in matrices_of(modules[path])]
+        wanted = [each for each in sites if exclude_modules is None or not name_matches(each, exclude_modules)]
+        why = why_unworn(modules, path) if wanted else None
+        if why is not None:
+            left.setdefault(f"{original_class(type(modules[path])).__name__} {why}", []).append(path)
+    for why, experts in left.items():
+        warnings.warn(f"patch() finds no sites in the experts {experts}: a {why}. Patch it after that", stacklevel=4)
 
 
 def _site_at_experts(modules: Mapping[str, nn.Module], parent: str, matrix: Matrix, side: Side) -> Site:
@@ -219,6 +248,11 @@ def _sliced(model: nn.Module, modules: Mapping[str, nn.Module], sites: list[Site
     """The sites with the slices that `names` says."""
     wanted = {site.path: _slices_of(site.path, names) for site in sites}
     for site in sites:
+        if wanted[site.path] is not None and site.experts:
+            raise ValueError(
+                f"{site.path!r}, of all experts, wears vectors of its whole width, and target_modules gives it "
+                f"slices {wanted[site.path]}: give None for them. Ones in a vector leave a part as it is"
+            )
         if wanted[site.path] and site.side == "in":
             raise ValueError(
                 f"module {site.path!r} wears its vector at its input, and slices {wanted[site.path]} are of an output: "

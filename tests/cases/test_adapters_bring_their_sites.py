@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -112,6 +114,30 @@ def test_a_model_without_sites_is_patched_all_the_same(tmp_path):
     assert torch.equal(model(x), before)
     assert "ia3_runtime" not in vars(model)
     assert ia3rt.patch(nn.ReLU()).sites == []
+
+
+def test_a_new_adapter_brings_the_sites_of_its_config():
+    model, x = Plain(), torch.randn(3, 8)
+    config = {"target_modules": ["0", "2"], "feedforward_modules": ["2"]}
+    wrapped = get_peft_model(copy.deepcopy(model), IA3Config(**config), "a")
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", config=config)
+    assert {site.key for site in runtime.sites} == {("inner.0", "out"), ("inner.2", "in")}
+    runtime.train_adapter("a")
+    for one in (model, wrapped):
+        optimizer = torch.optim.SGD([each for each in one.parameters() if each.requires_grad], 0.5)
+        one(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(model(x), wrapped(x))
+    with pytest.raises(ValueError, match="no IA³ site found in Plain with target_modules=.'absent'"):
+        ia3rt.patch(Plain()).add_adapter("a", config={"target_modules": ["absent"]})
+
+
+def test_complex_vectors_are_refused():
+    runtime = ia3rt.patch(Plain())
+    with pytest.raises(ValueError, match=r"'a' has a vector of torch.complex64 at inner.0 .*: expected real numbers"):
+        runtime.add_adapter("a", {("inner.0", "out"): torch.ones(12, dtype=torch.complex64)})
+    assert (runtime.sites, runtime.adapters) == ([], [])
 
 
 def test_named_modules_that_match_nothing_are_an_error():

@@ -108,6 +108,41 @@ class Ternary(nn.Linear):
         return F.linear(input, self.weight.sign() * self.weight.abs().mean(), self.bias)
 
 
+class Clamped(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).clamp(-20, 20)
+
+
+class SoftCapped(nn.Linear):
+    """As the logits of Gemma 2 are."""
+
+    def forward(self, input):
+        return 300 * torch.tanh(super().forward(input) / 300)
+
+
+class Guarded(nn.Linear):
+    """As in T5, so that float16 does not overflow."""
+
+    def forward(self, input):
+        return super().forward(input).clamp(-64000, 64000)
+
+
+class Thresholded(nn.Linear):
+    def forward(self, input):
+        return F.threshold(super().forward(input).abs(), 1e-3, 0.0)
+
+
+class ClampedInput(nn.Linear):
+    def forward(self, input):
+        return super().forward(input.clamp(-6, 6))
+
+
+class InFloat32(nn.Linear):
+    def forward(self, input):
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(input.float(), self.weight.float(), bias).to(input.dtype)
+
+
 class WithArgument(nn.Linear):
     def forward(self, input, factor):
         return factor * super().forward(input)
@@ -146,7 +181,7 @@ def test_a_subclass_wears_its_vectors(cls, backend):
         torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [nn.Linear, Inherited, NonDynamicallyQuantizableLinear, Tripled])
+@pytest.mark.parametrize("cls", [nn.Linear, Inherited, NonDynamicallyQuantizableLinear, Tripled, InFloat32])
 def test_a_subclass_merges_where_that_is_the_same(cls):
     runtime, _ = worn(cls)
     runtime.set_adapter("a")
@@ -183,6 +218,27 @@ def test_elsewhere_merging_says_what_it_saw(change, sentence):
     with pytest.raises(ValueError, match=f"cannot merge into 'fc1': .*{sentence}"):
         runtime.merge_adapter("a")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("cls", [Clamped, SoftCapped, Guarded, Thresholded, ClampedInput])
+def test_what_only_some_numbers_show_is_not_merged_into(cls):
+    """A cap that no ordinary input reaches: merged, it would act before the vector instead of after it."""
+    side = "in" if cls is ClampedInput else "out"
+    model = nn.Sequential(cls(8, 8))
+    runtime = ia3rt.patch(model, target_modules=["0"], feedforward_modules=["0"] if side == "in" else [])
+    runtime.add_adapter("a", {("0", side): torch.linspace(0.9, 1.1, 8)})
+    with pytest.raises(ValueError, match=f"cannot merge into '0': .*a {cls.__name__} gives other numbers"):
+        runtime.merge_adapter("a")
+
+
+def test_a_clamped_input_is_no_obstacle_to_a_vector_at_the_output():
+    model, x = nn.Sequential(ClampedInput(8, 8)), 50 * torch.randn(4, 8)
+    runtime = ia3rt.patch(model, target_modules=["0"])
+    runtime.add_adapter("a", {"0": torch.rand(8)})
+    runtime.set_adapter("a")
+    worn = model(x)
+    runtime.merge_adapter()
+    torch.testing.assert_close(model(x), worn)
 
 
 def test_a_class_that_is_called_otherwise_is_no_matrix():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import logits, tiny_model, token_ids
+from torch import nn
 
 import ia3rt
 
@@ -77,3 +78,15 @@ def test_its_vector_is_trained(vectors):
     embedded = model.get_submodule(PATH)(ids) * scale
     model(inputs_embeds=embedded).logits.square().mean().backward()
     torch.testing.assert_close(parameter.grad, scale.grad.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_max_norm_would_undo_a_merge():
+    model, ids = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), torch.tensor([[1, 2]])
+    runtime = ia3rt.patch(model, target_modules=["0"])
+    runtime.add_adapter("a", {"0": torch.full((4,), 2.0)})
+    before = model(ids).clone()
+    runtime.set_adapter("a")
+    torch.testing.assert_close(model(ids), 2 * before)
+    with pytest.raises(ValueError, match="cannot merge into '0': its Embedding has max_norm=1.0, which shortens"):
+        runtime.merge_adapter()
+    torch.testing.assert_close(model(ids), 2 * before)

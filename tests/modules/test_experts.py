@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_gradients_reach_the_vectors(way, shared):
         parameters[1].mul_(2.0)
     runtime.end_training()
     learned = runtime.get_adapter("b").vectors[DOWN, "in"]
-    torch.testing.assert_close(learned, 2.0 * vectors[DOWN, "in"].flatten())
+    torch.testing.assert_close(learned, 2.0 * vectors[DOWN, "in"])
 
 
 def test_files_hold_a_vector_for_each_expert_or_one_for_all(tmp_path):
@@ -222,7 +223,7 @@ def test_files_hold_a_vector_for_each_expert_or_one_for_all(tmp_path):
         assert shapes == {f"{DOWN}.ia3_l": (*above, 1, 24), f"{UP}.ia3_l": (*above, 48, 1)}
         runtime.load_adapter(tmp_path / name, f"{name} again")
         again = runtime.get_adapter(f"{name} again").vectors
-        assert all(torch.equal(again[key], vector.flatten()) for key, vector in vectors.items())
+        assert all(torch.equal(again[key], vector) for key, vector in vectors.items())
         runtime.set_adapter(f"{name} again")
         wide = {key: vector.expand(4, -1).flatten() for key, vector in vectors.items()}
         assert near(logits(model, token_ids()), logits(scaled_mixture(plain, wide), token_ids()))
@@ -280,7 +281,33 @@ def test_a_way_of_computing_without_a_place_for_a_vector_is_refused():
     model.config._experts_implementation = "sonicmoe"
     with pytest.raises(ValueError, match="computes by 'sonicmoe', which has no place for a vector"):
         ia3rt.patch(model, target_modules=["experts.down_proj"])
-    assert not any(site.experts for site in ia3rt.patch(model).sites)
+    model.set_experts_implementation("grouped_mm")
+    assert any(site.experts for site in ia3rt.patch(model).sites)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_experts_that_are_left_out_are_named(targets):
+    model = tiny_mixture(num_hidden_layers=1)
+    model.config._experts_implementation = "sonicmoe"
+    named = r"no sites in the experts \['model.layers.0.mlp.experts'\]: a MixtralExperts computes by 'sonicmoe', which"
+    with pytest.warns(UserWarning, match=named) as seen:
+        runtime = ia3rt.patch(model, target_modules=targets)
+    assert [each.filename for each in seen] == [__file__]
+    assert runtime.sites and not any(site.experts for site in runtime.sites)
+    runtime.unpatch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ia3rt.patch(model, target_modules=targets, exclude_modules=["experts.down_proj", "experts.gate_up_proj"])
+
+
+def test_slices_of_experts_are_refused():
+    model = tiny_mixture(num_hidden_layers=1)
+    with pytest.raises(
+        ValueError, match=rf"'{UP}', of all experts, wears vectors of its whole width, .* \('up',\): give"
+    ):
+        ia3rt.patch(model, target_modules={"experts.gate_up_proj": ("up",), "k_proj": None})
+    sites = ia3rt.patch(model, target_modules={"experts.gate_up_proj": None, "k_proj": None}).sites
+    assert UP in {site.path for site in sites}
 
 
 def test_another_function_in_the_place_of_a_known_one_is_refused(monkeypatch):

@@ -4,6 +4,7 @@ import re
 
 import peft
 import pytest
+import torch
 from tiny import TARGETS, tiny_model
 from torch import nn
 from transformers import (
@@ -15,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import ia3rt
 from ia3rt.modules.sites import find_sites
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
@@ -161,8 +163,38 @@ def test_structural_input_sites_stay_so_where_only_targets_are_named():
         ),
         (dict(feedforward_modules=["down_proj"]), "feedforward_modules needs target_modules"),
         (dict(exclude_modules=".*"), "no IA³ site found"),
+        (dict(target_modules=3), "target_modules=3: modules are named by .*, and 3 is of type int"),
+        (
+            dict(target_modules=["k_proj", 3]),
+            r"target_modules=\['k_proj', 3\]: .*, and 3 is of type int",
+        ),
+        (dict(target_modules="("), r"target_modules='\(' is no regular expression, as which a string is read: missing"),
+        (
+            dict(target_modules={"k_proj": 5}),
+            "target_modules gives 'k_proj' the slices 5: they are some of",
+        ),
+        (dict(target_modules={"k_proj": (5,)}), r"target_modules gives 'k_proj' the slices \(5,\)"),
+        (
+            dict(target_modules=["k_proj"], feedforward_modules=[None]),
+            r"feedforward_modules=\[None\]: modules are",
+        ),
+        (dict(exclude_modules="["), r"exclude_modules='\[' is no regular expression"),
     ],
 )
 def test_what_cannot_be_found_is_a_clear_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         find_sites(tiny_model(), **arguments)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyConv1d(4, 1)], ids=["linear", "convolution"])
+def test_a_layer_without_weights_yet_says_so_and_is_found_when_it_has_them(lazy):
+    model, x = nn.Sequential(lazy), torch.randn(3, 5, 5)
+    sentence = "module '0' is a Lazy.*, which has no weights yet: run a forward of the model once before patch()"
+    with pytest.raises(ValueError, match=sentence):
+        ia3rt.patch(model, target_modules=["0"])
+    runtime = ia3rt.patch(model)
+    with pytest.raises(ValueError, match=f"adapter 'a' does not fit: {sentence}"):
+        runtime.add_adapter("a", {("0", "out"): torch.ones(4)})
+    runtime.unpatch()
+    model(x)
+    assert [site.width for site in ia3rt.patch(model, target_modules=["0"]).sites] == [4]
