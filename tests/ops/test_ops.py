@@ -273,8 +273,8 @@ def test_gradients_of_the_activation_kernels(dtype, kind, gated, device) -> None
     for ours, theirs, truth in zip(
         gradients(ops.activation, dtype), gradients(reference.activation, dtype), truths, strict=True
     ):
-        # The vector's is a sum over rows, of numbers as large as others' sums, and torch's of six rows may be lucky; and
-        # a GPU's fast exponential errs by some ulps.
+        # The vector's is a sum over rows, of numbers as large as others' sums, and torch's of six rows may be lucky.
+        # A GPU's fast exponential errs by some ulps.
         sums = torch.full_like(truth, 4 * torch.finfo(ours.dtype).eps * float(truth.abs().max()))
         assert_meets_bar(ours, theirs, truth, sums)
 
