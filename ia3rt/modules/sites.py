@@ -206,7 +206,10 @@ def _tell_of_experts(
         if why is not None:
             left.setdefault(f"{original_class(type(modules[path])).__name__} {why}", []).append(path)
     for why, experts in left.items():
-        warnings.warn(f"patch() finds no sites in the experts {experts}: a {why}. Patch it after that", stacklevel=4)
+        warnings.warn(
+            f"patch() finds no sites in the experts {experts}: a {why}. What changes after patch() brings none",
+            stacklevel=4,
+        )
 
 
 def _site_at_experts(modules: Mapping[str, nn.Module], parent: str, matrix: Matrix, side: Side) -> Site:
