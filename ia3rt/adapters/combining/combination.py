@@ -27,7 +27,7 @@ _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 _ELECTING = ("ties", "dare_ties")
 _RANDOM = ("dare_linear", "dare_ties")
 _NORMALIZED = ("linear", "delta", "power", "max_abs", *_PRUNING)
-_COUNTS = {"negate": (1, "one"), "analogy": (3, "three, A, B and C of A : B = C : D,"), "slerp": (2, "two")}
+_COUNTS = {"negate": (1, "one adapter"), "slerp": (2, "two adapters"), "analogy": (3, "A, B and C of A : B = C : D")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Combination:
         count, words = _COUNTS.get(self.combination_type, (None, ""))
         if count not in (None, len(self.adapters)):
             raise ValueError(
-                f"{self.combination_type!r} is of {words} adapters: got {len(self.adapters)}, {list(self.adapters)}"
+                f"{self.combination_type!r} is of {words}: got {len(self.adapters)}, {list(self.adapters)}"
             )
         self._check_options()
         if self.weights is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ia3rt.adapters.combining.task_vectors import as_vector, task_vectors, weighted_total
 
 _PARALLEL = 1e-6
-"""Radians below which arc and line differ by less than a float32 tells, and, below π, where rounding chooses the arc."""
+"""Radians: below it arc and line are one to a float32; as near to π, rounding would choose the arc."""
 
 
 def slerp(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
