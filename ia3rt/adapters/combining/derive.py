@@ -44,7 +44,7 @@ def derived_vectors(
     """
     _check_own_modules(adapters, combination)
     _check_importances(adapters, combination, importances)
-    held = [bank.distinct(adapter) for adapter in adapters]
+    held = [_on_the_cpu(bank, adapter) for adapter in adapters]
     derived: dict[Site, Tensor] = {}
     for site in bank.sites.values():
         given = [vectors.get(site) for vectors in held]
@@ -61,6 +61,16 @@ def derived_vectors(
         if not derived[site].isfinite().all():
             raise ValueError(f"{combination} is too large for float32 at {site}: give smaller weights")
     return derived
+
+
+def _on_the_cpu(bank: Bank, adapter: Adapter) -> dict[Site, Tensor]:
+    """As `Bank.distinct`, copied in one piece: from a GPU each copy is a wait."""
+    columns = torch.split(bank.table[adapter.row].cpu(), bank.widths)
+    return {
+        site: column[: site.width_of_one] if site in adapter.shared else column
+        for site, column in zip(bank.sites.values(), columns, strict=True)
+        if site in adapter.sites
+    }
 
 
 def _function(
