@@ -277,21 +277,13 @@ class Runtime:
         """
         self._check_open("combine adapters")
         self._bank.check_name(adapter_name)
-        combination = Combination(
-            adapters if isinstance(adapters, str) else tuple(adapters),  # type: ignore[arg-type]
-            None if weights is None else tuple(weights),
-            combination_type,
-            density,
-            majority_sign_method,
-            seed,
-            normalize,
-        )
+        combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
         self._sync()
         by_site = None
         if importances is not None:
             by_site = {n: {self._key(n, key): each for key, each in given.items()} for n, given in importances.items()}
         vectors = combined_vectors(self._bank, combination, by_site)
-        parts = self._bank.resolve(Mix(combination.adapters)).adapters
+        parts = self._bank.resolve(Mix(tuple(combination.adapters))).adapters
         self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(parts)))
 
     @_alone

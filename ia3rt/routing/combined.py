@@ -23,12 +23,18 @@ def combined_vectors(
         importances: for `fisher`, and for it alone.
 
     Raises:
-        ValueError: an adapter is unknown, two bring their own of one module, or as `derived_vectors`.
+        ValueError: an adapter is unknown, two bring their own of one module, what they give is too large for float32,
+            or as `derived_vectors`.
     """
     mix = combination.mix
-    resolved = bank.resolve(Mix(combination.adapters) if mix is None else mix)
+    resolved = bank.resolve(Mix(tuple(combination.adapters)) if mix is None else mix)
     if mix is None:
-        return derived_vectors(bank, resolved.adapters, combination, importances)
-    if importances is not None:
+        vectors = derived_vectors(bank, resolved.adapters, combination, importances)
+    elif importances is not None:
         raise ValueError(f"{combination.combination_type!r} takes no importances, which are for 'fisher'")
-    return composed_vectors(bank, resolved)
+    else:
+        vectors = composed_vectors(bank, resolved)
+    for site, vector in vectors.items():
+        if not vector.isfinite().all():
+            raise ValueError(f"{combination} is too large for float32 at {site}: give smaller weights")
+    return vectors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, TypeAlias, get_args
 
 from ia3rt.adapters.combining.ties import MajoritySignMethod
@@ -48,10 +49,11 @@ class Combination:
     Raises:
         ValueError: an unknown type, a number of adapters that it does not take, weights that do not fit, a density that
             is missing or outside of (0, 1], or an option that the type does not have.
+        TypeError: a seed that is no integer.
     """
 
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...] | None = None
+    adapters: Sequence[str]
+    weights: Sequence[float] | None = None
     combination_type: CombinationType | DerivedType = "product"
     density: float | None = None
     majority_sign_method: MajoritySignMethod = "total"
@@ -74,6 +76,8 @@ class Combination:
             raise ValueError(
                 f"{self.combination_type!r} is of {words}: got {len(self.adapters)}, {list(self.adapters)}"
             )
+        if self.seed is not None:
+            object.__setattr__(self, "seed", index(self.seed))
         self._check_options()
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
@@ -102,7 +106,7 @@ class Combination:
     def _check_weights(self) -> None:
         kind, weights = self.combination_type, self.weights
         if kind in get_args(CombinationType):
-            Mix(self.adapters, weights, kind)  # type: ignore[arg-type]
+            Mix(tuple(self.adapters), weights and tuple(weights), kind)  # type: ignore[arg-type]
         if self.normalize and weights is not None and not abs(sum(weights)) > 1e-9 * sum(map(abs, weights)):
             raise ValueError(f"weights {list(weights)} sum to 0, and cannot be normalized: their sum divides them")
         if kind == "slerp" and (weights is None or abs(sum(weights) - 1.0) > 1e-6):
@@ -113,7 +117,7 @@ class Combination:
     @property
     def used_weights(self) -> tuple[float, ...]:
         """The weights as they enter the formula."""
-        weights = self.weights or (1.0,) * len(self.adapters)
+        weights = tuple(self.weights or (1.0,) * len(self.adapters))
         return tuple(weight / sum(weights) for weight in weights) if self.normalize else weights
 
     @property
@@ -122,7 +126,7 @@ class Combination:
         if self.combination_type not in get_args(CombinationType):
             return None
         weights = None if self.weights is None else self.used_weights
-        return Mix(self.adapters, weights, self.combination_type)  # type: ignore[arg-type]
+        return Mix(tuple(self.adapters), weights, self.combination_type)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """The combination as errors and reports name it: `ties of a and b`."""
