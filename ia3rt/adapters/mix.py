@@ -43,7 +43,10 @@ class Mix:
             object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
         if self.combination_type not in get_args(CombinationType):
             known = ", ".join(repr(kind) for kind in get_args(CombinationType))
-            raise ValueError(f"unknown combination_type {self.combination_type!r}: use one of {known}")
+            raise ValueError(
+                f"unknown combination_type {self.combination_type!r}: use one of {known}. "
+                "Others, such as 'ties', make an adapter of its own: rt.add_weighted_adapter(…)"
+            )
         self._check_weights()
 
     def _check_weights(self) -> None:

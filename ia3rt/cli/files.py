@@ -62,16 +62,16 @@ def write_new(
 ) -> None:
     """Writes an adapter made of others, with their own modules, into a new folder, whole or not at all.
 
+    Its config says what all of theirs say.
+
     Raises:
         FileExistsError: something is there.
         ValueError: a module wears an input and an output vector, which PEFT's format cannot say.
     """
     all_of_them = list(checkpoints)
-    tasks = {checkpoint.config.get("task_type") for checkpoint in all_of_them}
-    config: dict[str, Any] = {
-        "base_model_name_or_path": base_model,
-        "task_type": tasks.pop() if len(tasks) == 1 else None,
-    }
+    first, *others = (checkpoint.config for checkpoint in all_of_them)
+    said = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
+    config: dict[str, Any] = {"task_type": None, **said, "base_model_name_or_path": base_model, "modules_to_save": None}
     modules: dict[str, dict[str, Tensor]] = {}
     unnamed: set[str] = set()
     names: dict[str, None] = {}

@@ -90,7 +90,8 @@ def test_combine_makes_what_the_runtime_makes_and_peft_loads_it(
     loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "new")
     assert torch.equal(logits(loaded, IDS), logits(model, IDS))
     assert said["vectors"] == len(right) and said["combination"]["combination_type"] == kind
-    assert json.loads((tmp_path / "new" / CONFIG).read_text())["task_type"] == "CAUSAL_LM"
+    config = json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert (config["task_type"], config["fan_in_fan_out"]) == ("CAUSAL_LM", False), "what all of them say"
 
 
 def test_combine_by_importance(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -208,6 +209,18 @@ def test_what_is_there_is_not_overwritten(command: str, folders: dict[str, Path]
     before = {file: file.read_bytes() for file in folders["c"].iterdir()}
     fails(run(command, *what, "-o", folders["c"]), 1, f"{folders['c']} is there already, and is not overwritten")
     assert {file: file.read_bytes() for file in folders["c"].iterdir()} == before
+
+
+def test_an_empty_folder_is_taken(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done("convert", folders["b"], "-o", tmp_path / "empty")
+    config = json.loads((folders["b"] / CONFIG).read_text())
+    again = json.loads((tmp_path / "empty" / CONFIG).read_text())
+    named = ("target_modules", "feedforward_modules")
+    assert {**again, **{key: config[key] for key in named}} == config
+    modes = [file.stat().st_mode for file in (tmp_path, tmp_path / "empty")]
+    (tmp_path / "usual").mkdir()
+    assert modes[1] == (tmp_path / "usual").stat().st_mode, "who may read it is as usual"
 
 
 def test_a_write_that_fails_leaves_nothing(folders: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
