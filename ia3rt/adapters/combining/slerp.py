@@ -24,7 +24,7 @@ def slerp(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
     Args:
         vectors: two l, [width] each.
-        weights: (1 - t, t).
+        weights: (1 - t, t); with a t outside of [0, 1] the arc goes on.
 
     Returns:
         float32 [width].
