@@ -37,6 +37,7 @@ setup(
     packages=[
         "ia3rt",
         "ia3rt.adapters",
+        "ia3rt.adapters.combining",
         "ia3rt.cli",
         "ia3rt.cli.demo",
         "ia3rt.modules",

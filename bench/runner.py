@@ -25,8 +25,8 @@ from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.suites.case import Case, Value, Ways, described
 from ia3rt.bench.suites.registry import SUITES, cases_of
 from ia3rt.bench.workshop import Workshop
-from ia3rt.cli.demo.inputs import quiet
 from ia3rt.cli.errors import MissingPackageError
+from ia3rt.cli.packages import quiet
 
 WARM_UPS = 8
 """Rounds of warming up at most; fewer where the times no longer fall."""

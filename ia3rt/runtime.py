@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
+from ia3rt.adapters.combining.combination import Combination, DerivedType
+from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
@@ -33,7 +35,7 @@ from ia3rt.modules.sharding import fsdp_modules, is_tensor_parallel
 from ia3rt.modules.sites import Targets, find_sites, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
-from ia3rt.routing.composed import composed_vectors
+from ia3rt.routing.combined import combined_vectors
 from ia3rt.routing.route import Backend, Route, check_images
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.training import TrainedAdapters
@@ -243,29 +245,52 @@ class Runtime:
         adapters: Sequence[str],
         weights: Sequence[float] | None,
         adapter_name: str,
-        combination_type: CombinationType = "product",
+        combination_type: CombinationType | DerivedType = "product",
+        *,
+        density: float | None = None,
+        majority_sign_method: MajoritySignMethod = "total",
+        seed: int | None = None,
+        normalize: bool = False,
+        importances: Mapping[str, VectorsLike] | None = None,
     ) -> None:
         """Adds the combination of loaded adapters as an adapter of its own, which lives on without them.
 
+        Its vectors are a few thousand numbers and are computed once, from what the adapters are now, those in training
+        too. docs/composition.md has the formulas. An adapter's own modules (modules_to_save) come along as they are,
+        and are not weighted: of each module one adapter may have its own.
+
         Args:
             adapters: their names.
-            weights: one a name for `linear` and `delta`; None for `product`.
+            weights: one a name; None for `product`, and for 1 each of those that are no `Mix`. Of `slerp` they are
+                (1 - t, t).
             adapter_name: what to call the new one.
-            combination_type: see `Mix`. PEFT's method of this name is `linear`; having adapters active at once is
-                `product`.
+            combination_type: `product`, `linear` and `delta` as in `Mix`; `power`, `ties`, `dare_linear`, `dare_ties`,
+                `magnitude_prune`, `max_abs`, `fisher`, `negate`, `analogy` and `slerp` as the functions of these names
+                in ia3rt.adapters.combining. PEFT's method of this name is `linear`; having adapters active at once is
+                `product`. Of a LoRA, what PEFT calls `linear` sums task vectors, which is `delta` here.
+            density: for `ties`, `dare_linear`, `dare_ties` and `magnitude_prune`: the share of each vector's numbers
+                that stays, in (0, 1].
+            majority_sign_method: for `ties` and `dare_ties`: `total` or `frequency`.
+            seed: for `dare_linear` and `dare_ties`; None is 0. It gives the same adapter on every machine.
+            normalize: whether weights are divided by their sum first.
+            importances: for `fisher`: by adapter, what `add_adapter` takes as its vectors, 0 or more each, at all of
+                its sites.
 
         Raises:
-            ValueError: as `Mix`; an adapter is unknown, or the name is taken.
+            ValueError: as `Combination`; an adapter is unknown, or the name is taken; what cannot be combined, with the
+                site. Nothing has changed then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("combine adapters")
-        if not adapters:
-            raise ValueError("no adapters to combine: give at least one name")
         self._bank.check_name(adapter_name)
-        weights = None if weights is None else tuple(weights)
-        mix = self._bank.resolve(Mix(tuple(adapters), weights, combination_type))
+        combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
         self._sync()
-        self._add(adapter_name, composed_vectors(self._bank, mix), {}, self._own.states(dict.fromkeys(mix.adapters)))
+        by_site = None
+        if importances is not None:
+            by_site = {n: {self._key(n, key): each for key, each in given.items()} for n, given in importances.items()}
+        vectors = combined_vectors(self._bank, combination, by_site)
+        parts = self._bank.resolve(Mix(tuple(combination.adapters))).adapters
+        self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(parts)))
 
     @_alone
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:

@@ -153,7 +153,7 @@ def read_config(file: Path) -> dict[str, Any]:
 def write_checkpoint(
     path: str | Path,
     vectors: Mapping[Site, Tensor],
-    module_names: Collection[str],
+    module_names: Collection[str] | None,
     config: Mapping[str, Any],
     modules: Mapping[str, Mapping[str, Tensor]],
     unnamed: Collection[str],
@@ -163,7 +163,8 @@ def write_checkpoint(
     Args:
         path: the folder, made where it is missing.
         vectors: [width] each; [width_of_one] where experts share one.
-        module_names: the names of all the model's modules, so that the config's names match these sites only.
+        module_names: the names of all the model's modules, so that the config's names match these sites only; None
+            where no model is at hand, and the config has whole paths.
         config: what the config says besides the sites: base_model_name_or_path, task_type and so on.
         modules: the adapter's own modules, as in `Checkpoint`.
         unnamed: which of them are saved embeddings, and not for modules_to_save.
@@ -181,14 +182,15 @@ def write_checkpoint(
             )
         sides[site.path] = site.side
     feedforward = [module for module, side in sides.items() if side == "in"]
-    target = shortest_names(list(sides), module_names, sides)
+    target = sorted(sides) if module_names is None else shortest_names(list(sides), module_names, sides)
+    known = modules if module_names is None else module_names
     names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
         f"{PREFIX}{site.path}{SUFFIX}": _as_saved(site, vector.cpu()).clone() for site, vector in vectors.items()
     }
     for module, state in modules.items():
         tensors.update({f"{PREFIX}{module}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})
-    to_save = _names_to_save([module for module in modules if module not in unnamed], module_names, config)
+    to_save = _names_to_save([module for module in modules if module not in unnamed], known, config)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     written = {

@@ -43,17 +43,14 @@ class Mix:
             object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
         if self.combination_type not in get_args(CombinationType):
             known = ", ".join(repr(kind) for kind in get_args(CombinationType))
-            raise ValueError(f"unknown combination_type {self.combination_type!r}: use one of {known}")
+            raise ValueError(
+                f"unknown combination_type {self.combination_type!r}: use one of {known}. "
+                "Others, such as 'ties', make an adapter of its own: rt.add_weighted_adapter(…)"
+            )
         self._check_weights()
 
     def _check_weights(self) -> None:
-        if self.weights is not None and len(self.weights) != len(self.adapters):
-            raise ValueError(
-                f"{len(self.weights)} weights for {len(self.adapters)} adapters {list(self.adapters)}: give each one"
-            )
-        for name, weight in zip(self.adapters, self.weights or (), strict=False):
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+        check_weights(self.adapters, self.weights)
         if self.combination_type == "product":
             if self.weights is not None and any(weight != 1.0 for weight in self.weights):
                 raise ValueError(
@@ -103,6 +100,15 @@ class Mix:
         return "1 + " + " + ".join(
             f"{weight:g} ({name} - 1)" for name, weight in zip(self.adapters, self.weights, strict=True)
         )
+
+
+def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Raises ValueError where there are weights, and they are not one finite number for each adapter."""
+    if weights is not None and len(weights) != len(adapters):
+        raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters {list(adapters)}: give each one")
+    for name, weight in zip(adapters, weights or (), strict=False):
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
 
 
 MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, float] | None"

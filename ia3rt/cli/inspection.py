@@ -237,6 +237,19 @@ def _groups(vectors: Mapping[SiteKey, Tensor]) -> tuple[VectorGroup, ...]:
     )
 
 
+def group_names(sites: Collection[SiteKey]) -> dict[SiteKey, str]:
+    """For each site what its group is called: the module's path after its layer's number, and the side where both act.
+
+    All that have one name are the same module in every layer.
+    """
+    names = _short_names({_numberless(path) for path, _ in sites})
+    sides: dict[str, set[Side]] = {}
+    for path, side in sites:
+        sides.setdefault(names[_numberless(path)], set()).add(side)
+    named = {key: names[_numberless(key[0])] for key in sorted(sites, key=_natural)}
+    return {key: f"{name} ({key[1]})" if len(sides[name]) > 1 else name for key, name in named.items()}
+
+
 def _natural(key: SiteKey) -> list[tuple[int, str]]:
     """Sorts paths with layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in (*key[0].split("."), key[1])]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ia3rt import __version__
 from ia3rt.bench.cli import app as bench
 from ia3rt.cli.errors import errors_in_a_line
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+_Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A folder that is not there yet.")]
 
 app = typer.Typer(
     help="Many IA³ adapters on one PyTorch model.",
@@ -138,8 +143,8 @@ def store(
 
 @app.command()
 def inspect(
-    adapter: Annotated[
-        str, typer.Argument(metavar="PATH_OR_HUB_ID", help="An IA³ checkpoint of PEFT's or AdapterHub's.")
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="PATH_OR_HUB_ID…", help="IA³ checkpoints of PEFT's or AdapterHub's.")
     ],
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="The Hub repository's branch, tag or commit.")
@@ -147,16 +152,149 @@ def inspect(
     subfolder: Annotated[
         str | None, typer.Option(metavar="NAME", help="The folder inside that holds the adapter.")
     ] = None,
+    as_json: _AsJson = False,
 ) -> None:
     """Describe an IA³ adapter: its vectors, how far they are from 1, which models they fit, and what else it brings.
 
-    Loads no model. Exits with 1 if a number is NaN or infinite.
+    Several are compared, by pairs: whether they act at the same places, the cosine of what they change, and how often
+    they change a number in the same direction. Loads no model. Exits with 1 if a number is NaN or infinite.
     """
     from ia3rt.adapters.checkpoint import read_checkpoint
+    from ia3rt.cli.comparison import compare_all
+    from ia3rt.cli.comparison import render as render_all
+    from ia3rt.cli.files import print_json, read_all
     from ia3rt.cli.inspection import describe, render
 
     with errors_in_a_line():
-        description = describe(read_checkpoint(adapter, revision=revision, subfolder=subfolder))
-    Console().print(render(description, adapter))
-    if not description.is_finite:
+        if len(adapters) == 1:
+            description = describe(read_checkpoint(adapters[0], revision=revision, subfolder=subfolder))
+            described, output = [description], render(description, adapters[0])
+            report = {"adapter": adapters[0], **asdict(description)}
+        elif revision or subfolder:
+            raise typer.BadParameter("--revision and --subfolder go with one adapter")
+        else:
+            compared = compare_all(read_all(Console(stderr=True), adapters))
+            described, output, report = [*compared.adapters.values()], render_all(compared), asdict(compared)
+        if as_json:
+            print_json(report)
+        else:
+            Console().print(output)
+    if not all(description.is_finite for description in described):
         raise typer.Exit(1)
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="PATH_OR_HUB_ID…", help="IA³ adapters of one model; no model is needed.")
+    ],
+    output: _Output,
+    combination_type: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            metavar="NAME",
+            help="product, linear, delta, power, ties, dare_linear, dare_ties, magnitude_prune, max_abs, fisher, "
+            "negate, analogy or slerp.",
+        ),
+    ] = "product",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,…", help="One for each adapter, as in --weights 0.7,0.3.")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="For ties, dare_… and magnitude_prune: the share of numbers that stays."),
+    ] = None,
+    majority_sign_method: Annotated[
+        str, typer.Option(metavar="NAME", help="For ties and dare_ties: total or frequency.")
+    ] = "total",
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="For dare_…; 0 where none is given.", show_default=False)
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
+    importances: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="For fisher, once for each adapter: importances, as an adapter's files."),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What the result says that it was trained on.")
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Combine IA³ adapters into one, in PEFT's format. What the types mean is in docs/composition.md."""
+    from ia3rt.adapters.checkpoint import read_checkpoint
+    from ia3rt.adapters.combining.combination import Combination
+    from ia3rt.cli.combining import combine as combine_files
+    from ia3rt.cli.combining import parse_weights
+    from ia3rt.cli.files import print_json
+    from ia3rt.cli.inspection import describe, render
+
+    with errors_in_a_line():
+        combination = Combination(
+            tuple(adapters),
+            parse_weights(weights),
+            combination_type,  # type: ignore[arg-type]
+            density,
+            majority_sign_method,  # type: ignore[arg-type]
+            seed,
+            normalize,
+        )
+        combine_files(Console(stderr=True), combination, output, importances or [], base_model)
+        description = describe(read_checkpoint(output))
+        if as_json:
+            print_json({"adapter": str(output), "combination": asdict(combination), **asdict(description)})
+        else:
+            Console().print(render(description, str(output)))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="PATH_OR_HUB_ID", help="An IA³ adapter of AdapterHub's or PEFT's, a pickle too.")
+    ],
+    output: _Output,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The Hub repository's branch, tag or commit.")
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The folder inside that holds the adapter.")
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Write an IA³ adapter of any format that is read in PEFT's, as safetensors."""
+    from ia3rt.adapters.checkpoint import read_checkpoint
+    from ia3rt.cli.converting import convert as convert_files
+    from ia3rt.cli.files import print_json
+    from ia3rt.cli.inspection import describe, render
+
+    with errors_in_a_line():
+        written_by = convert_files(Console(stderr=True), source, output, revision, subfolder)
+        description = describe(read_checkpoint(output))
+        if as_json:
+            print_json({"adapter": str(output), "converted_from": written_by, **asdict(description)})
+        else:
+            Console().print(render(description, str(output)))
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face Hub.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER…", help="Its IA³ adapters: folders or Hub ids.")],
+    output: _Output,
+    as_json: _AsJson = False,
+) -> None:
+    """Multiply IA³ adapters into a model's weights and write the model, which needs no ia3rt and no PEFT then.
+
+    Several are multiplied. To have them combined otherwise, combine them first and merge what that gives.
+    """
+    from ia3rt.cli.files import print_json
+    from ia3rt.cli.merging import merge as merge_files
+
+    with errors_in_a_line():
+        merged = merge_files(Console(stderr=True), model, adapters, output)
+    if as_json:
+        print_json({"model": str(output), "adapters": adapters, **asdict(merged)})
+    else:
+        processor = "with its tokenizer" if merged.has_processor else "without a tokenizer, as none was found"
+        what = f"{merged.architecture} in {merged.dtype}, {processor}"
+        Console().print(Text(f"{output}: {what}; merged: {', '.join(adapters)}"), soft_wrap=True)

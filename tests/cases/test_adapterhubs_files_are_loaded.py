@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -92,6 +93,17 @@ def test_it_computes_what_adapterhub_computed(kind: str, pickled: bool, tmp_path
     again.load_adapter(tmp_path / "peft", "a")
     again.set_adapter("a")
     assert torch.equal(output(other), output(model))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_peft_computes_it_too_once_it_is_converted(kind: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["convert", str(FILES / kind), "-o", str(tmp_path / "new"), "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["converted_from"], said["written_by"]) == ("AdapterHub", "PEFT")
+    loaded = peft.PeftModel.from_pretrained(model_of(kind), tmp_path / "new").eval()
+    expected = torch.tensor(json.loads((FILES / kind / "logits.json").read_text()))
+    torch.testing.assert_close(output(loaded), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_alpha_scales_the_vectors(folder: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 import ia3rt
 from ia3rt.adapters.mix import BASE, Mix
 from ia3rt.bench.interleaved import time_interleaved
-from ia3rt.cli.demo.inputs import DemoInputs, quiet
+from ia3rt.cli.demo.inputs import DemoInputs
 from ia3rt.cli.demo.measure import (
     PeftSwitches,
     Switch,
@@ -25,8 +25,9 @@ from ia3rt.cli.demo.measure import (
     peft_is_installed,
     peft_switches,
 )
-from ia3rt.cli.demo.progress import busy
 from ia3rt.cli.demo.report import print_accuracy, print_batch, print_check, print_note, print_switching
+from ia3rt.cli.packages import quiet
+from ia3rt.cli.progress import busy
 from ia3rt.runtime import Runtime
 
 NEW_TOKENS = 4

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,8 +13,9 @@ from rich.console import Console
 
 from ia3rt.adapters.checkpoint import read_checkpoint
 from ia3rt.adapters.mix import BASE, Mix
-from ia3rt.cli.demo.progress import busy
 from ia3rt.cli.errors import MissingPackageError, UsageError, first_line
+from ia3rt.cli.packages import quiet, require
+from ia3rt.cli.progress import busy
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.11
@@ -203,36 +199,6 @@ def bundled_rows(tasks: Sequence[Task]) -> list[Row]:
         example = tasks[pair % len(tasks)].examples[pair]
         rows.append(Row(mix, example.prompt, example.label))
     return rows
-
-
-def require(package: str, command: str) -> Path:
-    """The folder of an installed package, found without importing it.
-
-    Raises:
-        MissingPackageError: it is not installed; the message says to run `command`.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(f"the demo needs the package {package.replace('_', '-')}: {command}")
-    return Path(spec.submodule_search_locations[0])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """A context in which transformers and PEFT print neither warnings nor progress bars of their own."""
-    logging: Any = importlib.import_module("transformers.utils.logging")  # Any: it is not typed
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # The GGUF loader's bar obeys no setting, so stderr goes too; errors are raised, not printed.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _load(source: Mapping[str, Any], device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

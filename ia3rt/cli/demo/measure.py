@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ia3rt.cli.demo.inputs import Row, Task, quiet
+from ia3rt.cli.demo.inputs import Row, Task
+from ia3rt.cli.packages import quiet
 from ia3rt.runtime import Runtime
 
 if TYPE_CHECKING:

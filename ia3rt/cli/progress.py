@@ -1,4 +1,4 @@
-"""How the demo shows that it is busy."""
+"""How a command shows that it is busy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def busy(console: Console, text: str, total: int | None = None) -> Iterator[Call
     columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
     if total is None:
         del columns[2]
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(text, total=total)
         yield lambda: progress.advance(task)
