@@ -18,6 +18,7 @@ from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
+from ia3rt.adapters.mix_text import read_mix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.modules import brought
@@ -361,14 +362,15 @@ class Runtime:
 
         Args:
             adapter_name: a name, [names] for their product, {name: weight} for their weighted sum, a Mix, or None for
-                the base model.
+                the base model; or what a request brings: text, `a*b`, `mix:a*0.7+b*0.3` or `delta:a*0.5`, and plain
+                data, {"adapters": ["a", "b"], "weights": [0.7, 0.3], "combination_type": "linear"}.
 
         Raises:
             ValueError: an adapter is unknown, or the mix is not a valid one.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("switch adapters")
-        self._routing.wear_everywhere(Route((self._bank.resolve(Mix.of(adapter_name)),)))
+        self._routing.wear_everywhere(Route((self._bank.resolve(self._mix(adapter_name)),)))
 
     @_alone
     def route(
@@ -384,7 +386,8 @@ class Runtime:
 
         Args:
             mixes: one a row of the batch: a name, None for the base model, a list for a product, {name: weight} for a
-                weighted sum, or a Mix. With `index`, the mixes that it points to.
+                weighted sum, a Mix, or text or plain data as in `set_adapter`. With `index`, the mixes that it points
+                to.
             index: integer [batch] or [batch, tokens]: which of `mixes` each row or token wears. Tokens are counted
                 with their padding; what a row generates wears the mix of its last token.
             images: the row that each image of the batch belongs to, for vectors in the part of the model that sees.
@@ -401,7 +404,7 @@ class Runtime:
         self._check_open("route rows")
         if isinstance(mixes, (str, Mapping, Mix)) or mixes is None:
             raise ValueError(f"route takes a list with one mix for each row, got {mixes!r}; set_adapter takes one mix")
-        resolved = [self._bank.resolve(Mix.of(spec)) for spec in mixes]
+        resolved = [self._bank.resolve(self._mix(spec)) for spec in mixes]
         if not resolved:
             raise ValueError("route needs at least one row")
         route = Route.by_row(resolved, index)
@@ -446,7 +449,7 @@ class Runtime:
         route = self._routing.chosen
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
-        mix = route.mixes[0].mix if adapter_names is None else Mix.of(adapter_names)
+        mix = route.mixes[0].mix if adapter_names is None else self._mix(adapter_names)
         resolved = self._bank.resolve(weights.without_merged(mix))
         with self._own.lifted():
             weights.merge(resolved)
@@ -530,6 +533,9 @@ class Runtime:
             f"Runtime({type(self.model).__name__}, {self.backend} backend, {len(self.sites)} sites, "
             f"adapters={self.adapters}, worn: {worn})"
         )
+
+    def _mix(self, spec: MixLike) -> Mix:
+        return read_mix(spec, self._bank.adapters.__contains__)
 
     def _check_open(self, what: str, while_merged: bool = False) -> None:
         if self._hooks is None:
