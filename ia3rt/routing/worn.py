@@ -26,17 +26,20 @@ class Memory:
         composed: the mixes as torch applies them; nothing is in it where no module needs them.
         tables: the mixes as the kernels read them; nothing is in it on the torch backend.
         holder: the Worn whose numbers CUDA graphs read here; None once a switch has written others for them.
+        route: what was written last; it holds the rows that it names, which a CUDA graph may read.
     """
 
     def __init__(self) -> None:
         self.composed = ComposedMixes()
         self.tables = MixTables()
         self.holder: weakref.ref[Worn] | None = None
+        self.route: Route | None = None
 
     @outside_inference_mode
     def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
         """Writes a route; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
+        self.route = route
         if composes:
             self.composed.write(bank, route.mixes, by_row)
         if backend == "triton":
@@ -206,6 +209,7 @@ class Shelf:
         worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
         if self.bank.table.is_cuda:
             worn.stream = current_stream(self.bank.table.device)
+            self.bank.read_in(worn.stream)
         return worn
 
     def written(self, route: Route, rows: int | None) -> Memory:
@@ -216,6 +220,7 @@ class Shelf:
 
     def put(self, rows: int | None, memory: Memory) -> None:
         """Takes memory for so many rows that nothing reads any more."""
+        memory.route = None
         free = self._free.setdefault(rows, [])
         if len(free) < _KEPT:
             free.append(memory)
