@@ -24,7 +24,7 @@ from ia3rt.adapters.mix_text import read_mix
 from ia3rt.adapters.registry import AdapterSource, stamp_of
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
-from ia3rt.adapters.tiers import Fetched, Tiers, TierStats
+from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
 from ia3rt.modules import brought
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.chosen import check_route
@@ -461,7 +461,6 @@ class Runtime:
             ValueError: an adapter is unknown, or the mix is not a valid one.
             RuntimeError: the model is merged or no longer patched.
         """
-        self._check_open("switch adapters")
         mixes = (self._mix(adapter_name),)
         self._wear_everywhere(mixes, self._fetch(mixes))
 
@@ -623,12 +622,12 @@ class Runtime:
         )
 
     def _mix(self, spec: MixLike) -> Mix:
-        return read_mix(spec, self._bank.adapters.__contains__ if self._tiers.is_empty else self._tiers.knows)
+        return read_mix(spec, self._tiers.knows)
 
     def _fetch(self, mixes: Sequence[Mix]) -> Fetched:
         """Reads the registered adapters of mixes that are in no memory; nothing where none was ever registered."""
         if self._tiers.is_empty:
-            return {}
+            return NOTHING
         return self._tiers.fetch(name for mix in mixes for name in mix.adapters)
 
     @_alone

@@ -106,7 +106,12 @@ def _nothing() -> None:
     """Nothing."""
 
 
-def _some(names: Collection[str]) -> str:
+def _collect() -> None:
+    """Finds what only garbage in cycles holds, of lately: all of it takes as long as hundreds of switches."""
+    gc.collect(1)
+
+
+def some(names: Collection[str]) -> str:
     """Names as an error tells them; not all of thousands."""
     told = ", ".join(map(repr, islice(names, _MOST_TOLD))) or "none"
     return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
@@ -234,7 +239,7 @@ class Bank:
             return single
         for name in mix.adapters:
             if name not in self.adapters:
-                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {_some(self.adapters)})")
+                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
@@ -371,7 +376,7 @@ class Bank:
         if len(self._free) >= count:
             return
         gone: list[dict[str, Any]] = []
-        for release in (_nothing, self.release, gc.collect):  # the last finds what only cycles of garbage hold
+        for release in (_nothing, self.release, _collect):
             release()
             for acts in list(self._complements):
                 if len(self._free) < count:
@@ -428,7 +433,7 @@ class Bank:
                 name for name, adapter in self.adapters.items() if adapter.stamp is None and name not in self.pinned
             },
         }
-        told = [f"{len(names)} {kind} ({_some(sorted(names))})" for kind, names in kinds.items() if names]
+        told = [f"{len(names)} {kind} ({some(sorted(names))})" for kind, names in kinds.items() if names]
         others = rows - len(self.adapters) - len(self._free) - len(self._complements)
         if self._complements:
             told.append(f"{len(self._complements)} of what weighted sums leave as it is")

@@ -14,18 +14,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix
+from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, some
 from ia3rt.adapters.host import HostRow, HostTier
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.registry import AdapterSource, Registry, stamp_of
 
-Fetched: TypeAlias = "dict[str, Adapter | HostRow]"
-"""By name, an adapter that is resident, or the row that it is to have."""
 
+@dataclass(eq=False, slots=True)
+class Fetched:
+    """Adapters that are wanted: it holds them.
+
+    Attributes:
+        adapters: those that are resident, by name.
+        rows: the rows that others are to have, by name.
+    """
+
+    adapters: dict[str, Adapter]
+    rows: dict[str, HostRow]
+
+
+NOTHING = Fetched({}, {})
 _FRESH = 1.0
 """Seconds in which the files of a resident adapter are not looked at again: a look takes longer than a switch."""
 
@@ -77,6 +89,9 @@ class Tiers:
         read: (name, folder) reads an adapter's files as a row of the bank.
         grown: what to do when the bank's table has become another one.
         host_bytes: what rows in the host's memory may take together.
+
+    Attributes:
+        is_empty: whether nothing was registered yet.
     """
 
     def __init__(
@@ -91,6 +106,7 @@ class Tiers:
         self._looked: dict[str, float] = {}
         self._hits = self._host_loads = self._disk_loads = self._changed = 0
         self._load_seconds = self._read_seconds = 0.0
+        self.is_empty = True
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -99,17 +115,13 @@ class Tiers:
         """The names that were registered, without those that functions know."""
         return list(self._registry.folders)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was registered."""
-        return not self._registry.folders and not self._registry.finders
-
     def register(self, source: AdapterSource) -> list[str]:
         """Makes names known; all of a source or none. Raises what `Registry.read` does, and where one is loaded."""
         found = self._registry.read(source)
         for name in found:
             if name in self._bank.adapters and name not in self._registry.folders:
                 raise ValueError(f"an adapter named {name!r} is loaded already: delete_adapter it first")
+        self.is_empty = False
         self._registry.folders.update(found)
         if callable(source):
             self._registry.finders.append(source)
@@ -142,34 +154,35 @@ class Tiers:
             ValueError: one is unknown, or its files are damaged or not for this model. Nothing has changed then.
             FileNotFoundError: its files are gone.
         """
-        fetched: Fetched = {}
-        absent: list[str] = []
-        with self._bank.lock:
+        bank, fetched, stale = self._bank, Fetched({}, {}), []
+        with bank.lock:
             for name in dict.fromkeys(names):
-                adapter = self._bank.adapters.get(name)
+                adapter = bank.adapters.get(name)
                 if adapter is None:
-                    absent.append(name)
+                    stale.append(name)
                     continue
-                fetched[name] = adapter
-                self._hits += counts and adapter.stamp is not None
-                if name in self._bank.evictable and time.monotonic() - self._looked.get(name, 0.0) > _FRESH:
-                    absent.append(name)
-        for name in absent:
+                fetched.adapters[name] = adapter
+                if adapter.stamp is not None:
+                    self._hits += counts
+                    if name in bank.evictable and time.monotonic() - self._looked.get(name, 0.0) > _FRESH:
+                        stale.append(name)
+        for name in stale:
             folder = self._registry.find(name)
-            resident = fetched.get(name)
             if folder is None:
-                raise ValueError(f"unknown adapter {name!r}: load or register it first")
+                raise self._unknown(name)
             stamp = self._stamp(name, folder)
             self._looked[name] = time.monotonic()
-            if isinstance(resident, Adapter) and resident.stamp in (stamp, None):
+            resident = fetched.adapters.get(name)
+            if resident is not None and resident.stamp in (stamp, None):
                 continue
+            fetched.adapters.pop(name, None)  # the one of now takes its place
             row = self._host.get(name)
             is_known = row is not None and (row.stamp, row.folder) == (stamp, folder)
-            with self._bank.lock:
+            with bank.lock:
                 self._changed += resident is not None or (row is not None and not is_known)
-                self._host_loads += counts and is_known and resident is None
+                self._host_loads += counts and is_known
                 self._disk_loads += not is_known
-            fetched[name] = row if row is not None and is_known else self._read_once(name, folder)
+            fetched.rows[name] = row if row is not None and is_known else self._read_once(name, folder)
         return fetched
 
     def resolve(self, mixes: Iterable[Mix], fetched: Fetched) -> list[ResolvedMix]:
@@ -179,37 +192,36 @@ class Tiers:
             NoRowError: as `bring`.
             ValueError: as `Bank.resolve`.
         """
-        held = self.bring(fetched)
+        held = self.bring(fetched) if fetched.rows else None
         resolved = [self._bank.resolve(mix) for mix in mixes]
-        del held  # so that what one mix needs has not been evicted for what another leaves as it is
+        del held  # what one mix needs was not evicted for what another one leaves as it is
         return resolved
 
     def bring(self, fetched: Fetched) -> list[Adapter]:
-        """Makes what was fetched resident, and gives it; called with the lock.
+        """Makes rows that were fetched resident, and gives their adapters, so that they are held; called with the lock.
 
         Raises:
-            NoRowError: there is no room for all of them. Everything is as it was then.
+            ValueError: one was deleted meanwhile.
+            NoRowError: there is no room for all of them. Nothing was evicted for them then.
         """
-        held = [self._bank.adapters[name] for name in fetched if name in self._bank.adapters]
-        absent = {name: row for name, row in fetched.items() if isinstance(row, HostRow) and self._is_absent(name, row)}
-        if not absent:
-            return held
-        capacity = len(self._bank.table) - 1
-        if not self._bank.grows and len(fetched) > capacity:
+        bank = self._bank
+        absent = {name: row for name, row in fetched.rows.items() if self._is_absent(name, row)}
+        held = [bank.adapters[name] for name in fetched.rows if name not in absent]
+        capacity, wanted = len(bank.table) - 1, len(fetched.adapters) + len(fetched.rows)
+        if not bank.grows and wanted > capacity:
             raise NoRowError(
-                f"{len(fetched)} adapters are worn at once, and the bank has {capacity} rows and does not grow: "
-                f"patch(capacity=…) with at least {len(fetched)}, or wear fewer in one batch"
+                f"{wanted} adapters are worn at once, and the bank has {capacity} rows and does not grow: "
+                f"patch(capacity=…) with at least {wanted}, or wear fewer in one batch"
             )
-        begun, table = time.perf_counter(), self._bank.table
+        begun, table = time.perf_counter(), bank.table
         for name in absent:
-            if name in self._bank.adapters:
-                self._bank.retire(name)
-        held = [adapter for adapter in held if adapter.name not in absent]
-        self._bank.make_room(len(absent))
+            if name in bank.adapters:
+                bank.retire(name)
+        bank.make_room(len(absent))
         for name, row in absent.items():
             made = Adapter(name, 0, row.sites, row.config, shared=row.shared, stamp=row.stamp)
-            held.append(self._bank.place(made, row.row))
-        if self._bank.table is not table:
+            held.append(bank.place(made, row.row))
+        if bank.table is not table:
             self._grown()
         self._load_seconds += time.perf_counter() - begun
         return held
@@ -243,7 +255,7 @@ class Tiers:
         """
         for name in names:
             if not self.knows(name):
-                raise ValueError(f"unknown adapter {name!r}: load or register it first")
+                raise self._unknown(name)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="ia3rt-prefetch")
         return self._pool.submit(self._prefetch, names)
@@ -273,6 +285,7 @@ class Tiers:
         """The same names for a copy of the bank, and nothing in the host's memory."""
         read, grown = copy.deepcopy(self._read, memo), copy.deepcopy(self._grown, memo)
         made = memo[id(self)] = Tiers(copy.deepcopy(self._bank, memo), read, grown, self._host.limit)
+        made.is_empty = self.is_empty
         made._registry.folders.update(self._registry.folders)
         made._registry.finders.extend(self._registry.finders)
         return made
@@ -283,6 +296,12 @@ class Tiers:
             raise ValueError(f"unknown adapter {name!r}: it was deleted meanwhile")
         resident = self._bank.adapters.get(name)
         return resident is None or resident.stamp not in (row.stamp, None)
+
+    def _unknown(self, name: str) -> ValueError:
+        loaded, registered = some(self._bank.adapters), some(self._registry.folders)
+        return ValueError(
+            f"unknown adapter {name!r}: load or register it first (loaded: {loaded}; registered: {registered})"
+        )
 
     def _stamp(self, name: str, folder: Path) -> Any:
         try:

@@ -86,7 +86,7 @@ class Worn:
         self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         self.major: set[tuple[int, int, int]] = set()
         self._acts: frozenset[int] | None = None
-        self._kept: Worn | None = None
+        self._kept: weakref.ref[Worn] | None = None  # it holds this one
         self.stream: torch.cuda.Stream | None = None
 
     def compose(self, bank: Bank) -> None:
@@ -121,13 +121,15 @@ class Worn:
         (self.of or self).lent = True
         if not self.tables.stays or not self.tables.bank:
             return self
-        if self._kept is None:
+        kept = None if self._kept is None else self._kept()
+        if kept is None:
             used, mixes = used_rows(self.route.mixes)
             rows = bank.table[torch.tensor(used, device=bank.table.device)]
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
             tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
-            self._kept = self._over(tables)
-        return self._kept
+            kept = self._over(tables)
+            self._kept = weakref.ref(kept)
+        return kept
 
     def _over(self, tables: MixTables) -> Worn:
         """The same numbers, with other tables for the kernels."""
