@@ -6,6 +6,7 @@ The truth is PEFT's model with the same checkpoints, one adapter at a time, to t
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import shutil
@@ -21,7 +22,7 @@ from tiny import logits, peft_model, save_each, tiny_model, token_ids
 from where import home
 
 import ia3rt
-from ia3rt.adapters import tiers
+from ia3rt.adapters import bank, tiers
 
 NAMES = "abcdef"
 IDS = token_ids(rows=4)
@@ -52,6 +53,14 @@ def truth(saved):
 def folder(saved, tmp_path):
     """The same, to be written to."""
     return shutil.copytree(saved[0], tmp_path / "adapters")
+
+
+@pytest.fixture
+def no_garbage_collection():
+    """Leaves it to reference counts what is gone."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
@@ -103,8 +112,9 @@ def test_what_is_registered_is_worn_as_in_peft(folder, truth):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_no_row_stays_taken_by_what_was_worn(folder, backend, grad):
+def test_no_row_stays_taken_by_what_was_worn(folder, monkeypatch, no_garbage_collection, backend, grad):
     """Neither autograd's memory of forwards nor cycles of objects hold rows, on either backend."""
+    monkeypatch.setattr(bank, "_collect", lambda: pytest.fail("only garbage held a row"))
     runtime = ia3rt.patch(tiny_model().to(home(backend)), backend=backend, capacity=2, grow=False)
     runtime.register(folder)
     roomy = ia3rt.patch(tiny_model().to(home(backend)), backend=backend)
@@ -342,7 +352,25 @@ def test_a_bank_that_grows_keeps_all_of_them(folder, truth):
     check(runtime, truth, list("afcd"))
 
 
+def test_what_a_batch_needs_is_not_evicted_for_the_rest_of_it(folder, truth):
+    runtime = patched(folder, rows=3)
+    with pytest.raises(ValueError, match=r"1 more row of the bank wanted, 0 can be had.*\('a', 'b', 'c'\)"):
+        runtime.route([{"a": 0.5, "b": 0.25}, "c", None, None])
+    check(runtime, truth, ["a", "b", "c", None])
+
+
 def test_what_weighted_sums_leave_as_it_is_makes_room_too(folder, truth):
+    runtime = patched(folder, rows=3)
+    runtime.add_adapter("twice", {runtime.sites[0].key: torch.full((runtime.sites[0].width,), 2.0)})
+    for _ in range(2):
+        runtime.set_adapter({"twice": 0.5})
+        assert torch.equal(logits(runtime.model, IDS), truth[None])
+        runtime.set_adapter(None)
+        runtime.set_adapter({"a": 0.5})
+        runtime.set_adapter(None)
+
+
+def test_weighted_sums_of_registered_adapters_are_those_of_their_vectors(folder, truth):
     runtime = patched(folder, rows=5)
     for first, second in pairwise(NAMES):
         runtime.set_adapter({first: 0.5, second: 0.25})
@@ -409,6 +437,9 @@ def test_a_captured_graph_holds_what_it_reads(folder):
     runtime.set_adapter("a")
     runtime._routing.capture(runtime._routing.now())
     runtime.route(["b", "b"])
+    elsewhere = threading.Thread(target=runtime.set_adapter, args=(None,))
+    elsewhere.start()
+    elsewhere.join()
     with pytest.raises(ValueError, match=r"2 worn by .*a captured CUDA graph \('a', 'b'\)"):
         runtime.route(["c", "c"])
     runtime.set_adapter("b")  # which is written to the graph
