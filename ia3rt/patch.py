@@ -58,7 +58,8 @@ def patch(
             it is: adapters that were registered (`Runtime.register`) make room for others, the least recently used
             first, unless a forward or a route wears them.
         host_memory: how much of the host's memory, in bytes or as text, registered adapters may take that are in the
-            bank no more or not yet; pinned memory where the model is on CUDA.
+            bank no more or not yet; pinned memory where the model is on CUDA. What is being read takes memory besides,
+            until it is in the bank.
         backend: `triton` or `torch`. None takes Triton on a CUDA device and torch elsewhere.
         fuse_gate_up: whether one kernel computes the first half of an MLP, both its matrices and its activation, where
             it can read them: on the Triton backend, as long as they wear no vector and have no hook. It is as

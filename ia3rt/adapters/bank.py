@@ -351,7 +351,7 @@ class Bank:
             here = torch.cuda.current_stream(self.table.device)
             if self.is_read_by_streams:  # a kernel of another one may still read what was in this row
                 torch.cuda.synchronize(self.table.device)
-            elif self.stream is not None:
+            elif self.stream is not None and self.stream != here:
                 here.wait_stream(self.stream)
             self._await((index,))
             is_pinned = row.is_pinned()
