@@ -652,9 +652,14 @@ class Runtime:
     def _read(self, name: str, folder: Path) -> HostRow:
         """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
         for _ in range(_TRIES):
-            stamp = stamp_of(folder)
-            checkpoint = read_checkpoint(folder)
-            if stamp_of(folder) == stamp:
+            try:
+                stamp = stamp_of(folder)
+                checkpoint = read_checkpoint(folder)
+                is_whole = stamp_of(folder) == stamp
+            except (FileNotFoundError, ValueError) as error:
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"adapter {name!r} was registered, and cannot be read: {error}") from error
+            if is_whole:
                 break
         else:
             raise ValueError(f"adapter {name!r}: {folder} is being written while it is read: ask for it again")

@@ -211,9 +211,21 @@ def test_a_batch_of_more_adapters_than_rows_is_refused(folder, truth):
     ("damage", "error", "message"),
     [
         (lambda folder: shutil.rmtree(folder), FileNotFoundError, "adapter 'b' was registered, and its files are gone"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), ValueError, "is damaged"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), FileNotFoundError, "holds neither"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), ValueError, "is damaged"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
+            ValueError,
+            "adapter 'b' was registered, and cannot be read: .* is damaged",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            FileNotFoundError,
+            "adapter 'b' was registered, .* holds neither",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{"),
+            ValueError,
+            "adapter 'b' was registered, and cannot be read: .* is damaged",
+        ),
         (lambda folder: replace(folder, float("nan")), ValueError, "'b' has a NaN or inf"),
     ],
     ids=["gone", "damaged", "no weights", "broken config", "nan"],
@@ -532,9 +544,9 @@ def test_threads_that_route_and_bring_in_at_random(folder, truth):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(done) > 40
+    assert not wrong and len(done) > 20
     stats = runtime.stats()
-    assert stats.evictions > 10 and held(runtime) == stats.host_bytes <= 3 * ROW and stats.resident <= 4
+    assert stats.evictions > 5 and held(runtime) == stats.host_bytes <= 3 * ROW and stats.resident <= 4
 
 
 @pytest.mark.parametrize(
