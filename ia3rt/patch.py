@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ia3rt import ops
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames
+from ia3rt.adapters.sizes import bytes_of
 from ia3rt.adapters.takeover import TakenOver, base_model, take_over
 from ia3rt.modules import attention
 from ia3rt.modules.sharding import is_tensor_parallel
@@ -28,7 +29,9 @@ def patch(
     feedforward_modules: ModuleNames | None = None,
     exclude_modules: ModuleNames | None = None,
     dtype: torch.dtype = torch.float32,
-    capacity: int = 8,
+    capacity: int | str = 8,
+    grow: bool = True,
+    host_memory: int | str = "256MB",
     backend: Backend | None = None,
     fuse_gate_up: bool = False,
 ) -> Runtime:
@@ -51,7 +54,13 @@ def patch(
         feedforward_modules: which of them wear it at the input; None leaves that to the structure and to adapters.
         exclude_modules: modules that are left as they are.
         dtype: of the resident vectors: float32, or bfloat16 / float16 to halve their memory.
-        capacity: how many adapters to make room for at first. The bank grows when they are more.
+        capacity: how many adapters to make room for, or how much memory for all of them: "64MB", "1GiB".
+        grow: whether the bank grows when they are more, or act at other sites. False keeps it as large as it is, where
+            it is: adapters that were registered (`Runtime.register`) make room for others, the least recently used
+            first, unless a forward or a route wears them.
+        host_memory: how much of the host's memory, in bytes or as text, registered adapters may take that are in the
+            bank no more or not yet; pinned memory where the model is on CUDA. What is being read takes memory besides,
+            until it is in the bank.
         backend: `triton` or `torch`. None takes Triton on a CUDA device, and torch elsewhere and for a model that
             tensor parallelism splits.
         fuse_gate_up: whether one kernel computes the first half of an MLP, both its matrices and its activation, where
@@ -71,8 +80,8 @@ def patch(
     base = base_model(inner)
     copied: Runtime | None = vars(base).get("ia3_runtime")
     if copied is not None and copied.is_unclaimed:
-        given = target_modules, feedforward_modules, exclude_modules, dtype, capacity, backend, fuse_gate_up
-        if given != (None, None, None, torch.float32, 8, None, False):
+        given = target_modules, feedforward_modules, exclude_modules, dtype, capacity, grow, host_memory, backend
+        if (*given, fuse_gate_up) != (None, None, None, torch.float32, 8, True, "256MB", None, False):
             raise ValueError(
                 "the model is a copy of a patched one, and is patched as that is: ia3rt.patch(model) without further "
                 "arguments gives its Runtime, and unpatch() of that the model, to be patched otherwise"
@@ -92,14 +101,32 @@ def patch(
         sites = _sites_of(base, taken) if taken is not None and targets == Targets() else []
         sites = sites or find_sites(base, *targets)
         weight = _weight(base, sites)
-        bank = Bank(sites, weight.device, dtype, capacity)
+        rows = _rows(capacity, sum(site.width for site in sites) * dtype.itemsize)
+        bank = Bank(sites, weight.device, dtype, rows, grow)
+        host_bytes = bytes_of(host_memory, "host_memory")
         if backend is None and _is_tensor_parallel(base, sites):
             backend = "torch"  # the kernels compute with whole weights
-        return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken)
+        return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken, host_bytes)
     except BaseException:
         if taken is not None:
             taken.rewrap()
         raise
+
+
+def _rows(capacity: int | str, row_bytes: int) -> int:
+    """How many adapters a capacity means, beside the identity."""
+    if isinstance(capacity, int):
+        return capacity
+    given = bytes_of(capacity, "capacity")
+    if not row_bytes:
+        raise ValueError(f"capacity={capacity!r} means no number of adapters: the model has no site yet, so give one")
+    rows = given // row_bytes - 1
+    if rows < 1:
+        raise ValueError(
+            f"capacity={capacity!r} has no room for an adapter: one takes {row_bytes:,} bytes, and so does the base "
+            "model's row of ones"
+        )
+    return rows
 
 
 def _sites_of(model: nn.Module, taken: TakenOver) -> list[Site]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
@@ -13,15 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt.adapters.bank import Adapter, Bank
+from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
+from ia3rt.adapters.host import HostRow
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
+from ia3rt.adapters.mix_text import read_mix
+from ia3rt.adapters.registry import AdapterSource, stamp_of
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
+from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
 from ia3rt.modules import brought
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.chosen import check_route
@@ -40,6 +45,8 @@ from ia3rt.routing.route import Backend, Route, check_images
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
+
+_TRIES = 3
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,9 +86,11 @@ class Runtime:
         targets: Targets,
         fuses_gate_up: bool,
         taken: TakenOver | None = None,
+        host_bytes: int = 0,
     ) -> None:
         self.model = model
         self._bank = bank
+        self._tiers = Tiers(bank, self._read, self._place_sites, host_bytes)
         self._targets = targets
         self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
@@ -110,8 +119,15 @@ class Runtime:
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the loaded adapters, in the order of loading."""
-        return list(self._bank.adapters)
+        """The names of the loaded adapters, in the order of loading, and of those registered that are resident now."""
+        with self._routing.lock:
+            return list(self._bank.adapters)
+
+    @property
+    def registered_adapters(self) -> list[str]:
+        """The names that `register` made known, resident or not, without those that only a function knows."""
+        with self._routing.lock:
+            return self._tiers.names
 
     @property
     def active_adapters(self) -> list[str]:
@@ -140,7 +156,7 @@ class Runtime:
         Raises:
             ValueError: it is unknown.
         """
-        (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
+        (adapter,) = self._resolve(Mix((adapter_name,))).adapters
         self._sync()
         vectors = {
             site.key: (vector.view(site.experts, -1) if site.experts and site not in adapter.shared else vector)
@@ -184,7 +200,7 @@ class Runtime:
         """
         self._check_open("load an adapter")
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_hub_id).resolve().name
-        self._bank.check_name(name)
+        self._check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
         with reading_the_models():
             read = by_todays_names(self.model, checkpoint.vectors)
@@ -223,7 +239,7 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("add an adapter")
-        self._bank.check_name(name)
+        self._check_name(name)
         own = brought.of_tensors(self.model, name, modules, config or {})
         if vectors is None:
             sites = self.sites or self._sites_of_config(config or {})
@@ -282,15 +298,15 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("combine adapters")
-        self._bank.check_name(adapter_name)
+        self._check_name(adapter_name)
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
+        resolved = self._resolve(Mix(tuple(combination.adapters)))  # which keeps them resident
         self._sync()
         by_site = None
         if importances is not None:
             by_site = {n: {self._key(n, key): each for key, each in given.items()} for n, given in importances.items()}
         vectors = combined_vectors(self._bank, combination, by_site)
-        parts = self._bank.resolve(Mix(tuple(combination.adapters))).adapters
-        self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(parts)))
+        self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(resolved.adapters)))
 
     @_alone
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
@@ -321,7 +337,7 @@ class Runtime:
         if not adapter_names:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        adapters = [self._bank.resolve(Mix((name,))).adapters[0] for name in names]
+        adapters = [self._resolve(Mix((name,))).adapters[0] for name in names]
         self._check_trainable(adapters)
         mixes = self._routing.route.mixes
         are_worn = any(adapter in mix.adapters for mix in mixes for adapter in adapters)
@@ -333,6 +349,8 @@ class Runtime:
         except ValueError:
             trained.end()
             raise
+        for adapter in adapters:
+            self._bank.keep(adapter.name)  # its files hold other numbers from now on
         self._routing.trained = trained
         if route is None:
             self._routing.refresh()
@@ -363,11 +381,87 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("delete an adapter")
+        if self._tiers.is_registered(adapter_name) and adapter_name not in self._bank.adapters:
+            self._tiers.forget(adapter_name)
+            return
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
         if self._routing.trained is not None and adapter in self._routing.trained.adapters:
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
+        self._tiers.forget(adapter_name)
         self._routing.drop(self._bank.remove(adapter_name))
         self._own.drop(adapter)
+
+    @_alone
+    def register(self, source: AdapterSource) -> list[str]:
+        """Makes adapters known by name without loading them: each is brought in when something names it.
+
+        `set_adapter`, `route` and all else that takes a name read it from its files, once, and keep it in the host's
+        memory (`patch(host_memory=…)`) and the bank. Where the bank does not grow (`patch(capacity=…, grow=False)`)
+        those used least recently make room, unless a forward or a route wears them. Files that change are noticed
+        within a second, and when the adapter is brought in: whatever wears the old adapter goes on with it, what names
+        it from then on wears the new one.
+
+        Args:
+            source: a folder that holds adapters' folders, by whose names they are known; a mapping of names to
+                folders; or a function that gives the folder of a name, or None, and is asked each time. Adapters with
+                modules of their own, or at sites that the model has not got, have to be loaded.
+
+        Returns:
+            The names that are known now by it; none of a function.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no adapter in it.
+            ValueError: a name is a loaded adapter's, or registered with another folder. Nothing has changed then.
+            TypeError: it is no source.
+            RuntimeError: the model is merged or no longer patched.
+        """
+        self._check_open("register adapters")
+        return self._tiers.register(source)
+
+    def pin(self, adapter_name: str) -> None:
+        """Brings a registered adapter in, and keeps it in the bank as it is until `unpin`, as CUDA graphs may need.
+
+        Raises:
+            FileNotFoundError: its files are gone.
+            ValueError: it is unknown or damaged, or the bank has no row for it.
+            RuntimeError: the model is merged or no longer patched.
+        """
+        self._pin(adapter_name, self._tiers.fetch([adapter_name]))
+
+    @_alone
+    def _pin(self, name: str, fetched: Fetched) -> None:
+        self._check_open("pin an adapter")
+        self._tiers.pin(name, fetched)
+
+    @_alone
+    def unpin(self, adapter_name: str) -> None:
+        """Lets a pinned adapter make room for others again.
+
+        Raises:
+            ValueError: it was not pinned.
+        """
+        self._tiers.unpin(adapter_name)
+
+    def prefetch(self, adapter_names: str | Sequence[str]) -> Future[None]:
+        """Brings registered adapters in beside what runs, so that they are there when they are named.
+
+        A thread reads them; on CUDA they are copied in a stream of its own. What the bank has no room for stays in
+        the host's memory.
+
+        Returns:
+            What is done when they are there; its `result()` raises what went wrong. Nothing needs to wait for it.
+
+        Raises:
+            ValueError: one is unknown.
+            RuntimeError: the model is merged or no longer patched.
+        """
+        self._check_open("prefetch adapters")
+        return self._tiers.prefetch([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+
+    @_alone
+    def stats(self) -> TierStats:
+        """Hits, misses, evictions, bytes and load times of registered adapters, since `patch`."""
+        return self._tiers.stats()
 
     def save_adapter(self, adapter_name: str, path: str | Path) -> None:
         """Writes an adapter as a PEFT checkpoint, which PEFT loads too.
@@ -379,7 +473,7 @@ class Runtime:
         Raises:
             ValueError: it is unknown, or wears an input and an output vector on one module.
         """
-        (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
+        (adapter,) = self._resolve(Mix((adapter_name,))).adapters
         self._sync()
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
@@ -387,22 +481,21 @@ class Runtime:
         own = self._own.states((adapter,))
         write_checkpoint(path, self._bank.distinct(adapter), paths, config, own.states, own.embeddings)
 
-    @_alone
     def set_adapter(self, adapter_name: MixLike) -> None:
         """Makes all rows of every batch wear one mix, until the next `set_adapter` or `route`.
 
         Args:
             adapter_name: a name, [names] for their product, {name: weight} for their weighted sum, a Mix, or None for
-                the base model.
+                the base model; or what a request brings: text, `a*b`, `mix:a*0.7+b*0.3` or `delta:a*0.5`, and plain
+                data, {"adapters": ["a", "b"], "weights": [0.7, 0.3], "combination_type": "linear"}.
 
         Raises:
             ValueError: an adapter is unknown, or the mix is not a valid one.
             RuntimeError: the model is merged or no longer patched.
         """
-        self._check_open("switch adapters")
-        self._routing.wear_everywhere(Route((self._bank.resolve(Mix.of(adapter_name)),)))
+        mixes = (self._mix(adapter_name),)
+        self._wear_everywhere(mixes, self._fetch(mixes))
 
-    @_alone
     def route(
         self, mixes: Sequence[MixLike], index: Tensor | None = None, *, images: Sequence[int] | None = None
     ) -> AbstractContextManager[None]:
@@ -416,7 +509,8 @@ class Runtime:
 
         Args:
             mixes: one a row of the batch: a name, None for the base model, a list for a product, {name: weight} for a
-                weighted sum, or a Mix. With `index`, the mixes that it points to.
+                weighted sum, a Mix, or text or plain data as in `set_adapter`. With `index`, the mixes that it points
+                to.
             index: integer [batch] or [batch, tokens]: which of `mixes` each row or token wears. Tokens are counted
                 with their padding; what a row generates wears the mix of its last token.
             images: the row that each image of the batch belongs to, for vectors in the part of the model that sees.
@@ -433,14 +527,10 @@ class Runtime:
         self._check_open("route rows")
         if isinstance(mixes, (str, Mapping, Mix)) or mixes is None:
             raise ValueError(f"route takes a list with one mix for each row, got {mixes!r}; set_adapter takes one mix")
-        resolved = [self._bank.resolve(Mix.of(spec)) for spec in mixes]
-        if not resolved:
+        read = [self._mix(spec) for spec in mixes]
+        if not read:
             raise ValueError("route needs at least one row")
-        route = Route.by_row(resolved, index)
-        check_images(images, route)
-        check_route(route)
-        before = self._routing.wear_here(route, images)
-        return self._restoring(before)
+        return self._restoring(self._wear_here(read, self._fetch(read), index, images))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -478,8 +568,8 @@ class Runtime:
         route = self._routing.chosen
         if adapter_names is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
-        mix = route.mixes[0].mix if adapter_names is None else Mix.of(adapter_names)
-        resolved = self._bank.resolve(weights.without_merged(mix))
+        mix = route.mixes[0].mix if adapter_names is None else self._mix(adapter_names)
+        resolved = self._resolve(weights.without_merged(mix))
         with self._own.lifted():
             weights.merge(resolved)
         if self._merged is None:
@@ -539,7 +629,7 @@ class Runtime:
         """
         self._check_open("unpatch it", while_merged=True)
         active = self._givable() if self._taken is not None else []
-        contents = [self.get_adapter(name) for name in self.adapters]
+        contents = [self.get_adapter(name) for name in self._givable_names()] if self._taken is not None else []
         self._uninstall()
         try:
             if self._taken is not None:
@@ -562,6 +652,79 @@ class Runtime:
             f"Runtime({type(self.model).__name__}, {self.backend} backend, {len(self.sites)} sites, "
             f"adapters={self.adapters}, worn: {worn})"
         )
+
+    def _mix(self, spec: MixLike) -> Mix:
+        return read_mix(spec, self._tiers.knows)
+
+    def _fetch(self, mixes: Sequence[Mix]) -> Fetched:
+        """Reads the registered adapters of mixes that are in no memory; nothing where none was ever registered."""
+        if self._tiers.is_empty:
+            return NOTHING
+        return self._tiers.fetch(name for mix in mixes for name in mix.adapters)
+
+    @_alone
+    def _resolve(self, mix: Mix) -> ResolvedMix:
+        return self._tiers.resolve((mix,), self._fetch((mix,)))[0]
+
+    @_alone
+    def _wear_everywhere(self, mixes: Sequence[Mix], fetched: Fetched) -> None:
+        self._check_open("switch adapters")
+        self._routing.wear_everywhere(Route(tuple(self._tiers.resolve(mixes, fetched))))
+
+    @_alone
+    def _wear_here(
+        self, mixes: Sequence[Mix], fetched: Fetched, index: Tensor | None, images: Sequence[int] | None
+    ) -> Wearing:
+        self._check_open("route rows")
+        route = Route.by_row(self._tiers.resolve(mixes, fetched), index)
+        check_images(images, route)
+        check_route(route)
+        return self._routing.wear_here(route, images)
+
+    def _read(self, name: str, folder: Path) -> HostRow:
+        """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
+        for _ in range(_TRIES):
+            try:
+                stamp = stamp_of(folder)
+                checkpoint = read_checkpoint(folder)
+                is_whole = stamp_of(folder) == stamp
+            except (FileNotFoundError, ValueError) as error:
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"adapter {name!r} was registered, and cannot be read: {error}") from error
+            if is_whole:
+                break
+        else:
+            raise ValueError(f"adapter {name!r}: {folder} is being written while it is read: ask for it again")
+        with reading_the_models():
+            read = by_todays_names(self.model, checkpoint.vectors)
+            own = brought.of_file(self.model, name, checkpoint)
+        if own.states:
+            raise ValueError(
+                f"adapter {name!r} has its own {', '.join(map(repr, own.states))} beside its vectors, which a "
+                "registered adapter cannot have: load_adapter() it"
+            )
+        for key in read:
+            if key not in self._bank.sites:
+                raise ValueError(
+                    f"adapter {name!r} acts at {key[0]!r} ({key[1]}put), where the model has no site: name it in "
+                    "patch(target_modules=…), or load_adapter() one that acts there before"
+                )
+        vectors = {self._site(name, key): vector for key, vector in read.items()}
+        row = self._bank.pack(name, vectors).to(self._bank.table.dtype)
+        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
+        return HostRow(
+            folder,
+            stamp,
+            row.pin_memory() if self._bank.table.is_cuda else row,
+            frozenset(vectors),
+            shared,
+            checkpoint.config,
+        )
+
+    def _check_name(self, name: str) -> None:
+        self._bank.check_name(name)
+        if self._tiers.is_registered(name):
+            raise ValueError(f"an adapter named {name!r} is registered: delete_adapter it first, or use another name")
 
     def _check_open(self, what: str, while_merged: bool = False) -> None:
         if self._hooks is None:
@@ -627,8 +790,13 @@ class Runtime:
                 f"rows wear {worn}, which PEFT's layers cannot have active: set_adapter() a product or None before "
                 "unpatch(), or make an adapter of it by add_weighted_adapter()"
             )
-        check_givable(self._taken, [self.get_adapter(name) for name in self.adapters])
+        check_givable(self._taken, [self.get_adapter(name) for name in self._givable_names()])
         return list(mix.adapters)
+
+    def _givable_names(self) -> list[str]:
+        """All but what is only registered and not worn, which is resident or not by chance."""
+        active = self.active_adapters
+        return [name for name, each in self._bank.adapters.items() if each.stamp is None or name in active]
 
     @_alone
     def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:

@@ -89,6 +89,24 @@ def test_weights_change_between_two_forwards(runtime, model):
     assert torch.equal(logits(model, IDS), first)
 
 
+@pytest.mark.parametrize(
+    ("spec", "mix"),
+    [
+        ("b*c", Mix(("b", "c"))),
+        ("mix:b*0.75+c*0.25", Mix(("b", "c"), (0.75, 0.25), "linear")),
+        ({"adapters": ["b"], "weights": [0.5], "combination_type": "delta"}, Mix(("b",), (0.5,), "delta")),
+    ],
+)
+def test_a_request_s_mix_is_worn_as_that_mix(runtime, model, spec, mix):
+    runtime.set_adapter(mix)
+    expected = logits(model, IDS)
+    runtime.set_adapter(spec)
+    assert torch.equal(logits(model, IDS), expected)
+    with runtime.route([None, spec, mix]):
+        assert len(runtime._routing.chosen.mixes) == 2, "equal mixes share a row of the table"
+        assert torch.equal(logits(model, IDS)[1:], expected[1:])
+
+
 def test_disable_adapter_is_the_base_for_a_while(runtime, model):
     worn = logits(model, IDS)
     with runtime.disable_adapter():

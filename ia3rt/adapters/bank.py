@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import copy
+import gc
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +21,10 @@ from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site, SiteKey
+
+Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
+"""An adapter's files: name, inode, size and the nanosecond of the last change, each."""
+_MOST_TOLD = 12
 
 
 @dataclass(eq=False)
@@ -26,6 +36,8 @@ class Adapter:
         row: its row of the bank.
         sites: where it acts; everywhere else its row is ones.
         shared: at which of them, experts, it has one vector for all; its row has it once for each.
+        stamp: of one that was registered, its files as they were read; None of one that was loaded, or trained since.
+        is_deleted: whether `Bank.remove` took it out.
         config: the adapter_config.json it came with, empty where it came from none.
         modules: the paths of the model's modules of which it has its own; rows that wear it go through its own.
         embeddings: which of them are saved embeddings, the whole vocabulary of the model that it was trained on.
@@ -40,15 +52,12 @@ class Adapter:
     embeddings: frozenset[str] = frozenset()
     free: list[int] = field(default_factory=list, repr=False)
     shared: frozenset[Site] = frozenset()
+    stamp: Stamp | None = None
+    is_deleted: bool = False
 
     def __del__(self) -> None:
         """Frees its row: not when it is deleted, as a forward that wears it may run."""
         self.free.append(self.row)
-
-    @cached_property
-    def alone(self) -> ResolvedMix:
-        """The mix of this adapter and no other."""
-        return ResolvedMix(Mix((self.name,)), (self,), (self.row,), None)
 
     @cached_property
     def site_in_experts(self) -> Site | None:
@@ -93,6 +102,21 @@ def _check_slices(name: str, site: Site, vector: Tensor) -> None:
         )
 
 
+def _nothing() -> None:
+    """Nothing."""
+
+
+def _collect() -> None:
+    """Finds what only garbage in cycles holds, of lately: all of it takes as long as hundreds of switches."""
+    gc.collect(1)
+
+
+def some(names: Collection[str]) -> str:
+    """Names as an error tells them; not all of thousands."""
+    told = ", ".join(map(repr, islice(names, _MOST_TOLD))) or "none"
+    return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
+
+
 def _is_within(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
 
@@ -114,6 +138,8 @@ def _numbers(site: Site) -> str:
 class ResolvedMix(NamedTuple):
     """A mix whose adapters are resident: what the kernels and the torch backend evaluate.
 
+    Whoever holds it holds its rows: they are not used for anything else meanwhile.
+
     `delta` has become `linear` here: 1 + Σ w_j (l_j - 1) is the weighted sum with the identity at 1 - Σ w_j. And
     `linear` has got the complement of its adapters' sites at that weight: where none of them acts, the sum is 1.
     """
@@ -122,6 +148,11 @@ class ResolvedMix(NamedTuple):
     adapters: tuple[Adapter, ...]
     rows: tuple[int, ...]
     weights: tuple[float, ...] | None
+    complement: Adapter | None = None
+
+
+class NoRowError(ValueError):
+    """The bank does not grow, and every row of it is pinned, worn or an adapter's that was not registered."""
 
 
 class Bank:
@@ -132,26 +163,55 @@ class Bank:
         sites: the columns, in this order.
         device: where the table lives.
         dtype: float32, or bfloat16 / float16 to halve the memory.
-        capacity: rows to begin with; the table doubles when they are used up.
+        capacity: rows to begin with, besides the identity's.
+        grows: whether the table doubles when they are used up, and gets columns for new sites. Else it stays where it
+            is and as large as it is, and adapters that were registered make room for others.
 
     Attributes:
         table: the vectors, [capacity, total_width].
         columns: the same by site, [capacity, width] each.
-        is_read_by_streams: whether forwards ran in other streams of a CUDA device than what they wear was written in.
+        evictable: the names of those that may make room, the one used least recently first.
+        pinned: the names of registered adapters that may not.
+        evictions: how many made room so far.
+        lock: of all that changes the bank or what is worn.
+        release: lets go of what is held in case it is wanted again; called before a row is refused.
+        stream: of a CUDA device, the one that forwards run in.
+        is_read_by_streams: whether forwards ran in several streams of a CUDA device.
     """
 
     @outside_inference_mode
-    def __init__(self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(
+        self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int, grows: bool = True
+    ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the bank's dtype must be float32, bfloat16 or float16, got {dtype}")
         if capacity < 1:
             raise ValueError(f"the bank's capacity must be at least 1 adapter, got {capacity}")
         self.sites: dict[SiteKey, Site] = {site.key: site for site in sites}
         self.adapters: dict[str, Adapter] = {}
+        self.grows = grows
+        self.evictable: OrderedDict[str, None] = OrderedDict()
+        self.pinned: set[str] = set()
+        self.evictions = 0
+        self.lock = threading.RLock()
+        self.release: Callable[[], object] = _nothing
+        self.stream: torch.cuda.Stream | None = None
+        self._singles: dict[str, ResolvedMix] = {}
+        self._arriving: dict[int, torch.cuda.Event] = {}
         self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
         self._free = list(range(capacity, 0, -1))
         self.is_read_by_streams = False
-        self._complements: dict[frozenset[Site], int] = {}
+        self._complements: dict[frozenset[Site], Adapter] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
+        """The same adapters in a table of their own; locks and streams are no part of it."""
+        if self._arriving:
+            torch.cuda.synchronize(self.table.device)
+        made = memo[id(self)] = Bank.__new__(Bank)
+        left = {"lock", "release", "stream", "_arriving"}
+        vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
+        made.lock, made.release, made.stream, made._arriving = threading.RLock(), _nothing, None, {}
+        return made
 
     @property
     def widths(self) -> list[int]:
@@ -169,21 +229,30 @@ class Bank:
         Raises:
             ValueError: one of them is not resident.
         """
-        if len(mix.adapters) == 1 and mix.weights is None and mix.adapters[0] in self.adapters:
-            return self.adapters[mix.adapters[0]].alone  # nearly every mix is of this kind
+        for name in mix.adapters:
+            if name in self.evictable:
+                self.evictable.move_to_end(name)
+        single = self._singles.get(mix.adapters[0]) if len(mix.adapters) == 1 and mix.weights is None else None
+        if single is not None:  # nearly every mix is of this kind
+            if self._arriving:
+                self._await(single.rows)
+            return single
         for name in mix.adapters:
             if name not in self.adapters:
-                loaded = ", ".join(repr(known) for known in self.adapters) or "none"
-                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {loaded})")
+                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
+        complement = None
+        if self._arriving:
+            self._await(rows)
         if weights is not None and (rest := 1.0 - sum(weights)):
             if mix.combination_type == "delta":
                 rows, weights = (0, *rows), (rest, *weights)
             else:
-                rows, weights = (*rows, self._complement(adapters)), (*weights, rest)
-        return ResolvedMix(mix, adapters, rows, weights)
+                complement = self._complement(adapters)
+                rows, weights = (*rows, complement.row), (*weights, rest)
+        return ResolvedMix(mix, adapters, rows, weights, complement)
 
     def check_name(self, name: str) -> None:
         """Raises ValueError where no new adapter can have this name."""
@@ -248,36 +317,154 @@ class Bank:
         The table is another tensor afterwards where a row or a column had to be added.
 
         Raises:
-            ValueError: as `check_name` and `pack`.
+            ValueError: as `check_name` and `pack`; or it does not grow, and the adapter acts at a new site.
+            NoRowError: it does not grow, and no row can be had.
         """
         self.check_name(name)
         row = self.pack(name, vectors)
         sites = {site.key: site for site in self.all_sites(vectors)}
-        if len(sites) > len(self.sites) or not self._free:
+        if len(sites) > len(self.sites):
+            if not self.grows:
+                raise ValueError(
+                    f"adapter {name!r} acts at {list(sites.values())[len(self.sites)]}, where the model has no site, "
+                    "and the bank does not grow: name the module in patch(target_modules=…), or leave grow=False out"
+                )
             self._grow(sites)
+        self.make_room(1)
+        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
+        made = Adapter(name, 0, frozenset(vectors), dict(config or {}), modules, embeddings, shared=shared)
+        return self.place(made, row)
+
+    @outside_inference_mode
+    def place(self, adapter: Adapter, row: Tensor) -> Adapter:
+        """Makes an adapter resident in a free row, of which `make_room` saw that there is one.
+
+        Args:
+            adapter: it, of no row yet.
+            row: its numbers, as `pack` laid them out when the bank had no more columns than now.
+        """
         index = self._free.pop()
+        out = self.table[index]
+        known, rest = out[: len(row)], out[len(row) :]
         if self.table.is_cpu:
-            for piece, numbers in zip(pieces(self.table[index]), pieces(row), strict=True):
+            for piece, numbers in zip(pieces(known), pieces(row), strict=True):
                 piece.copy_(numbers)
         else:
+            here = torch.cuda.current_stream(self.table.device)
             if self.is_read_by_streams:  # a kernel of another one may still read what was in this row
                 torch.cuda.synchronize(self.table.device)
-            self.table[index].copy_(row)
-        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
-        self.adapters[name] = Adapter(
-            name, index, frozenset(vectors), dict(config or {}), modules, embeddings, self._free, shared
+            elif self.stream is not None and self.stream != here:
+                here.wait_stream(self.stream)
+            self._await((index,))
+            is_pinned = row.is_pinned()
+            known.copy_(row, non_blocking=is_pinned)
+            if is_pinned:
+                event = self._arriving[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(here)
+        if len(rest):
+            rest.fill_(1.0)
+        adapter.row, adapter.free = index, self._free
+        self._hold(adapter)
+        return adapter
+
+    def make_room(self, count: int) -> None:
+        """Sees that so many rows are free: grows, or lets go of registered adapters that nobody wears.
+
+        Raises:
+            NoRowError: that is not enough. Everything is as it was then.
+        """
+        while self.grows and len(self._free) < count:
+            self._grow(self.sites)
+        if len(self._free) >= count:
+            return
+        gone: list[dict[str, Any]] = []
+        for release in (_nothing, self.release, _collect):
+            release()
+            for acts in list(self._complements):
+                if len(self._free) < count:
+                    self._let_go_complement(acts)
+            for _ in range(len(self.evictable)):
+                if len(self._free) < count:
+                    self._let_go(next(iter(self.evictable)), gone)
+            if len(self._free) >= count:
+                self.evictions += len(gone)
+                return
+        refused = self._all_held(count)
+        for own in reversed(gone):
+            self._free.remove(own["row"])
+            own.pop("site_in_experts", None)
+            self._hold(Adapter(**own))
+            self.evictable.move_to_end(own["name"], last=False)
+        raise NoRowError(refused)
+
+    def _let_go(self, name: str, gone: list[dict[str, Any]]) -> None:
+        """Evicts an adapter, or moves it to the end where somebody holds it, which is a use of it."""
+        adapter = self.adapters.pop(name)
+        del self._singles[name]
+        own, held = vars(adapter).copy(), weakref.ref(adapter)
+        del adapter
+        still = held()
+        if still is None:
+            del self.evictable[name]
+            gone.append(own)
+            return
+        self._hold(still)
+        self.evictable.move_to_end(name)
+
+    def _let_go_complement(self, acts: frozenset[Site]) -> None:
+        held = weakref.ref(self._complements.pop(acts))
+        still = held()
+        if still is not None:
+            self._complements[acts] = still
+
+    def _hold(self, adapter: Adapter) -> None:
+        name = adapter.name
+        self.adapters[name] = adapter
+        self._singles[name] = ResolvedMix(Mix((name,)), (adapter,), (adapter.row,), None)
+        if adapter.stamp is not None and name not in self.pinned:
+            self.evictable.setdefault(name)
+
+    def _all_held(self, count: int) -> str:
+        """Why no more rows can be had, and what to do."""
+        rows = len(self.table) - 1
+        worn = set(self.evictable)
+        kinds = {
+            "worn by set_adapter, a route, a running forward, a result with gradients or a captured CUDA graph": worn,
+            "pinned": self.pinned & set(self.adapters),
+            "loaded or trained, and not registered": {
+                name for name, adapter in self.adapters.items() if adapter.stamp is None and name not in self.pinned
+            },
+        }
+        told = [f"{len(names)} {kind} ({some(sorted(names))})" for kind, names in kinds.items() if names]
+        others = rows - len(self.adapters) - len(self._free) - len(self._complements)
+        if self._complements:
+            told.append(f"{len(self._complements)} of what weighted sums leave as it is")
+        if others > 0:
+            told.append(f"{others} of adapters that were deleted or whose files changed, and that are still worn")
+        return (
+            f"{count} more row{'s' if count > 1 else ''} of the bank wanted, {len(self._free)} can be had: of "
+            f"its {rows}, {', '.join(told)}. End a route or set_adapter(None), unpin() or delete_adapter() some, or "
+            "patch(capacity=…) with more"
         )
-        return self.adapters[name]
+
+    def _await(self, rows: Iterable[int]) -> None:
+        """Lets the current stream of a CUDA device wait for rows that are being copied."""
+        for row in rows:
+            event = self._arriving.get(row)
+            if event is not None:
+                event.wait(torch.cuda.current_stream(self.table.device))
+                if event.query():  # type: ignore[no-untyped-call]
+                    self._arriving.pop(row, None)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
-        table, sites, count = self.table, self.sites, len(self.adapters)
+        table, sites, names = self.table, self.sites, set(self.adapters)
         try:
             yield
         except BaseException:
-            while len(self.adapters) > count:
-                _, adapter = self.adapters.popitem()
+            for name in set(self.adapters) - names:
+                adapter = self._forget(name)
                 self._free.append(adapter.row)
                 adapter.free = []  # whenever it dies, its row was freed here
             self.sites = sites
@@ -286,10 +473,25 @@ class Bank:
             raise
 
     def remove(self, name: str) -> Adapter:
-        """Forgets an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""
-        adapter = self.adapters.pop(name)
-        vars(adapter).pop("alone", None)  # it holds the adapter
+        """Deletes an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""
+        adapter = self._forget(name)
+        adapter.is_deleted = True
+        self.pinned.discard(name)
         return adapter
+
+    def retire(self, name: str) -> None:
+        """Makes room for another adapter of this name, as its files changed; whoever wears the old one goes on."""
+        self._forget(name)
+
+    def keep(self, name: str) -> None:
+        """Lets a registered adapter be one of its own, that is no more what its files are."""
+        self.adapters[name].stamp = None
+        self.evictable.pop(name, None)
+
+    def _forget(self, name: str) -> Adapter:
+        self._singles.pop(name, None)
+        self.evictable.pop(name, None)
+        return self.adapters.pop(name)
 
     def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
         """A resident adapter's vectors, [width] each, one a site for all experts there: views of its row."""
@@ -303,18 +505,25 @@ class Bank:
         vectors = self.vectors(adapter).items()
         return {site: vector[: site.width_of_one] if site in adapter.shared else vector for site, vector in vectors}
 
+    def read_in(self, stream: torch.cuda.Stream) -> None:
+        """Says that forwards run in this stream of a CUDA device."""
+        if self.stream is not stream:
+            self.is_read_by_streams = self.is_read_by_streams or self.stream is not None
+            self.stream = stream
+
     def to(self, device: torch.device) -> None:
         """Moves the table."""
+        self._await([*self._arriving])
         self._place(self.table.to(device))
 
     @outside_inference_mode
-    def _complement(self, adapters: Iterable[Adapter]) -> int:
+    def _complement(self, adapters: Iterable[Adapter]) -> Adapter:
         """The row that is 0 where any of `adapters` acts and 1 elsewhere, also at sites that the bank gets later."""
         acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in adapters))
         if acts not in self._complements:
-            if not self._free:
-                self._grow(self.sites)
-            row = self._complements[acts] = self._free.pop()
+            self.make_room(1)
+            row = self._free.pop()
+            self._complements[acts] = Adapter("", row, frozenset(), free=self._free)
             self.table[row].fill_(1.0)
             for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
                 if site in acts:  # of a fused layer, in its slices only
@@ -322,6 +531,7 @@ class Bank:
         return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:
+        self._await([*self._arriving])
         capacity, width = self.table.shape
         rows = capacity if self._free else 2 * capacity
         table = self.table.new_ones(rows, sum(site.width for site in sites.values()))

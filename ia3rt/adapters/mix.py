@@ -6,7 +6,9 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
+
+from ia3rt.adapters.shortened import short
 
 CombinationType: TypeAlias = Literal["product", "linear", "delta"]
 
@@ -69,7 +71,7 @@ class Mix:
 
         Args:
             spec: a name, None for the base model, a list of names for their product, {name: weight} for their
-                weighted sum, or a Mix.
+                weighted sum, plain data as `of_data` takes it, or a Mix.
 
         Raises:
             ValueError: an empty list or mapping, or what Mix itself refuses.
@@ -82,6 +84,8 @@ class Mix:
         if isinstance(spec, str):
             return _single(spec)
         if isinstance(spec, Mapping):
+            if isinstance(spec.get(_FIELDS[0], 0.0), Sequence):  # and no weight of an adapter of that name
+                return cls.of_data(spec)
             return cls(tuple(spec), tuple(spec.values()), "linear")
         if isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
             if not spec:
@@ -90,6 +94,41 @@ class Mix:
         raise TypeError(
             f"{spec!r} is no mix: give an adapter's name, None, a list of names, a mapping of name to weight, or a Mix"
         )
+
+    @classmethod
+    def of_data(cls, data: object, what: str = "a mix", fields: tuple[str, str, str] | None = None) -> Mix:
+        """The mix that plain data means, as JSON brings it: `{"adapters": ["a", "b"], "weights": [0.7, 0.3],
+        "combination_type": "linear"}`.
+
+        Args:
+            data: adapters are names, and no text that means a mix. Without weights and combination_type it is their
+                product.
+            what: what to call it in errors.
+            fields: other names for the three fields, in this order.
+
+        Raises:
+            ValueError: it has another shape, or is what Mix itself refuses.
+        """
+        names, numbers, kind = fields or _FIELDS
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{what} must be an object with {names}, {numbers} and {kind}, not {short(data)}")
+        unknown = sorted(map(str, set(data) - {names, numbers, kind}))
+        if unknown:
+            raise ValueError(f"{what} has no field {short(unknown[0])!r}: it takes {names}, {numbers} and {kind}")
+        adapters, weights, combination_type = data.get(names), data.get(numbers), data.get(kind, "product")
+        if not _is_list_of(str, adapters) or not adapters or not all(adapters):
+            raise ValueError(f"{what}: {names} must be a list of adapters' names, not {short(adapters)}")
+        if not isinstance(combination_type, str) or combination_type not in get_args(CombinationType):
+            known = ", ".join(get_args(CombinationType))
+            raise ValueError(f"{what}: {kind} {short(repr(combination_type))} is not known: use one of {known}")
+        if weights is not None and not _are_finite(weights):
+            raise ValueError(f"{what}: {numbers} must be a list of finite numbers, not {short(weights)}")
+        if weights is not None and len(weights) != len(adapters):
+            raise ValueError(f"{what} has {len(weights)} {numbers} for {len(adapters)} {names}: give each one")
+        try:
+            return cls(tuple(adapters), weights, combination_type)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
 
     def __str__(self) -> str:
         """The mix as a formula: `a * b`, `0.7 a + 0.3 b`, `1 + 0.5 (a - 1)`, `base`."""
@@ -111,7 +150,20 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> N
             raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
 
 
-MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, float] | None"
+def _is_list_of(kind: Any, given: object) -> bool:
+    """Whether it is a list of these; True and False are no numbers."""
+    return isinstance(given, list | tuple) and all(isinstance(x, kind) and not isinstance(x, bool) for x in given)
+
+
+def _are_finite(given: Any) -> bool:
+    try:
+        return _is_list_of(int | float, given) and all(map(math.isfinite, given))
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+_FIELDS = ("adapters", "weights", "combination_type")
+MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, Any] | None"
 BASE = Mix(())
 
 

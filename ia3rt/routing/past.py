@@ -57,6 +57,10 @@ class PastForwards:
         stretches.append(_Stretch(begin, float("inf"), weakref.ref(worn)))
         self._held.append(worn)
 
+    def forget(self) -> None:
+        """Lets go of what was worn in forwards whose results are gone."""
+        self._held.clear()
+
     def end(self, results: Iterable[object], worn: Worn) -> None:
         """Ends what `begin` began; `worn` is known as long as these results can be differentiated."""
         stretches = self._stretches.get(threading.get_ident())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -58,9 +57,10 @@ class Routing:
         self._covering: Wearing | None = None
         self._merging: Wearing | None = None
         self.probing = Probing(bank)
-        self.lock = threading.RLock()  # of all that changes the bank or what is worn
+        self.lock = bank.lock  # of all that changes the bank or what is worn
         self._shelf = Shelf(bank, backend)
         self._past = PastForwards()
+        bank.release = self._past.forget
         self._begin()
         self.rows = RowScales(bank, self.probing, self._shelf, self.forward)
 
@@ -164,7 +164,7 @@ class Routing:
     def wear_again(self, before: Wearing) -> None:
         """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning."""
         route = before.worn.route
-        gone = {a for mix in route.mixes for a in mix.adapters if self.bank.adapters.get(a.name) is not a}
+        gone = {adapter for mix in route.mixes for adapter in mix.adapters if adapter.is_deleted}
         for adapter in gone:
             warnings.warn(
                 f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",

@@ -26,17 +26,20 @@ class Memory:
         composed: the mixes as torch applies them; nothing is in it where no module needs them.
         tables: the mixes as the kernels read them; nothing is in it on the torch backend.
         holder: the Worn whose numbers CUDA graphs read here; None once a switch has written others for them.
+        route: what was written last; it holds the rows that it names, which a CUDA graph may read.
     """
 
     def __init__(self) -> None:
         self.composed = ComposedMixes()
         self.tables = MixTables()
         self.holder: weakref.ref[Worn] | None = None
+        self.route: Route | None = None
 
     @outside_inference_mode
     def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
         """Writes a route; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
+        self.route = route
         if composes:
             self.composed.write(bank, route.mixes, by_row)
         if backend == "triton":
@@ -83,7 +86,7 @@ class Worn:
         self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         self.major: set[tuple[int, int, int]] = set()
         self._acts: frozenset[int] | None = None
-        self._kept: Worn | None = None
+        self._kept: weakref.ref[Worn] | None = None  # it holds this one
         self.stream: torch.cuda.Stream | None = None
 
     def compose(self, bank: Bank) -> None:
@@ -118,13 +121,15 @@ class Worn:
         (self.of or self).lent = True
         if not self.tables.stays or not self.tables.bank:
             return self
-        if self._kept is None:
+        kept = None if self._kept is None else self._kept()
+        if kept is None:
             used, mixes = used_rows(self.route.mixes)
             rows = bank.table[torch.tensor(used, device=bank.table.device)]
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
             tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
-            self._kept = self._over(tables)
-        return self._kept
+            kept = self._over(tables)
+            self._kept = weakref.ref(kept)
+        return kept
 
     def _over(self, tables: MixTables) -> Worn:
         """The same numbers, with other tables for the kernels."""
@@ -206,6 +211,7 @@ class Shelf:
         worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
         if self.bank.table.is_cuda:
             worn.stream = current_stream(self.bank.table.device)
+            self.bank.read_in(worn.stream)
         return worn
 
     def written(self, route: Route, rows: int | None) -> Memory:
@@ -216,6 +222,7 @@ class Shelf:
 
     def put(self, rows: int | None, memory: Memory) -> None:
         """Takes memory for so many rows that nothing reads any more."""
+        memory.route = None
         free = self._free.setdefault(rows, [])
         if len(free) < _KEPT:
             free.append(memory)

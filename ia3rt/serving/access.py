@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from ia3rt.adapters.folder import local_folder
+from ia3rt.adapters.shortened import ECHO, short
 from ia3rt.serving.limits import FILES
-from ia3rt.serving.vllm.names import ECHO, short
 
 MOST_PATH = 4_096
 """Characters of a path, as on Linux."""

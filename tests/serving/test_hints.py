@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from ia3rt.adapters.mix_text import parse
 from ia3rt.serving.vllm.hints import MOST, hint
-from ia3rt.serving.vllm.names import parse
 
 LOADED = ["sentiment", "author", "base"]
 

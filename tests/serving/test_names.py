@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix_text import MOST, MixNameError, canonical, parse, spelled
 from ia3rt.serving.vllm.merged_adapters import read_merged_adapters
-from ia3rt.serving.vllm.names import MOST, MixNameError, canonical, check_loaded_name, parse, spelled
+from ia3rt.serving.vllm.names import check_loaded_name
 
 NAMES = st.text("abcXYZ019._-/", min_size=1, max_size=12)
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)

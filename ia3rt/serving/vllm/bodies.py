@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers import app as vllm_app
 from vllm.entrypoints.serve import create_error_response
 
+from ia3rt.adapters.shortened import short
 from ia3rt.serving.vllm.merged_adapters import FIELD
-from ia3rt.serving.vllm.names import short
 
 _Receive = Callable[[], Awaitable[Any]]
 _Send = Callable[[Any], Awaitable[None]]

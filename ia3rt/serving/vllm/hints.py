@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable
 from itertools import islice
 
-from ia3rt.serving.vllm.names import PREFIXES, MixNameError, parse, short
+from ia3rt.adapters.mix_text import PREFIXES, MixNameError, parse
+from ia3rt.adapters.shortened import short
 
 MOST = 3
 """Names that are told."""

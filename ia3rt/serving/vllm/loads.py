@@ -22,6 +22,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.shortened import short
 from ia3rt.serving.access import folder_of
 from ia3rt.serving.limits import check_files
 from ia3rt.serving.settings import allowed_folder
@@ -29,7 +30,7 @@ from ia3rt.serving.vllm import metrics
 from ia3rt.serving.vllm.admission import resolving
 from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.loading import apart
-from ia3rt.serving.vllm.names import check_loaded_name, short
+from ia3rt.serving.vllm.names import check_loaded_name
 from ia3rt.serving.vllm.origins import log_refusal, resolved
 from ia3rt.serving.vllm.refusals import echoing_little, refusal
 from ia3rt.serving.vllm.served import admission_of, copies_of, origins_of, requests_of

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ia3rt.adapters.mix import CombinationType, Mix
-from ia3rt.serving.vllm.names import MixNameError, check_name, check_size, short
+from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix_text import MixNameError, check_name, check_size
 
 FIELD = "merged_adapters"
-_STRATEGIES: dict[str, CombinationType] = {"linear": "linear", "product": "product", "delta": "delta"}
-_KEYS = {"ids", "weights", "merge_strategy"}
+_FIELDS = ("ids", "weights", "merge_strategy")
 
 
 def read_merged_adapters(body: Any) -> Mix:
@@ -23,30 +22,17 @@ def read_merged_adapters(body: Any) -> Mix:
     Raises:
         MixNameError: it has another shape, or a strategy that there is none of for IA³ here.
     """
-    if not isinstance(body, Mapping):
-        raise MixNameError(f"{FIELD} must be an object with ids, weights and merge_strategy, not {short(body)}")
-    unknown = sorted(map(str, set(body) - _KEYS))
-    if unknown:
-        raise MixNameError(f"{FIELD} has no field {short(unknown[0])!r}: it takes ids, weights and merge_strategy")
-    ids, weights = body.get("ids"), body.get("weights")
-    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) and name for name in ids):
-        raise MixNameError(f"{FIELD}.ids must be a list of adapters' names, not {short(ids)}")
-    check_size(", ".join(ids), len(ids))
-    for name in ids:
-        check_name(name)  # names, and no grammar: "a*b" is not two of them
-    strategy = body.get("merge_strategy", "linear")
-    if not isinstance(strategy, str) or strategy not in _STRATEGIES:
-        raise MixNameError(f"{FIELD}.merge_strategy {short(repr(strategy))} is not known: use {', '.join(_STRATEGIES)}")
-    if weights is None and strategy != "product":
-        weights = [1.0] * len(ids)
-    numbers = weights is None or (
-        isinstance(weights, list) and all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
-    )
-    if not numbers:
-        raise MixNameError(f"{FIELD}.weights must be a list of numbers, one for each of ids, not {short(weights)}")
-    if weights is not None and len(weights) != len(ids):
-        raise MixNameError(f"{FIELD} has {len(weights)} weights for {len(ids)} ids: give each one")
+    if isinstance(body, Mapping):
+        ids, strategy = body.get("ids"), body.get("merge_strategy", "linear")
+        body = {**body, "merge_strategy": strategy}
+        if isinstance(ids, list):
+            check_size(FIELD, len(ids))
+            for name in ids:
+                if isinstance(name, str):
+                    check_name(name)  # names, and no grammar: "a*b" is not two of them
+            if body.get("weights") is None and strategy != "product":
+                body["weights"] = [1.0] * len(ids)
     try:
-        return Mix(tuple(ids), None if weights is None else tuple(weights), _STRATEGIES[strategy])
-    except (ValueError, OverflowError) as error:
-        raise MixNameError(f"{FIELD}: {short(str(error))}") from error
+        return Mix.of_data(body, FIELD, _FIELDS)
+    except ValueError as error:
+        raise MixNameError(str(error)) from error

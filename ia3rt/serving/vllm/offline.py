@@ -11,10 +11,11 @@ from vllm.lora.request import LoRARequest
 from ia3rt.adapters.checkpoint import is_ia3
 from ia3rt.adapters.folder import local_folder
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix_text import MixNameError, parse
+from ia3rt.adapters.shortened import short
 from ia3rt.serving.limits import check_files
 from ia3rt.serving.vllm.hints import hint
 from ia3rt.serving.vllm.keeping import keeping
-from ia3rt.serving.vllm.names import MixNameError, parse, short
 from ia3rt.serving.vllm.requests import Requests
 from ia3rt.serving.vllm.source import Source
 

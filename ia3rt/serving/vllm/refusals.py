@@ -9,9 +9,9 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.logger import init_logger
 
+from ia3rt.adapters.shortened import short
 from ia3rt.serving.access import MOST_PATH, ForbiddenPathError, shown
 from ia3rt.serving.vllm.loading import SlowLoadError
-from ia3rt.serving.vllm.names import short
 from ia3rt.serving.vllm.sentences import named, sentence_of
 from ia3rt.serving.vllm.store import DamagedCopyError, StoreError
 

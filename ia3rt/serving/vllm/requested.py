@@ -25,12 +25,13 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix_text import MixNameError, canonical, parse, spelled
+from ia3rt.adapters.shortened import ECHO, short
 from ia3rt.serving.vllm import bodies, metrics
 from ia3rt.serving.vllm.hints import hint
 from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.loading import apart
 from ia3rt.serving.vllm.merged_adapters import FIELD, read_merged_adapters
-from ia3rt.serving.vllm.names import ECHO, MixNameError, canonical, parse, short, spelled
 from ia3rt.serving.vllm.refusals import echoing_little, refusal
 from ia3rt.serving.vllm.requests import is_stored
 from ia3rt.serving.vllm.served import admission_of, requests_of

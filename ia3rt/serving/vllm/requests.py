@@ -15,9 +15,9 @@ from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
+from ia3rt.adapters.mix_text import canonical, spelled
 from ia3rt.serving.vllm.adapter_numbers import MixNumbers
 from ia3rt.serving.vllm.keeping import is_stored_path
-from ia3rt.serving.vllm.names import canonical, spelled
 from ia3rt.serving.vllm.source import Source
 
 MOST = 10_000

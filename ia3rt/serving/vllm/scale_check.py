@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix_text import MixNameError, spelled
+from ia3rt.adapters.shortened import short
 from ia3rt.adapters.site import Site
 from ia3rt.routing.composed import composed_vectors
 from ia3rt.serving.max_scale import OPTION, VARIABLE
-from ia3rt.serving.vllm.names import MixNameError, short, spelled
 
 
 class LargeScaleError(MixNameError):

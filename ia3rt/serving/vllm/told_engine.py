@@ -24,10 +24,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from ia3rt.adapters.folder import CONFIG_NAME
+from ia3rt.adapters.mix_text import MixNameError
 from ia3rt.serving.access import shown
 from ia3rt.serving.max_scale import max_scale
 from ia3rt.serving.vllm.name_locks import NameLocks
-from ia3rt.serving.vllm.names import MixNameError
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.scale_check import checked_vectors
 from ia3rt.serving.vllm.sentences import sentence_of

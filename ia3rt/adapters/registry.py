@@ -1,0 +1,99 @@
+"""Where adapters are that are known by name and not loaded yet, and whether their files have changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from ia3rt.adapters.bank import Stamp
+from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES
+
+AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
+"""A folder of adapters' folders, a mapping of names to folders, or a function of a name that gives one or None."""
+
+
+class Registry:
+    """Names, each with the folder that holds the adapter.
+
+    Attributes:
+        folders: by name.
+        finders: functions that are asked for other names, in this order.
+    """
+
+    def __init__(self) -> None:
+        self.folders: dict[str, Path] = {}
+        self.finders: list[Callable[[str], str | Path | None]] = []
+
+    def read(self, source: AdapterSource) -> dict[str, Path]:
+        """The names that a source makes known, none of a function; nothing is kept yet.
+
+        Raises:
+            FileNotFoundError: it is no folder, or an adapter is not where it says.
+            ValueError: a name is another folder's.
+            TypeError: it is no source.
+        """
+        if isinstance(source, str | Path):
+            found = _inside(Path(source).absolute())
+        elif isinstance(source, Mapping):
+            found = {name: _checked(name, folder) for name, folder in source.items()}
+        elif callable(source):
+            return {}
+        else:
+            raise TypeError(f"{source!r} is no source of adapters: give a folder, a mapping or a function of a name")
+        for name, folder in found.items():
+            known = self.folders.get(name, folder)
+            if known != folder:
+                raise ValueError(
+                    f"an adapter named {name!r} is registered already, as {known}: delete_adapter it first, or give "
+                    f"{folder} another name"
+                )
+        return found
+
+    def find(self, name: str) -> Path | None:
+        """An adapter's folder; None where nobody knows it."""
+        folder = self.folders.get(name)
+        for finder in self.finders if folder is None else ():
+            found = finder(name)
+            if found is not None:
+                return Path(found).absolute()
+        return folder
+
+
+def stamp_of(folder: Path) -> Stamp:
+    """What an adapter's files are now, without reading them.
+
+    Raises:
+        FileNotFoundError: they are gone.
+    """
+    found = []
+    for name in FILE_NAMES:
+        try:
+            told = os.stat(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        found.append((name, told.st_ino, told.st_size, told.st_mtime_ns))
+    if not found or found[0][0] != CONFIG_NAME:
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME} any more")
+    return tuple(found)
+
+
+def _inside(root: Path) -> dict[str, Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{str(root)!r} is no folder: give the one that holds the adapters' folders")
+    if (root / CONFIG_NAME).exists():
+        raise ValueError(f"{root} is an adapter itself: give the folder around it, or {{{root.name!r}: {str(root)!r}}}")
+    found = {each.name: root / each.name for each in sorted(os.scandir(root), key=lambda each: each.name)}
+    found = {name: folder for name, folder in found.items() if (folder / CONFIG_NAME).is_file()}
+    if not found:
+        raise FileNotFoundError(f"no folder in {root} holds an {CONFIG_NAME}: there is no adapter to register")
+    return found
+
+
+def _checked(name: object, folder: str | Path) -> Path:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"an adapter's name must be a string that is not empty, got {name!r}")
+    if not (Path(folder) / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"adapter {name!r} is not in {str(folder)!r}: there is no {CONFIG_NAME}")
+    return Path(folder).absolute()

@@ -1,0 +1,352 @@
+"""Registered adapters: known by name, and brought into the bank from the host's memory or the disk when one is wanted.
+
+Three tiers: the bank's rows on the device, rows in the host's memory, files. `fetch` reads what has to be read, without
+the lock, so that others go on meanwhile; `bring` copies it into the bank, with the lock. Nothing that `fetch` gave is
+evicted as long as somebody holds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, some
+from ia3rt.adapters.host import HostRow, HostTier
+from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.registry import AdapterSource, Registry, stamp_of
+
+
+@dataclass(eq=False, slots=True)
+class Fetched:
+    """Adapters that are wanted: it holds them.
+
+    Attributes:
+        adapters: those that are resident, by name.
+        rows: the rows that others are to have, by name.
+    """
+
+    adapters: dict[str, Adapter]
+    rows: dict[str, HostRow]
+
+
+NOTHING = Fetched({}, {})
+_FRESH = 1.0
+"""Seconds in which the files of a resident adapter are not looked at again: a look takes longer than a switch."""
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What became of the adapters that were registered.
+
+    Attributes:
+        registered: how many names are known, without those that functions know.
+        resident: how many adapters are in the bank, with loaded ones.
+        pinned: how many of them may not be evicted.
+        rows: the bank's, without the identity's.
+        hits: how often an adapter was wanted that was resident.
+        misses: how often one was not: `host_loads` and `disk_loads` together.
+        host_loads: how often it was in the host's memory.
+        disk_loads: how often it was read from its files.
+        evictions: how many went from the bank.
+        host_evictions: how many went from the host's memory.
+        changed: how often files were other ones than those that had been read.
+        device_bytes: what the bank takes.
+        host_bytes: what rows in the host's memory take.
+        load_seconds: the time in which adapters were copied into the bank, all together.
+        read_seconds: the time in which files were read, all together.
+    """
+
+    registered: int
+    resident: int
+    pinned: int
+    rows: int
+    hits: int
+    misses: int
+    host_loads: int
+    disk_loads: int
+    evictions: int
+    host_evictions: int
+    changed: int
+    device_bytes: int
+    host_bytes: int
+    load_seconds: float
+    read_seconds: float
+
+
+class Tiers:
+    """The registered adapters of one bank.
+
+    Args:
+        bank: where they are worn.
+        read: (name, folder) reads an adapter's files as a row of the bank.
+        grown: what to do when the bank's table has become another one.
+        host_bytes: what rows in the host's memory may take together.
+
+    Attributes:
+        is_empty: whether nothing was registered yet.
+    """
+
+    def __init__(
+        self, bank: Bank, read: Callable[[str, Path], HostRow], grown: Callable[[], None], host_bytes: int
+    ) -> None:
+        self._bank = bank
+        self._read = read
+        self._grown = grown
+        self._host = HostTier(host_bytes)
+        self._registry = Registry()
+        self._reading: dict[tuple[str, Path], Future[HostRow]] = {}
+        self._looked: dict[str, float] = {}
+        self._hits = self._host_loads = self._disk_loads = self._changed = 0
+        self._load_seconds = self._read_seconds = 0.0
+        self.is_empty = True
+        self._pool: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names that were registered, without those that functions know."""
+        return list(self._registry.folders)
+
+    def register(self, source: AdapterSource) -> list[str]:
+        """Makes names known; all of a source or none. Raises what `Registry.read` does, and where one is loaded."""
+        found = self._registry.read(source)
+        for name in found:
+            if name in self._bank.adapters and name not in self._registry.folders:
+                raise ValueError(f"an adapter named {name!r} is loaded already: delete_adapter it first")
+        self.is_empty = False
+        self._registry.folders.update(found)
+        if callable(source):
+            self._registry.finders.append(source)
+        return list(found)
+
+    def knows(self, name: str) -> bool:
+        """Whether a name is an adapter's: a resident or a registered one."""
+        return name in self._bank.adapters or self._registry.find(name) is not None
+
+    def is_registered(self, name: str) -> bool:
+        """Whether a name was registered, by no function."""
+        return name in self._registry.folders
+
+    def forget(self, name: str) -> None:
+        """Makes a name unknown again, but for a function that knows it."""
+        self._registry.folders.pop(name, None)
+        self._host.drop(name)
+        self._looked.pop(name, None)
+
+    def fetch(self, names: Iterable[str], counts: bool = True) -> Fetched:
+        """What these adapters are, read from their files where they are in no memory.
+
+        Called without the lock, or others wait for the disk.
+
+        Args:
+            names: adapters'.
+            counts: whether they are wanted now, for the statistics.
+
+        Raises:
+            ValueError: one is unknown, or its files are damaged or not for this model. Nothing has changed then.
+            FileNotFoundError: its files are gone.
+        """
+        bank, fetched, stale = self._bank, Fetched({}, {}), []
+        with bank.lock:
+            for name in dict.fromkeys(names):
+                adapter = bank.adapters.get(name)
+                if adapter is None:
+                    stale.append(name)
+                    continue
+                fetched.adapters[name] = adapter
+                if adapter.stamp is not None:
+                    self._hits += counts
+                    if name in bank.evictable and time.monotonic() - self._looked.get(name, 0.0) > _FRESH:
+                        stale.append(name)
+        for name in stale:
+            folder = self._registry.find(name)
+            if folder is None:
+                raise self._unknown(name)
+            stamp = self._stamp(name, folder)
+            self._looked[name] = time.monotonic()
+            resident = fetched.adapters.get(name)
+            if resident is not None and resident.stamp in (stamp, None):
+                continue
+            fetched.adapters.pop(name, None)  # the one of now takes its place
+            row = self._host.get(name)
+            is_known = row is not None and (row.stamp, row.folder) == (stamp, folder)
+            with bank.lock:
+                self._changed += resident is not None or (row is not None and not is_known)
+                self._host_loads += counts and is_known
+                self._disk_loads += not is_known
+            fetched.rows[name] = row if row is not None and is_known else self._read_once(name, folder)
+        return fetched
+
+    def resolve(self, mixes: Iterable[Mix], fetched: Fetched) -> list[ResolvedMix]:
+        """Looks the adapters of mixes up, of which `fetched` are registered; called with the lock.
+
+        Raises:
+            NoRowError: as `bring`.
+            ValueError: as `Bank.resolve`.
+        """
+        held = self.bring(fetched) if fetched.rows else None
+        resolved = [self._bank.resolve(mix) for mix in mixes]
+        del held  # what one mix needs was not evicted for what another one leaves as it is
+        return resolved
+
+    def bring(self, fetched: Fetched) -> list[Adapter]:
+        """Makes rows that were fetched resident, and gives their adapters, so that they are held; called with the lock.
+
+        Raises:
+            ValueError: one was deleted meanwhile.
+            NoRowError: there is no room for all of them. Nothing was evicted for them then.
+        """
+        bank = self._bank
+        absent = {name: row for name, row in fetched.rows.items() if self._is_absent(name, row)}
+        held = [bank.adapters[name] for name in fetched.rows if name not in absent]
+        capacity, wanted = len(bank.table) - 1, len(fetched.adapters) + len(fetched.rows)
+        if not bank.grows and wanted > capacity:
+            raise NoRowError(
+                f"{wanted} adapters are worn at once, and the bank has {capacity} rows and does not grow: "
+                f"patch(capacity=…) with at least {wanted}, or wear fewer in one batch"
+            )
+        begun, table = time.perf_counter(), bank.table
+        for name in absent:
+            if name in bank.adapters:
+                bank.retire(name)
+        bank.make_room(len(absent))
+        for name, row in absent.items():
+            made = Adapter(name, 0, row.sites, row.config, shared=row.shared, stamp=row.stamp)
+            held.append(bank.place(made, row.row))
+        if bank.table is not table:
+            self._grown()
+        self._load_seconds += time.perf_counter() - begun
+        return held
+
+    def pin(self, name: str, fetched: Fetched) -> None:
+        """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises what `bring` does."""
+        self.bring(fetched)
+        if self._bank.adapters[name].stamp is not None:
+            self._bank.pinned.add(name)
+            self._bank.evictable.pop(name, None)
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter make room again; called with the lock.
+
+        Raises:
+            ValueError: it was not pinned.
+        """
+        if name not in self._bank.pinned:
+            raise ValueError(f"adapter {name!r} is not pinned")
+        self._bank.pinned.discard(name)
+        if self._bank.adapters[name].stamp is not None:
+            self._bank.evictable[name] = None
+
+    def prefetch(self, names: list[str]) -> Future[None]:
+        """Brings adapters in by a thread of its own; on CUDA they are copied in a stream of its own.
+
+        Where there is no room for one it stays in the host's memory. What fails is told by the future.
+
+        Raises:
+            ValueError: one is unknown.
+        """
+        for name in names:
+            if not self.knows(name):
+                raise self._unknown(name)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="ia3rt-prefetch")
+        return self._pool.submit(self._prefetch, names)
+
+    def stats(self) -> TierStats:
+        """What became of the registered adapters; called with the lock."""
+        bank = self._bank
+        return TierStats(
+            registered=len(self._registry.folders),
+            resident=len(bank.adapters),
+            pinned=len(bank.pinned),
+            rows=len(bank.table) - 1,
+            hits=self._hits,
+            misses=self._host_loads + self._disk_loads,
+            host_loads=self._host_loads,
+            disk_loads=self._disk_loads,
+            evictions=bank.evictions,
+            host_evictions=self._host.evictions,
+            changed=self._changed,
+            device_bytes=bank.table.numel() * bank.table.element_size(),
+            host_bytes=self._host.nbytes,
+            load_seconds=self._load_seconds,
+            read_seconds=self._read_seconds,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tiers:
+        """The same names for a copy of the bank, and nothing in the host's memory."""
+        read, grown = copy.deepcopy(self._read, memo), copy.deepcopy(self._grown, memo)
+        made = memo[id(self)] = Tiers(copy.deepcopy(self._bank, memo), read, grown, self._host.limit)
+        made.is_empty = self.is_empty
+        made._registry.folders.update(self._registry.folders)
+        made._registry.finders.extend(self._registry.finders)
+        return made
+
+    def _is_absent(self, name: str, row: HostRow) -> bool:
+        known = self._registry.folders.get(name)
+        if known != row.folder and (known is not None or not self._registry.finders):
+            raise ValueError(f"unknown adapter {name!r}: it was deleted meanwhile")
+        resident = self._bank.adapters.get(name)
+        return resident is None or resident.stamp not in (row.stamp, None)
+
+    def _unknown(self, name: str) -> ValueError:
+        loaded, registered = some(self._bank.adapters), some(self._registry.folders)
+        return ValueError(
+            f"unknown adapter {name!r}: load or register it first (loaded: {loaded}; registered: {registered})"
+        )
+
+    def _stamp(self, name: str, folder: Path) -> Any:
+        try:
+            return stamp_of(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
+            ) from None
+
+    def _read_once(self, name: str, folder: Path) -> HostRow:
+        """Reads an adapter, or waits for the thread that does already."""
+        key = name, folder
+        with self._bank.lock:
+            reading = self._reading.get(key)
+            mine: Future[HostRow] = Future()
+            if reading is None:
+                self._reading[key] = mine
+        if reading is not None:
+            return reading.result()
+        begun = time.perf_counter()
+        try:
+            row = self._read(name, folder)
+            self._host.put(name, row)
+            mine.set_result(row)
+            return row
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._bank.lock:
+                self._reading.pop(key)
+                self._read_seconds += time.perf_counter() - begun
+
+    def _prefetch(self, names: list[str]) -> None:
+        bank = self._bank
+        for name in names:
+            fetched = self.fetch([name], counts=False)
+            with bank.lock, suppress(NoRowError), self._beside():
+                self.bring(fetched)
+
+    def _beside(self) -> Any:
+        """A context in a stream of its own."""
+        device = self._bank.table.device
+        if device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
