@@ -65,7 +65,7 @@ def patch(
             tensor parallelism splits.
         fuse_gate_up: whether one kernel computes the first half of an MLP, both its matrices and its activation, where
             it can read them: on the Triton backend, as long as they wear no vector and have no hook. It is as
-            accurate. Not the default, as it is not measured on a GPU yet.
+            accurate. Not the default: on an H100 it takes as long, or up to 3 % longer.
 
     Returns:
         The model's Runtime.

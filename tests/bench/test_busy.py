@@ -51,7 +51,8 @@ def test_they_end_when_the_measurement_does_not(error: type[BaseException]) -> N
 def test_they_end_with_a_measuring_process(ending: signal.Signals) -> None:
     """Ctrl-C, and what leaves it no time to end them."""
     code = (
-        "import time; from ia3rt.bench.busy import busy_cores\n"
+        "import signal, time; from ia3rt.bench.busy import busy_cores\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell ignores for what it runs beside it
         "with busy_cores() as processes: print(*processes, flush=True); time.sleep(60)"
     )
     measuring = subprocess.Popen(
