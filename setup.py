@@ -54,6 +54,7 @@ setup(
         "ia3rt.bench.layers",
         "ia3rt.bench.profile",
         "ia3rt.bench.serving",
+        "ia3rt.bench.study",
         "ia3rt.bench.suites",
         "ia3rt.bench.tuning",
         "ia3rt.examples",
@@ -69,6 +70,7 @@ setup(
     extras_require={
         "bench": ["matplotlib", "peft>=0.21", "pytest-benchmark", "transformers>=5"],
         "demo": ["transformers>=5", "gguf", "peft>=0.21"],
+        "study": ["matplotlib", "transformers>=5", "gguf", "peft>=0.21"],
         "test": [
             "accelerate",
             "build",

@@ -19,7 +19,8 @@ from ia3rt.bench.runner import run
 from ia3rt.bench.serving import tables as serving_tables
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.shapes import SHAPES
-from ia3rt.bench.study.cli import study
+from ia3rt.bench.study.cli import RESULTS, study
+from ia3rt.bench.study.document import write_page
 from ia3rt.bench.terminal import print_result, shown_progress
 from ia3rt.bench.tuning import ahead
 from ia3rt.bench.tuning.registry import OPERATIONS
@@ -43,11 +44,14 @@ def document(file: Annotated[Path, typer.Argument(help="docs/kernels.md")] = Pat
 def recorded(
     kernels: Annotated[Path, typer.Option(help="docs/kernels.md")] = Path("docs/kernels.md"),
     performance: Annotated[Path, typer.Option(help="docs/performance.md")] = Path("docs/performance.md"),
+    combining: Annotated[Path, typer.Option(help="docs/combining.md")] = Path("docs/combining.md"),
 ) -> None:
-    """Write what was measured on GPUs, as bench/results keeps it, into the documents. No GPU is needed."""
+    """Write what bench/results keeps, measured on GPUs or by `study`, into the documents. No GPU is needed."""
     documents.write_roofline(kernels)
     records.write_kernels(kernels)
     records.write_performance(performance)
+    if (RESULTS / "run.json").is_file():
+        write_page(combining, RESULTS)
 
 
 @app.command()

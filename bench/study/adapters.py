@@ -101,7 +101,8 @@ class TrainedAdapters:
         budget: Budget,
     ) -> str:
         texts = [(task, prompts[learner.name, task], validation[task]) for task in learner.tasks]
-        return key_of(kind, learner, budget, texts)
+        key: str = key_of(kind, learner, budget, texts)
+        return key
 
     def _write(self, model: StudyModel, learner: Learner, folder: Path, course: Sequence[dict[str, object]]) -> None:
         half = folder.with_name(f"{folder.name}.part")

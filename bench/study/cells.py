@@ -81,7 +81,7 @@ def read_cells(file: Path) -> list[Cell]:
                 json.loads(row["values"]),
                 int(row["seed"]),
                 row["task"],
-                row["split"],  # type: ignore[arg-type]
+                row["split"],
                 row["predicted"],
                 row["right"],
             )

@@ -12,7 +12,7 @@ from ia3rt.bench.study.settings import Budget
 from ia3rt.bench.study.training import Descent, Learner, batches, train
 from ia3rt.cli.packages import quiet
 
-_TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+CURVES = ("ia3rt", "peft")
 
 
 def curves(
@@ -37,7 +37,9 @@ def curves(
     with quiet():
         from peft import IA3Config, get_peft_model
 
-        wrapped = get_peft_model(model.model, IA3Config(task_type="CAUSAL_LM", **_TARGETS))
+        targets, ends = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
+        config = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=ends)
+        wrapped = get_peft_model(model.model, config)
     model.model = wrapped.eval()
     descent = Descent([each for each in wrapped.parameters() if each.requires_grad], budget)
     theirs = []
@@ -50,4 +52,4 @@ def curves(
         theirs.append(float(loss.detach()))
         done(sum(len(each.ids) for each in batch))
     ours = [each.train_loss for each in points]
-    return {"ia3rt": torch.tensor(ours, dtype=torch.float64), "peft": torch.tensor(theirs, dtype=torch.float64)}
+    return {who: torch.tensor(losses, dtype=torch.float64) for who, losses in zip(CURVES, (ours, theirs), strict=True)}

@@ -71,7 +71,8 @@ def mean_squares(model: StudyModel, prompts: Sequence[Prompt], done: Callable[[i
 
 
 def _parameter(model: StudyModel, site: Site, name: str) -> Tensor:
-    return model.model.get_submodule(site.module).get_parameter(f"ia3_{site.side}_{name}")
+    parameter: Tensor = model.model.get_submodule(site.module).get_parameter(f"ia3_{site.side}_{name}")
+    return parameter
 
 
 def _seeing_input(total: Tensor) -> Callable[[Any, Any], None]:

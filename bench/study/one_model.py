@@ -25,7 +25,7 @@ from ia3rt.bench.study.plan import FLOAT32_COST, ONE_BY_ONE, Part, part_of, toke
 from ia3rt.bench.study.precision import Precision
 from ia3rt.bench.study.publishing import card_of, publish
 from ia3rt.bench.study.settings import Budget, Scale
-from ia3rt.bench.study.splits import Split, Texts, balanced, training_sample
+from ia3rt.bench.study.splits import LabelledText, Split, Texts, balanced, training_sample
 from ia3rt.bench.study.store import Store, key_of
 from ia3rt.bench.study.tasks import TASKS
 from ia3rt.bench.study.training import TRAINING_COST, Learner, Point
@@ -105,11 +105,13 @@ class OneModel:
         def compute() -> Mapping[str, Tensor]:
             model = self._kind.load(torch.float32)
             assert isinstance(model, Decoder)
-            return curves(model, task, 0, prompts, scale.budget, scale.curve_steps, done)
+            losses: Mapping[str, Tensor] = curves(model, task, 0, prompts, scale.budget, scale.curve_steps, done)
+            return losses
 
         with begin(self.parts()["curve beside PEFT"]) as done:
             key = key_of("curve", self.model.name, scale.budget, scale.curve_steps, prompts)
-            return self._store.once(key, compute)
+            known: Mapping[str, Tensor] = self._store.once(key, compute)
+        return known
 
     def settle(self, begin: Begin) -> dict[str, Any]:
         """Compares precisions, and takes from then on the dtype to answer in; returns what was seen.
@@ -152,11 +154,12 @@ class OneModel:
             card = card_of(self.model, learner.name, learner.tasks, accuracies, learner.seed, budget, is_lm)
             publish(self.model, learner.name, learner.tasks, folder / learner.name, card)
 
-    def _chosen(self, task: str, split: Split, count: int) -> Sequence[Any]:
+    def _chosen(self, task: str, split: Split, count: int) -> Sequence[LabelledText]:
         try:
-            return balanced(getattr(self._texts[task], split), count, len(TASKS[task].labels))
+            chosen: Sequence[LabelledText] = balanced(getattr(self._texts[task], split), count, len(TASKS[task].labels))
         except ValueError as error:
             raise ValueError(f"task {task!r}, {split}: {error}") from None
+        return chosen
 
     def _learners(self) -> Iterator[list[Learner]]:
         """Who is trained in one mixed batch: the seeds of a task."""
@@ -193,18 +196,21 @@ class OneModel:
         drawn = training_sample(self._texts[task].train, scale.budget.texts, labels, learner.seed)
         return self._as_prompts(task, drawn, is_lm)
 
-    def _as_prompts(self, task: str, texts: Sequence[Any], is_lm: bool) -> list[Prompt]:
+    def _as_prompts(self, task: str, texts: Sequence[LabelledText], is_lm: bool) -> list[Prompt]:
+        prompts: list[Prompt]
         if is_lm:
             assert isinstance(self.model, Decoder)
-            return self.model.plain(texts, self._scale.length)
-        return self.model.prompts(task, texts, self._scale.length)
+            prompts = self.model.plain(texts, self._scale.length)
+        else:
+            prompts = self.model.prompts(task, texts, self._scale.length)
+        return prompts
 
     def _train(self, learners: Sequence[Learner], done: Callable[[int], None]) -> list[Point]:
         is_lm = learners[0].name.startswith(LM_NAME)
         prompts = {(who.name, task): self._training_prompts(who, task, is_lm) for who in learners for task in who.tasks}
         count = self._scale.validation
         checked = {task: self._chosen(task, "validation", count) for task in learners[0].tasks}
-        return self._adapters.train(
+        points: list[Point] = self._adapters.train(
             lambda: self.model,
             (self.model.name, self._kind.training_dtype),
             learners,
@@ -214,6 +220,7 @@ class OneModel:
             lambda model: model.text_losses if is_lm and isinstance(model, Decoder) else model.losses,
             done,
         )
+        return points
 
     def _compare_dtypes(self) -> dict[str, Any]:
         """The shorter dtype answers where it is faster, and answers the same but for noise."""
@@ -263,7 +270,7 @@ class OneModel:
     def _by_site(self, key: tuple[object, ...], compute: Callable[[], Mapping[SiteKey, Tensor]]) -> BySite:
         known = key_of(self.model.name, str(self.model.dtype), *key)
         stored = self._store.once(known, lambda: {"|".join(site): x for site, x in compute().items()})
-        return {(path, side): x for name, x in stored.items() for path, _, side in (name.rpartition("|"),)}  # type: ignore[misc]
+        return {(path, side): x for name, x in stored.items() for path, _, side in (name.rpartition("|"),)}
 
     def _questions(self, answered: Sequence[Cell] = ()) -> dict[str, Callable[[Asking], Iterator[Cell]]]:
         """What is asked, by name. What is asked on test texts depends on what was answered to validation texts."""

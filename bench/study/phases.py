@@ -34,7 +34,8 @@ ANALOGY = Method("analogy", _analogy, ({"weight": 0.5}, {"weight": 1.0}))
 
 def grid_of(method: Method, scale: Scale) -> Sequence[Values]:
     """The values that are tried."""
-    return method.grid[:: scale.grid]
+    grid: Sequence[Values] = method.grid[:: scale.grid]
+    return grid
 
 
 def alone(asking: Asking, scale: Scale) -> Iterator[Cell]:
@@ -69,7 +70,7 @@ def choose(cells: Sequence[Cell], scale: Scale) -> dict[tuple[str, int], Values]
             tried = [each for each in cells if each.method == method.name and len(each.adapters) == size]
 
             def mean(values: Values, tried: Sequence[Cell] = tried) -> float:
-                scores = [each.accuracy for each in tried if each.values == values]
+                scores: list[float] = [each.accuracy for each in tried if each.values == values]
                 return sum(scores) / len(scores)
 
             found[method.name, size] = max(grid_of(method, scale), key=mean) if tried else method.grid[0]

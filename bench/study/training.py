@@ -138,9 +138,9 @@ def _descend(
             prompts = [prompt for each in rows.values() for prompt in each]
             mixes = [model.worn(each.name, each.name, task) for each in asked for _ in rows[each.name]]
             with model.rt.route(mixes):
-                by_row = losses(prompts, task).split([len(each) for each in rows.values()])
+                by_row = torch.split(losses(prompts, task), [len(each) for each in rows.values()])
                 parted = [each.mean() / len(who.tasks) for each, who in zip(by_row, asked, strict=True)]
-                sum(parted, torch.zeros(())).backward()
+                sum(parted, torch.zeros(())).backward()  # type: ignore[no-untyped-call]
             for who, loss in zip(asked, parted, strict=True):
                 lost[who.name] += float(loss.detach())
             done(sum(len(each.ids) for each in prompts))
@@ -174,7 +174,8 @@ def parameters_of(model: StudyModel, learner: Learner) -> list[nn.Parameter]:
 
 
 def _rows(learner: Learner, budget: Budget) -> int:
-    return budget.rows if len(learner.tasks) == 1 else budget.rows_of_joint
+    rows: int = budget.rows if len(learner.tasks) == 1 else budget.rows_of_joint
+    return rows
 
 
 def _validation_loss(

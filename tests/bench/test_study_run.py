@@ -1,36 +1,229 @@
-"""The study from end to end on tiny models, and that a run that was killed goes on to the same results."""
+"""The study from end to end on tiny models: what it writes, and that a run that was killed goes on to the same."""
 
 from __future__ import annotations
 
+import csv
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_study
+import torch
 from rich.console import Console
+from tiny import tiny_model
+from typer.testing import CliRunner
 
+from ia3rt.bench.__main__ import app
+from ia3rt.bench.study import adapters, asking, cells, document, phases, tables
 from ia3rt.bench.study import run as running
-from ia3rt.bench.study.asking import ModelAsking
-from ia3rt.bench.study.cells import read_cells
+from ia3rt.bench.study.cells import Cell, read_cells, read_table
+from ia3rt.bench.study.cli import RESULTS
+from ia3rt.bench.study.methods import METHODS
+from ia3rt.bench.study.sets import all_sets, cycle
+from ia3rt.bench.study.tasks import TASKS
 
+PAGE = Path(__file__).parents[2] / "docs" / "combining.md"
 MODELS = (tiny_study.TinyDecoder, tiny_study.TinyEncoder)
-TABLES = ("methods", "tasks", "values", "domain", "negate", "analogy", "warning", "pairs", "correlations", "training")
+SCALE = tiny_study.SCALE
 
 
 def run(folder: Path) -> None:
-    running.run(tiny_study.SCALE, MODELS, folder / "results", folder / "cache", Console(quiet=True))
+    running.run(SCALE, MODELS, folder / "results", folder / "cache", Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as made:
+        tiny_study.make_tasks(made)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_study.make_tasks(patch)
-        run(folder)
+    run(folder)
     return folder
 
 
-def test_it_runs(whole: Path) -> None:
-    cells = read_cells(whole / "results" / "predictions.csv.gz")
-    assert {each.model for each in cells} == {"tiny-decoder", "tiny-encoder"}
-    for name in TABLES:
-        assert (whole / "results" / f"{name}.csv").read_text("utf-8").strip(), name
+def written(folder: Path) -> dict[str, bytes]:
+    """All that a run wrote, but for when and where it ran."""
+    files = [file for file in (folder / "results").rglob("*") if file.is_file() and file.name != "run.json"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_results(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it trains, and while it asks; then all is known, and nothing is trained or asked again."""
+    count = {"train": 0, "score": 0}
+    real_train, real_score = adapters.train, asking.score
+
+    def train(*given: object) -> object:
+        count["train"] += 1
+        if count["train"] == 4:
+            raise KeyboardInterrupt
+        return real_train(*given)
+
+    def score(*given: object) -> object:
+        count["score"] += 1
+        if count["score"] in (30, 400):
+            raise KeyboardInterrupt
+        return real_score(*given)
+
+    monkeypatch.setattr(adapters, "train", train)
+    monkeypatch.setattr(asking, "score", score)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert not (tmp_path / "results" / "predictions.csv.gz").exists()
+    run(tmp_path)
+    assert written(tmp_path) == written(whole)
+    before = dict(count)
+    run(tmp_path)
+    assert count == before
+    assert written(tmp_path) == written(whole)
+
+
+def test_every_set_is_asked_with_every_method(whole: Path) -> None:
+    found = read_cells(whole / "results" / "predictions.csv.gz")
+    for model in MODELS:
+        tested = {(c.adapters, c.method, c.seed, c.task) for c in found if c.model == model.name and c.phase == "test"}
+        assert tested == {
+            (tasks, method.name, seed, task)
+            for tasks in all_sets(SCALE.main)
+            for method in METHODS
+            if method.takes(len(tasks))
+            for seed in SCALE.seeds
+            for task in tasks
+        }
+    assert {each.split for each in found if each.phase == "tuning"} == {"validation"}
+    assert {each.split for each in found if each.phase in ("alone", "test", "domain", "negate")} == {"test"}
+
+
+def test_what_is_written_is_what_was_answered(whole: Path) -> None:
+    """Right answers by the labels of texts.csv, and the means of methods.csv by those."""
+    labels: dict[tuple[str, str], str] = {}
+    for row in read_table(whole / "results" / "texts.csv"):
+        key = row["task"], row["split"]
+        labels[key] = labels.get(key, "") + row["label"]
+    found = read_cells(whole / "results" / "predictions.csv.gz")
+    for each in found:
+        right = zip(each.predicted, labels[each.task, each.split], strict=False)
+        assert each.right == "".join(str(int(one == other)) for one, other in right)
+    for row in read_table(whole / "results" / "methods.csv"):
+        if row["method"] in ("product", "ties"):
+            tested = [c for c in found if c.model == row["model"] and c.phase == "test" and c.method == row["method"]]
+            scores = [c.accuracy for c in tested if len(c.adapters) == int(row["size"])]
+            assert float(row["accuracy"]) == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+
+
+def test_values_are_the_best_of_validation() -> None:
+    def cell(method: str, weight: float, right: str, task: str) -> Cell:
+        values = {"weight": weight}
+        return Cell("m", "tuning", ("movie", "author"), method, values, 0, task, "validation", right, right)
+
+    first, second = (values["weight"] for values in phases.grid_of(METHODS[2], SCALE))
+    asked = [cell("delta", first, "11", "movie"), cell("delta", first, "00", "author")]
+    asked += [cell("delta", second, "10", "movie"), cell("delta", second, "11", "author")]
+    assert phases.choose(asked, SCALE)["delta", 2] == {"weight": second}
+    assert phases.choose(asked[:2] + asked[3:], SCALE)["delta", 2] == {"weight": second}
+    assert phases.choose(asked, SCALE)["product", 2] == {}
+
+
+def test_sets() -> None:
+    assert [len(each) for each in all_sets("abcde")] == [2] * 10 + [3] * 10 + [5]
+    assert all_sets("abc") == [("a", "b"), ("a", "c"), ("b", "c"), ("a", "b", "c")]
+    assert cycle("abcde", 2) == [("a", "b"), ("b", "c"), ("c", "d"), ("d", "e"), ("e", "a")]
+    assert cycle("abcde", 5) == [tuple("abcde")]
+
+
+@pytest.mark.parametrize("task", ["movie", "author", "news"])
+def test_what_is_published_is_what_was_tested_and_peft_loads_it(whole: Path, task: str) -> None:
+    folder = whole / "results" / "adapters" / "tiny-decoder" / f"{task}-1"
+    wrapped = peft.PeftModel.from_pretrained(tiny_model(), folder).eval()
+    found = read_cells(whole / "results" / "predictions.csv.gz")
+    (cell,) = (c for c in found if (c.model, c.phase, c.adapters, c.seed) == ("tiny-decoder", "alone", (task,), 1))
+    model = tiny_study.TinyDecoder.load(torch.float32)
+    texts, _ = running.read_texts(SCALE, lambda package: Path())
+    asked = model.prompts(task, texts[task].test[: len(cell.right)], SCALE.length)
+    labels = [tiny_study.Words().encode(label)[0] for label in TASKS[task].labels]
+    with torch.no_grad():
+        answers = [int(wrapped(torch.tensor([each.ids])).logits[0, -1, labels].argmax()) for each in asked]
+    assert "".join(map(str, answers)) == cell.predicted
+    card = (folder / "README.md").read_text("utf-8")
+    assert f"accuracy {cell.accuracy:.3f} on {len(cell.right)} test texts" in card
+
+
+def test_the_page_has_a_place_for_each_table(whole: Path, tmp_path: Path) -> None:
+    page = tmp_path / "combining.md"
+    page.write_text(PAGE.read_text("utf-8"), "utf-8")
+    document.write_page(page, whole / "results")
+    once = page.read_text("utf-8")
+    assert "Not run yet" not in once
+    for content in tables.tables(whole / "results").values():
+        assert content in once
+    for plot in re.findall(r"\]\((combining/.*?\.svg)\)", once):
+        assert (tmp_path / plot).read_bytes().startswith(b"<?xml")
+    drawn = {file: file.read_bytes() for file in (tmp_path / "combining").iterdir()}
+    document.write_page(page, whole / "results")
+    assert page.read_text("utf-8") == once
+    assert {file: file.read_bytes() for file in (tmp_path / "combining").iterdir()} == drawn
+
+
+def test_a_tables_cell_is_the_files_number(whole: Path) -> None:
+    rows = [row for row in read_table(whole / "results" / "methods.csv") if row["model"] == "tiny-encoder"]
+    shown = tables.tables(whole / "results")["study points"]
+    for row in rows:
+        if row["method"] == "ties":
+            assert f"{100 * float(row['over_product']):+.1f}" in shown
+    warned = read_table(whole / "results" / "warning.csv")
+    for row in warned:
+        assert f"{100 * float(row['accuracy']):.0f} (" in tables.tables(whole / "results")["study warning"]
+
+
+@pytest.mark.skipif(not (RESULTS / "run.json").is_file(), reason="the study was not run in full yet")
+def test_the_page_is_what_the_files_say(tmp_path: Path) -> None:
+    page = tmp_path / PAGE.name
+    page.write_text(PAGE.read_text("utf-8"), "utf-8")
+    document.write_page(page, RESULTS)
+    assert page.read_text("utf-8") == PAGE.read_text("utf-8"), "run python -m ia3rt.bench recorded"
+
+
+def test_cells_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = [
+        Cell("m", "test", ("a", "b"), "ties", {"density": 0.2, "weight": 1.0}, 0, "a", "test", "0120", "1010"),
+        Cell("m", "alone", (), "base", {}, 1, "a", "test", "0", "1"),
+    ]
+    cells.write_cells(written, tmp_path / "one")
+    cells.write_cells(written, tmp_path / "other")
+    assert read_cells(tmp_path / "one") == written
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    assert written[0].accuracy == 0.5
+
+
+def test_what_ran_is_said(whole: Path) -> None:
+    facts = json.loads((whole / "results" / "run.json").read_text("utf-8"))
+    assert facts["left_out"] == {}
+    assert facts["seconds"].keys() >= {"tiny-decoder: train movie", "tiny-encoder: sets"}
+    for seen in facts["seen"].values():
+        assert seen["mixed"]["rows"] > 10
+        assert seen["mixed"]["largest"] < (1e-4 if seen["answers in"] == "torch.float32" else 0.5)
+    with (whole / "results" / "curve.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert float(row["ia3rt"]) == pytest.approx(float(row["peft"]), abs=1e-4)
+
+
+def test_the_command() -> None:
+    shown = CliRunner().invoke(app, ["study", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0
+    for option in ("--quick", "--cache", "--out", "--page"):
+        assert option in shown.output
+
+
+def test_a_full_run_without_its_page_ends_before_it_begins(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["study", "--page", str(tmp_path / "none.md")], env={"COLUMNS": "200"})
+    assert shown.exit_code == 2
+    assert "run it in the repository" in shown.output

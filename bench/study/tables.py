@@ -1,0 +1,266 @@
+"""The page's tables, from the study's CSV files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ia3rt.bench import markdown, readable
+from ia3rt.bench.study.cells import BASE, JOINT, OWN, read_table
+from ia3rt.bench.study.models import MODELS
+from ia3rt.bench.study.summary import FEATURES, PRODUCT, best_on_validation
+
+Row = Mapping[str, str]
+
+SIGNIFICANT = 0.05
+TITLES = {kind.name: kind.title for kind in MODELS}
+WORDS = {OWN: "routing: each row its own adapter", JOINT: "one adapter trained on all tasks", BASE: "no adapter"}
+_SIZES = {2: "two", 3: "three"}
+_FEATURES = {
+    "cosine": "cosine of the two l − 1",
+    "same_sign": "share of numbers with the same sign",
+    "distance": "mean \\|l − 1\\| of both",
+    "larger_distance": "mean \\|l − 1\\|, the larger",
+}
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """The content of each place on the page, by the place's name."""
+    made: dict[str, Callable[[Path], str]] = {
+        "study run": _run,
+        "study kept": _kept,
+        "study points": _points,
+        "study tasks": _tasks,
+        "study values": _values,
+        "study domains": _domains,
+        "study correlations": _correlations,
+        "study forgetting": _forgetting,
+        "study analogy": _analogy,
+        "study warning": _warning,
+        "study checks": _checks,
+    }
+    return {name: make(folder) for name, make in made.items()}
+
+
+def rows_of(folder: Path, table: str) -> dict[str, list[Row]]:
+    """A table's rows by model, in the order of the file."""
+    by_model: dict[str, list[Row]] = {}
+    for row in read_table(folder / f"{table}.csv"):
+        by_model.setdefault(row["model"], []).append(row)
+    return by_model
+
+
+def sizes_of(rows: Sequence[Row]) -> list[int]:
+    """How many adapters were combined, smallest first."""
+    return sorted({int(row["size"]) for row in rows})
+
+
+def best_method(folder: Path, model: str, size: int = 2) -> str:
+    """Which was best on validation texts."""
+    best: str = best_on_validation(rows_of(folder, "values")[model], size)
+    return best
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What run.json says."""
+    read: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
+    return read
+
+
+def _run(folder: Path) -> str:
+    run = facts(folder)
+    scale = run["scale"]
+    minutes = sum(run["seconds"].values()) / 60
+    left = "".join(f" Left out: {name}, as {why}." for name, why in run["left_out"].items())
+    asked = (
+        f"Run from {run['begun']} to {run['ended']}, {minutes:.0f} minutes of work: {len(scale['seeds'])} seeds, "
+        f"{scale['budget']['steps']} steps an adapter, {scale['test']} test texts a task ({scale['test_of_triples']} "
+        f"for sets of three), {scale['validation']} for choosing values.{left}"
+    )
+    ran: str = readable.ran("", run["machine"], run["versions"])
+    return f"{asked}\\\n{ran}"
+
+
+def _kept(folder: Path) -> str:
+    def cell(row: Row) -> str:
+        return _percent(row, "kept")
+
+    return _by_size(folder, "share kept, %", cell, (OWN, JOINT, BASE))
+
+
+def _points(folder: Path) -> str:
+    def cell(row: Row) -> str:
+        mark = "**" if row["p_holm"] and float(row["p_holm"]) < SIGNIFICANT else ""
+        p = f" (p {_p(row['p_holm'])})" if row["p_holm"] else ""
+        over = f"{mark}{100 * float(row['over_product']):+.1f}{mark}{p}"
+        return f"{over}; {_range(row, 'routing_over')}"
+
+    return _by_size(folder, "points over the product; below routing", cell, (JOINT, BASE))
+
+
+def _by_size(folder: Path, title: str, cell: Callable[[Row], str], beside: Sequence[str]) -> str:
+    written = []
+    for model, rows in rows_of(folder, "methods").items():
+        sizes = sizes_of(rows)
+        found = {(row["method"], int(row["size"])): row for row in rows}
+        tested = [row["method"] for row in rows if int(row["size"]) == sizes[0] and row["method"] not in WORDS]
+        tested.sort(key=lambda name: -float(found[name, sizes[0]]["accuracy"]))
+        shown = [name for name in (OWN, *tested, JOINT, BASE) if name not in WORDS or name in beside]
+        header = (f"{TITLES.get(model, model)}: {title}", *(_SIZES.get(size, f"all {size}") for size in sizes))
+        lines = [
+            (WORDS.get(name, f"`{name}`"), *(cell(found[name, s]) if (name, s) in found else "" for s in sizes))
+            for name in shown
+        ]
+        written.append(_table(header, lines))
+    return "\n\n".join(written)
+
+
+def _tasks(folder: Path) -> str:
+    written = []
+    for model, rows in rows_of(folder, "tasks").items():
+        size = sizes_of(rows)[-1]
+        of_size = [row for row in rows if int(row["size"]) == size]
+        names = list(dict.fromkeys(row["task"] for row in of_size))
+        shown = dict.fromkeys((OWN, best_method(folder, model, size), PRODUCT, "linear", JOINT, BASE))
+        lines = []
+        for method in shown:
+            found = {row["task"]: row for row in of_size if row["method"] == method}
+            lines.append((WORDS.get(method, f"`{method}`"), *(_percent(found[name], "accuracy") for name in names)))
+        written.append(_table((f"{TITLES.get(model, model)}: accuracy, %, all {size} at once", *names), lines))
+    return "\n\n".join(written)
+
+
+def _values(folder: Path) -> str:
+    written = []
+    for model, rows in rows_of(folder, "methods").items():
+        sizes = sizes_of(rows)
+        chosen: dict[str, dict[int, str]] = {}
+        for row in rows:
+            values = json.loads(row["values"]) if row["values"] else {}
+            if values:
+                said = ", ".join(f"{name} {value:g}" for name, value in values.items())
+                chosen.setdefault(row["method"], {})[int(row["size"])] = said
+        header = (f"{TITLES.get(model, model)}: chosen", *(_SIZES.get(size, f"all {size}") for size in sizes))
+        lines = [(f"`{name}`", *(of_size.get(size, "") for size in sizes)) for name, of_size in chosen.items()]
+        written.append(_table(header, lines))
+    return "\n\n".join(written)
+
+
+def _domains(folder: Path) -> str:
+    written = []
+    for model, rows in rows_of(folder, "domain").items():
+        names = list(dict.fromkeys(row["task"] for row in rows))
+        shown = (OWN, *dict.fromkeys((best_method(folder, model), PRODUCT, "linear")))
+        lines = []
+        for adapters in dict.fromkeys(row["adapters"] for row in rows):
+            for method in shown:
+                cells = {r["task"]: r for r in rows if r["adapters"] == adapters and r["method"] == method}
+                if cells:
+                    how = adapters if method == OWN else f"{adapters.replace('+', ' + ')}, `{method}`"
+                    lines.append((how, *(_percent(cells[name], "accuracy") for name in names)))
+        header = (f"{TITLES.get(model, model)}: accuracy, %, on", *names)
+        written.append(_table(header, lines))
+    return "\n\n".join(written)
+
+
+def _correlations(folder: Path) -> str:
+    written = []
+    for model, rows in rows_of(folder, "correlations").items():
+        best = best_method(folder, model)
+        outcomes = {"loss_of_product": "loss of the product", "loss_of_best": f"loss of `{best}`"}
+        found = {(row["feature"], row["outcome"]): row for row in rows}
+        lines = [(_FEATURES[name], *(_rho(found[name, outcome]) for outcome in outcomes)) for name in FEATURES]
+        header = (f"{TITLES.get(model, model)}: Spearman's ρ over {rows[0]['pairs']} pairs", *outcomes.values())
+        written.append(_table(header, lines))
+    return "\n\n".join(written)
+
+
+def _forgetting(folder: Path) -> str:
+    written = []
+    without_by_model = rows_of(folder, "tasks")
+    for model, rows in rows_of(folder, "negate").items():
+        of_base = [row for row in without_by_model[model] if row["method"] == BASE]
+        largest = {row["task"]: float(row["accuracy"]) for row in of_base if int(row["size"]) == sizes_of(of_base)[-1]}
+        lines = []
+        for target in dict.fromkeys(row["adapters"] for row in rows):
+            after = {row["task"]: float(row["accuracy"]) for row in rows if row["adapters"] == target}
+            others = [task for task in after if task != target]
+            was, now = (sum(each[task] for task in others) / len(others) for each in (largest, after))
+            lines.append((target, *(f"{100 * x:.1f}" for x in (largest[target], after[target], was, now))))
+        header = (f"{TITLES.get(model, model)}: accuracy, %", "target before", "negated", "others before", "negated")
+        written.append(_table(header, lines))
+    return "\n\n".join(written)
+
+
+def _analogy(folder: Path) -> str:
+    written = []
+    for model, rows in rows_of(folder, "analogy").items():
+        (found,) = rows
+        alone = {row["adapters"]: row for row in rows_of(folder, "domain")[model] if row["task"] == found["task"]}
+        lines = [
+            (f"the analogy, weight {json.loads(found['values'])['weight']:g} of movie and Amazon texts", found),
+            ("the movie adapter", alone["movie"]),
+            ("Amazon's own adapter", alone["amazon"]),
+        ]
+        header = (f"{TITLES.get(model, model)}, on Amazon's sentiment", "accuracy, %")
+        written.append(_table(header, [(words, _percent(row, "accuracy")) for words, row in lines]))
+    return "\n\n".join(written) or "No model of this run writes text."
+
+
+def _warning(folder: Path) -> str:
+    lines = [
+        (TITLES.get(model, model), row["adapters"].replace("+", " + "), row["task"], _percent(row, "accuracy"))
+        for model, rows in rows_of(folder, "warning").items()
+        for row in rows
+    ]
+    return _table(("`linear` with weights [1, 1]", "adapters", "task", "accuracy, %"), lines)
+
+
+def _checks(folder: Path) -> str:
+    lines = []
+    curve = read_table(folder / "curve.csv")
+    if curve:
+        largest = max(abs(float(row["ia3rt"]) - float(row["peft"])) for row in curve)
+        said = f"largest difference of the loss in {len(curve)} steps: {largest:.2g}"
+        lines.append((f"trained through ia3rt and through PEFT alone, float32: {said}", TITLES[MODELS[0].name]))
+    for model, seen in facts(folder)["seen"].items():
+        title = TITLES.get(model, model)
+        for each in (seen["model"], *seen["vectors"]):
+            exact, short = each["right"]
+            speed = "" if not any(each["speed"]) else f", {each['speed'][1] / each['speed'][0]:.1f} times as fast"
+            said = f"{each['same']} of {each['texts']} answers the same, {short} right instead of {exact}{speed}"
+            lines.append((f"{each['what']} instead of float32: {said}", title))
+        mixed = seen["mixed"]
+        said = f"{mixed['same']} of {mixed['rows']} answers the same, logits differ by {mixed['largest']:.2g} at most"
+        lines.append((f"a mixed batch, routed, beside each adapter alone: {said}", title))
+    return _table(("what was checked", "model"), lines)
+
+
+def _percent(row: Row, name: str) -> str:
+    if not row[name]:
+        return "–"
+    value, low, high = (100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return f"{value:.0f} ({low:.0f} … {high:.0f})"
+
+
+def _range(row: Row, name: str) -> str:
+    value, low, high = (100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return f"{value:.1f} ({low:.1f} … {high:.1f})"
+
+
+def _rho(row: Row) -> str:
+    if not row["rho"]:
+        return "–"
+    return f"{float(row['rho']):.2f} ({float(row['rho_low']):.2f} … {float(row['rho_high']):.2f})"
+
+
+def _p(p: str) -> str:
+    value = float(p)
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    text: str = markdown.table(header, lines)
+    return text
