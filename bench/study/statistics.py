@@ -172,5 +172,5 @@ def _ranks(x: Tensor) -> Tensor:
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's, over the last dimension; NaN where one is all the same."""
     x, y = (each - each.mean(-1, keepdim=True) for each in (x, y))
-    along: Tensor = (x * y).sum(-1)
-    return along / (x.norm(dim=-1) * y.norm(dim=-1))
+    found: Tensor = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    return found
