@@ -107,6 +107,21 @@ def test_fisher_information_is_that_of_pefts_gradients(decoder: tiny_study.TinyD
         torch.testing.assert_close(found[key], each, rtol=1e-3, atol=1e-9)
 
 
+def test_fisher_information_is_of_the_owners_head() -> None:
+    model = tiny_study.TinyEncoder.load(torch.float32)
+    for name in "xy":
+        model.add(name, ("movie",))
+    model.rt.delete_adapter(head_name("y", "movie"))
+    site, zeros = model.rt.sites[0], {"weight": torch.zeros(8, 32), "bias": torch.zeros(8)}
+    model.rt.add_adapter(head_name("y", "movie"), {site.key: torch.ones(site.width)}, modules={"classifier": zeros})
+    by_owner = {
+        owner: importance.fisher_information(model, "x", owner, "movie", prompts(3), lambda tokens: None)
+        for owner in "xy"
+    }
+    assert float(by_owner["x"][site.key].max()) > 0
+    assert all(not each.any() for each in by_owner["y"].values())  # nothing reaches a head of zeros
+
+
 def test_training_is_pefts_step_for_step() -> None:
     model = tiny_study.TinyDecoder.load(torch.float32)
     found = curves(model, "movie", 0, prompts(40), BUDGET, 3, lambda tokens: None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -211,9 +210,13 @@ def test_what_ran_is_said(whole: Path) -> None:
     for seen in facts["seen"].values():
         assert seen["mixed"]["rows"] > 10
         assert seen["mixed"]["largest"] < (1e-4 if seen["answers in"] == "torch.float32" else 0.5)
-    with (whole / "results" / "curve.csv").open() as file:
-        for row in csv.DictReader(file):
-            assert float(row["ia3rt"]) == pytest.approx(float(row["peft"]), abs=1e-4)
+    curve = read_table(whole / "results" / "curve.csv")
+    assert [row["step"] for row in curve] == ["1", "2"]
+    for row in curve:
+        assert float(row["ia3rt"]) == pytest.approx(float(row["peft"]), abs=1e-4)
+    courses = {(row["model"], row["adapter"]) for row in read_table(whole / "results" / "training.csv")}
+    published = {(each.parent.name, each.name) for each in (whole / "results" / "adapters").glob("*/*")}
+    assert courses == published
 
 
 def test_the_command() -> None:
