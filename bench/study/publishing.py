@@ -81,6 +81,7 @@ def card_of(
     ]
     for package in packages:
         lines.append(f"| texts | the package `{_shown(package)}`, which states the licence {LICENCES[package]} |")
+    lines.append(f"| the model's weights | {model.weights} |")
     rows = budget.rows if len(tasks) == 1 else budget.rows_of_joint
     lines += [
         f"| training | {budget.steps} steps of {rows} texts a task, AdamW, learning rate {budget.lr:g}, seed {seed} |",
