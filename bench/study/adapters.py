@@ -39,7 +39,7 @@ class TrainedAdapters:
     def train(
         self,
         model: Callable[[], StudyModel],
-        kind: tuple[str, torch.dtype],
+        kind: tuple[str, torch.dtype, float],
         learners: Sequence[Learner],
         prompts: Mapping[tuple[str, str], Sequence[Prompt]],
         validation: Mapping[str, Sequence[Prompt]],
@@ -51,7 +51,7 @@ class TrainedAdapters:
 
         Args:
             model: gives the model, which is asked for only where there is something to train.
-            kind: the model's name, and the dtype that it is trained in.
+            kind: the model's name, the dtype that it is trained in, and the learning rate.
             learners: whom to train.
             prompts: as `training.train`.
             validation: as `training.train`.
@@ -95,7 +95,7 @@ class TrainedAdapters:
     def _key(
         self,
         learner: Learner,
-        kind: tuple[str, torch.dtype],
+        kind: tuple[str, torch.dtype, float],
         prompts: Mapping[tuple[str, str], Sequence[Prompt]],
         validation: Mapping[str, Sequence[Prompt]],
         budget: Budget,

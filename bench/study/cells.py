@@ -95,7 +95,7 @@ def write_table(rows: Sequence[Mapping[str, object]], file: Path) -> None:
         writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+            writer.writerow({name: f"{x:.9g}" if isinstance(x, float) else x for name, x in row.items()})
 
 
 def read_table(file: Path) -> list[dict[str, str]]:

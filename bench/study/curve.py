@@ -41,7 +41,7 @@ def curves(
         config = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=ends)
         wrapped = get_peft_model(model.model, config)
     model.model = wrapped.eval()
-    descent = Descent([each for each in wrapped.parameters() if each.requires_grad], budget)
+    descent = Descent([each for each in wrapped.parameters() if each.requires_grad], model.lr, budget)
     theirs = []
     stream = batches(prompts, budget.rows, seed)
     for _ in range(steps):

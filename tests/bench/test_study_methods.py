@@ -170,7 +170,7 @@ def test_the_step_that_was_best_is_kept() -> None:
     model.add("x", ("movie",))
     given = [Prompt(each.ids, 0) for each in prompts(40)]
     validation = [Prompt(each.ids, 1) for each in prompts(6, 9)]  # the more is learned the worse these are
-    budget = Budget(steps=6, rows=2, rows_of_joint=2, texts=40, check_every=1, lr=0.05)
+    budget = Budget(steps=6, rows=2, rows_of_joint=2, texts=40, check_every=1)
     learners = [Learner("x", ("movie",), 0)]
     points = training.train(
         model, learners, {("x", "movie"): given}, {"movie": validation}, budget, model.losses, lambda tokens: None
