@@ -102,7 +102,7 @@ def _titled(axis: Any, model: str) -> None:
     axis.set_title(TITLES.get(model, model), fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
 
 
 def _svg(figure: Any) -> bytes:
