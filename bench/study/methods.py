@@ -126,8 +126,8 @@ METHODS = (
     Method("product", as_product),
     Method("linear", as_mean),
     Method("delta", weighted("delta"), _grid(WEIGHTS)),
-    Method("power", weighted("power"), _grid(WEIGHTS)),
-    Method("lerp_product", lerp_product, _grid(WEIGHTS)),
+    Method("power", weighted("power"), _grid(WEIGHTS[1:5])),  # 1 is the product
+    Method("lerp_product", lerp_product, _grid(WEIGHTS[1:5])),
     Method("magnitude_prune", weighted("magnitude_prune"), _grid(STRONG, DENSITIES)),
     Method("ties", weighted("ties"), _grid(STRONG, DENSITIES)),
     Method("dare_linear", weighted("dare_linear"), _grid((0.35, 0.7, 1.0), (0.5, 0.8))),

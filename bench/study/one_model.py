@@ -21,7 +21,7 @@ from ia3rt.bench.study.importance import fisher_information, mean_squares
 from ia3rt.bench.study.methods import BySite
 from ia3rt.bench.study.models import Decoder, Prompt, StudyModel
 from ia3rt.bench.study.phases import JOINT_NAME, LM_NAME, adapter_name
-from ia3rt.bench.study.plan import FLOAT32_COST, ONE_BY_ONE, Part, part_of, tokens_a_second
+from ia3rt.bench.study.plan import ANSWERS, FLOAT32_COST, ONE_BY_ONE, Part, part_of, tokens_a_second
 from ia3rt.bench.study.precision import Precision
 from ia3rt.bench.study.publishing import card_of, publish
 from ia3rt.bench.study.settings import Budget, Scale
@@ -61,12 +61,21 @@ class OneModel:
             for task in self._tasks
             for split in SPLITS
         }
-        self.speed = tokens_a_second(self.model, self._prompts[scale.main[0], "test"])
+        asked = self._prompts[scale.main[0], "test"]
+        self.speeds = {
+            dtype: tokens_a_second(self.model if dtype == self._kind.training_dtype else kind.load(dtype), asked)
+            for dtype in {self._kind.training_dtype, ANSWERS}
+        }
 
     @property
     def is_decoder(self) -> bool:
         """Whether it writes text, so that an adapter can learn to write like a domain."""
         return isinstance(self.model, Decoder)
+
+    def seconds(self, part: Part, tokens: int) -> float:
+        """How long it takes to read tokens in a part of the run, as estimated."""
+        speed: float = self.speeds[part.dtype or ANSWERS]
+        return tokens * part.cost / speed
 
     def parts(self) -> dict[str, Part]:
         """What is done, by name, in its order."""
@@ -189,7 +198,8 @@ class OneModel:
         like = [each for task in tasks for each in self._prompts[task, "validation"]]
         rows = budget.steps * rows_a_task * len(tasks) * len(learners)
         checks = -(-budget.steps // budget.check_every) * self._scale.validation * len(tasks) * len(learners)
-        return part_of(f"train {name}", rows + checks // TRAINING_COST, like, TRAINING_COST)
+        dtype = self._kind.training_dtype
+        return part_of(f"train {name}", rows + checks // TRAINING_COST, like, TRAINING_COST, dtype)
 
     def _training_prompts(self, learner: Learner, task: str, is_lm: bool) -> list[Prompt]:
         scale, labels = self._scale, len(TASKS[task].labels)

@@ -147,12 +147,17 @@ def _show_plan(console: Console, ready: Sequence[OneModel], plans: Sequence[Mapp
     total = 0.0
     for each, plan in zip(ready, plans, strict=True):
         for part in plan.values():
-            minutes = part.work / each.speed / 60
+            minutes = each.seconds(part, part.tokens) / 60
             total += minutes
             table.add_row(each.model.name, part.name, f"{part.rows:,}", f"{part.tokens:,}", f"{minutes:.1f}")
     console.print(table)
-    speeds = ", ".join(f"{each.model.name} {each.speed:,.0f} tokens a second" for each in ready)
-    console.print(Text(f"About {total:.0f} minutes, less what is known from an earlier run: {speeds}.", style="dim"))
+    speeds = [
+        f"{each.model.name} {speed:,.0f} tokens a second in {str(dtype).removeprefix('torch.')}"
+        for each in ready
+        for dtype, speed in each.speeds.items()
+    ]
+    said = f"About {total:.0f} minutes, less what is known from an earlier run: {', '.join(speeds)}."
+    console.print(Text(said, style="dim"))
 
 
 @contextmanager
@@ -162,7 +167,9 @@ def _shown(
     """A bar over all that is planned, in seconds as estimated; yields what begins a part of each model."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
-    total = sum(part.work / each.speed for each, plan in zip(ready, plans, strict=True) for part in plan.values())
+    total = sum(
+        each.seconds(part, part.tokens) for each, plan in zip(ready, plans, strict=True) for part in plan.values()
+    )
     with Progress(*columns, *times, console=console, speed_estimate_period=600) as progress:
         bar = progress.add_task("", total=total)
         ended = [0.0]
@@ -176,10 +183,10 @@ def _shown(
                     console.print(f"{datetime.now():%H:%M:%S} {name}", highlight=False)
                 started = time.perf_counter()
                 try:
-                    yield lambda tokens: progress.advance(bar, tokens * part.cost / each.speed)
+                    yield lambda tokens: progress.advance(bar, each.seconds(part, tokens))
                 finally:
                     store.took(name, time.perf_counter() - started)
-                ended[0] += part.work / each.speed
+                ended[0] += each.seconds(part, part.tokens)
                 progress.update(bar, completed=ended[0])
 
             return begin
