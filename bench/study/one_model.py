@@ -74,8 +74,8 @@ class OneModel:
 
     def seconds(self, part: Part, tokens: int) -> float:
         """How long it takes to read tokens in a part of the run, as estimated."""
-        speed: float = self.speeds[part.dtype or ANSWERS]
-        return tokens * part.cost / speed
+        seconds: float = tokens * part.cost / self.speeds[part.dtype or ANSWERS]
+        return seconds
 
     def parts(self) -> dict[str, Part]:
         """What is done, by name, in its order."""
