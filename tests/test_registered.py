@@ -366,8 +366,10 @@ def test_a_bank_that_grows_keeps_all_of_them(folder, truth):
 
 def test_what_a_batch_needs_is_not_evicted_for_the_rest_of_it(folder, truth):
     runtime = patched(folder, rows=3)
-    with pytest.raises(ValueError, match=r"1 more row of the bank wanted, 0 can be had.*\('a', 'b', 'c'\)"):
+    runtime.prefetch("d").result()
+    with pytest.raises(ValueError, match=r"3 adapters are worn at once, and 1 more rows for .* the bank has 3 rows"):
         runtime.route([{"a": 0.5, "b": 0.25}, "c", None, None])
+    assert runtime.adapters == ["d"]
     check(runtime, truth, ["a", "b", "c", None])
 
 

@@ -155,7 +155,8 @@ class Routing:
     def wear_pinned(self, route: Route) -> None:
         """Makes `route` what this context wears that was pinned."""
         wearing = self._context.wearing
-        self._replace(wearing, self.lay(route))
+        with self.lock:  # or a load that lays everything anew would put back what was worn before
+            self._replace(wearing, self.lay(route))
 
     def hold(self) -> None:
         """Says that what this context wears is the content of a `with`."""
@@ -394,11 +395,12 @@ class Routing:
         if not self.is_copied(memo):
             return self
         made = memo[id(self)] = Routing.__new__(Routing)
-        made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
-        made.composes = self.composes
-        made.guard = copy.deepcopy(self.guard, memo)
-        made.trained = copy.deepcopy(self.trained, memo)
-        made.wear_everywhere(copy.deepcopy(self.route, memo))
+        with self.lock:  # what is worn is of the adapters that are copied
+            made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
+            made.composes = self.composes
+            made.guard = copy.deepcopy(self.guard, memo)
+            made.trained = copy.deepcopy(self.trained, memo)
+            made.wear_everywhere(copy.deepcopy(self.route, memo))
         model = self._model()
         if model is not None:
             made.attach(memo.get(id(model), model))
