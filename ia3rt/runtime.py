@@ -877,12 +877,14 @@ class Runtime:
             self._drop_ins.place(self.sites)
         self._tie()
         self._routing.refresh()
+        self._routing.leave_graphs()
 
     @_alone
     def _follow(self, device: torch.device) -> None:
         if device != self._bank.table.device:
             self._bank.to(device)
             self._routing.refresh()
+            self._routing.leave_graphs()
         self._tie()
 
     def _sync(self) -> None:

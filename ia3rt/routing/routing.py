@@ -207,6 +207,16 @@ class Routing:
                 worn.images = wearing.worn.images
                 self._replace(wearing, worn)
 
+    def leave_graphs(self) -> None:
+        """Says, after the bank's table was replaced, that what a CUDA graph captured is no more what is worn."""
+        if self._context.forget_captured():
+            warnings.warn(
+                "the bank is another table now, as an adapter needed room or acts at other sites, or the model was "
+                "moved: CUDA graphs that were captured before read the one of then and must not be replayed. Capture "
+                "them again; patch(capacity=…, grow=False) keeps the bank where it is",
+                stacklevel=5,
+            )
+
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 

@@ -55,15 +55,14 @@ def quick_cases(suite: str) -> list[Case]:
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "kernels"])
 def test_each_suite_runs(suite: str, workshop: Workshop) -> None:
     for case in quick_cases(suite):
-        if case.parameters.get("adapters") == 1000:
-            continue
         result = run_case(suite, case, workshop)
         assert not result.failed
         measured = {measurement.contender: measurement for measurement in result.measurements}
         assert set(measured) | set(result.left_out) == set(EAGER)
         assert "adapterhub" in result.left_out  # no environment of its own was given
-        assert {"ia3rt", "peft"} <= set(measured)
-        assert result.reference in ("base", "peft")
+        is_ours_alone = case.parameters.get("adapters") == 1000 or "host's" in case.what
+        assert measured.keys() >= ({"ia3rt"} if is_ours_alone else {"ia3rt", "peft"})
+        assert result.reference in ("base", "peft") or is_ours_alone
         assert measured[result.reference].ratio is None
         for measurement in measured.values():
             assert measurement.taken.p50 > 0 or result.unit == "bytes"
