@@ -813,6 +813,90 @@ def test_threads_that_route_and_bring_in_at_random(folder, truth):
     assert stats.evictions > 5 and held(runtime) == stats.host_bytes <= 3 * ROW and stats.resident <= 4
 
 
+def other_model(folder: Path, layer: int, width: int) -> None:
+    """Makes b an adapter of another model."""
+    vectors = {f"base_model.model.model.layers.{layer}.self_attn.k_proj.ia3_l": torch.ones(width, 1)}
+    save_file(vectors, folder / "b" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder / "b")
+
+
+def damaged(folder: Path) -> None:
+    (folder / "b" / "adapter_model.safetensors").write_bytes(b"{}")
+
+
+def nothing(folder: Path) -> None:
+    """All is well."""
+
+
+REFUSED = {
+    "gone": (gone, ["d", "b"], "its files are gone"),
+    "damaged": (damaged, {"d": 0.5, "b": 0.5}, "is damaged"),
+    "of a model of another size": (lambda folder: other_model(folder, 0, 48), ["d", "b"], "'b' has a vector of shape"),
+    "of a model of more layers": (lambda folder: other_model(folder, 7, 32), {"d": 1.0, "b": 2.0}, "'b' acts at"),
+    "more than there are rows": (nothing, ["a", "b", "c", "d"], "4 adapters are worn at once"),
+    "and for the rest of a sum": (nothing, {"b": 0.5, "c": 0.1, "d": 0.1}, "and 1 more rows for what weighted sums"),
+    "unknown": (nothing, ["d", "x"], "unknown adapter 'x'"),
+    "weights that do not fit": (nothing, {"adapters": ["d", "b"], "weights": [0.5]}, "1 weights for 2 adapters"),
+    "no weights": (nothing, {"adapters": ["d", "b"], "combination_type": "linear"}, "needs weights"),
+    "a weight that is no number": (nothing, {"d": float("nan")}, "finite"),
+    "text that is no mix": (nothing, "mix:d*half", "is no finite number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("door", ["set", "route", "merge"])
+def test_what_is_refused_leaves_everything_as_it_was(folder, truth, case, door):
+    runtime = patched(folder, rows=3)
+    runtime.pin("e")
+    runtime.set_adapter("f")
+    runtime.set_adapter("a")
+    damage, spec, message = REFUSED[case]
+    damage(folder)
+    wear = {
+        "set": runtime.set_adapter,
+        "route": lambda spec: runtime.route([None, spec, None, None]),
+        "merge": runtime.merge_adapter,
+    }
+
+    def state() -> tuple[object, ...]:
+        own, told = runtime._bank, runtime.stats()
+        return runtime.adapters, list(own.evictable), sorted(own.pinned), list(own._free), told.evictions, told.resident
+
+    before, table = state(), runtime._bank.table.clone()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        wear[door](spec)
+    assert state() == before and torch.equal(runtime._bank.table, table)
+    assert runtime.active_adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
+    check(runtime, truth, ["c", "e", None, "c"])
+
+
+@pytest.mark.parametrize("density", [0.0, -0.5, 1.5, float("nan")])
+def test_a_density_outside_of_its_bounds_brings_nothing_in(folder, truth, density):
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("a")
+    with pytest.raises(ValueError, match=r"density is .* lies in \(0, 1\]"):
+        runtime.add_weighted_adapter(["a", "b"], [1.0, 1.0], "n", "ties", density=density)
+    assert runtime.adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_graph_that_was_captured_has_to_be_captured_again_where_the_bank_grows(folder, recwarn, backend):
+    runtime = ia3rt.patch(tiny_model().to(home(backend)), backend=backend, capacity=2)
+    runtime.register(folder)
+    runtime.set_adapter("a")
+    runtime.set_adapter("b")
+    runtime._routing.capture(runtime._routing.now())
+    with pytest.warns(UserWarning, match=r"must not be replayed. Capture them again; patch\(capacity=…, grow=False\)"):
+        runtime.set_adapter("c")
+    recwarn.clear()
+    for name in NAMES:  # it grows again, and no graph is left that reads it
+        runtime.set_adapter(name)
+    assert not [each for each in recwarn if "Capture them again" in str(each.message)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
