@@ -23,7 +23,7 @@ from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.host import HostRow
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
-from ia3rt.adapters.registry import AdapterSource, Registry, settled_stamp_of, stamp_of
+from ia3rt.adapters.registry import AdapterSource, Registry, gone, settled_stamp_of, stamp_of
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
@@ -730,9 +730,10 @@ class Runtime:
                 stamp = settled_stamp_of(folder)
                 checkpoint = read_checkpoint(folder)
                 is_whole = stamp_of(folder) == stamp
-            except (FileNotFoundError, ValueError) as error:
-                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-                raise kind(f"adapter {name!r} was registered, and cannot be read: {error}") from error
+            except FileNotFoundError as error:
+                raise gone(name, error) from error
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r} was registered, and cannot be read: {error}") from error
             if is_whole:
                 break
         else:

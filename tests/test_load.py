@@ -16,13 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 from load_traffic import FAULTS, KINDS, Traffic
-from load_truth import TOTAL, Reference, Worn, by_site, write
+from load_truth import TOTAL, Reference, by_site, write
+from load_truth import Worn as Wanted
 from tiny import scaled, tiny_model, token_ids
 
 import ia3rt
+from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.host import HostRow
+from ia3rt.routing.worn import Worn
 
-ADAPTERS, ROWS, HOST = 10_000, 200, 1_000
+ROWS, HOST = 200, 500
 ROW = 4 * TOTAL
+REFUSED = ("unknown", "gone", "damaged", "no row")
 
 
 def test_the_truth_is_that_of_scaled_weights() -> None:
@@ -32,25 +37,19 @@ def test_the_truth_is_that_of_scaled_weights() -> None:
         scales[path, "in" if path.endswith("down_proj") else "out"] = combined
     with torch.no_grad():
         expected = scaled(tiny_model(), scales)(ids).logits
-    worn = Worn((3, 4), "linear", (0.5, -0.2))
+    worn = Wanted((3, 4), "linear", (0.5, -0.2))
     torch.testing.assert_close(Reference().logits(ids, [worn, worn]), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("load")
-    for number in range(ADAPTERS):
-        write(root / f"task{number}", number)
-    return root
-
-
-def under_load(folder: Path, requests: int, seconds: float) -> Traffic:
+def under_load(folder: Path, adapters: int, requests: int, seconds: float) -> Traffic:
     """Runs the load and checks all that there is to check."""
+    names = [f"task{number}" for number in range(adapters)]
+    for number, name in enumerate(names):
+        write(folder / name, number)
     capacity = (ROWS + 1) * ROW
     runtime = ia3rt.patch(tiny_model(), capacity=f"{capacity}B", grow=False, host_memory=HOST * ROW)
-    names = [f"task{number}" for number in range(ADAPTERS)]
     table, address = runtime._bank.table, runtime._bank.table.data_ptr()
-    assert len(runtime.register(folder)) == ADAPTERS
+    assert len(runtime.register(folder)) == adapters
     slow = slow_disk(runtime)
     traffic = Traffic(runtime, names, folder, ROWS)
     begun = time.monotonic()
@@ -63,7 +62,7 @@ def under_load(folder: Path, requests: int, seconds: float) -> Traffic:
     assert counts.right + sum(counts.refused[why] for why in REFUSED) == counts.requests, "each has its answer"
     for kind in KINDS:
         assert counts.asked[kind] > 0, kind
-    for why in (*REFUSED, "no row for a second batch"):
+    for why in REFUSED:
         assert counts.refused[why] > 0, f"{why}: it was never met"
     assert all(counts.faults[fault] > 0 for fault in FAULTS) and slow["reads"] > 0
     assert stats.evictions > 0 and stats.host_evictions > 0 and stats.changed > 0 and stats.host_loads > 0
@@ -73,11 +72,9 @@ def under_load(folder: Path, requests: int, seconds: float) -> Traffic:
     assert max(host for *_, host, _ in traffic.seen) <= HOST * ROW
     assert max(resident for *_, resident in traffic.seen) <= ROWS
     check_rows(runtime)
+    check_held(runtime)
     check_flat(traffic)
     return traffic
-
-
-REFUSED = ("unknown", "gone", "damaged", "no row")
 
 
 def slow_disk(runtime: ia3rt.Runtime) -> dict[str, int]:
@@ -107,22 +104,33 @@ def check_rows(runtime: ia3rt.Runtime) -> None:
     assert not bank.pinned & bank.evictable.keys()
 
 
+def check_held(runtime: ia3rt.Runtime) -> None:
+    """Nothing holds what is in neither tier and worn by nobody; one leak a request would be thousands."""
+    bank, shelf = runtime._bank, runtime._routing._shelf
+    alive = gc.get_objects()
+    adapters = [each for each in alive if type(each) is Adapter and each.free is bank._free]
+    assert len(adapters) == len(bank.adapters) + len(bank._complements)
+    assert sum(type(each) is HostRow and each.row.numel() == TOTAL for each in alive) <= HOST
+    assert sum(type(each) is Worn and each.shelf is shelf for each in alive) < 20
+    assert not runtime._tiers._reading
+
+
 def check_flat(traffic: Traffic) -> None:
     """The process takes no more in the last quarter than in the second one."""
     half = len(traffic.seen) // 2
     second, last = traffic.seen[half // 2 : half], traffic.seen[half + half // 2 :]
     before, after = (statistics.median(each[1] for each in part) for part in (second, last))
     print(f"resident memory: {before / 1e6:.1f} MB, then {after / 1e6:.1f} MB")
-    assert after - before < 24e6
+    assert after - before < 32e6
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* (was|is):UserWarning")
-def test_a_minute_of_load(folder: Path) -> None:
-    under_load(folder, 10**5, seconds=45)
+def test_a_minute_of_load(tmp_path: Path) -> None:
+    under_load(tmp_path, 3_000, 10**5, seconds=40)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:adapter .* (was|is):UserWarning")
-def test_a_hundred_thousand_requests(folder: Path) -> None:
-    traffic = under_load(folder, 10**5, seconds=3600)
+def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
+    traffic = under_load(tmp_path, 10_000, 10**5, seconds=7200)
     assert traffic.counts.requests >= 10**5

@@ -214,6 +214,7 @@ class Bank:
         self.stream: torch.cuda.Stream | None = None
         self._singles: dict[str, ResolvedMix] = {}
         self._arriving: dict[int, torch.cuda.Event] = {}
+        self._placed: list[str] | None = None  # what `all_or_nothing` takes back
         self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
         self._free = list(range(capacity, 0, -1))
         self.is_read_by_streams = False
@@ -372,6 +373,8 @@ class Bank:
                 rest.fill_(1.0)
         adapter.row, adapter.free = index, self._free
         self._hold(adapter)
+        if self._placed is not None:
+            self._placed.append(adapter.name)
         return adapter
 
     @contextmanager
@@ -491,11 +494,12 @@ class Bank:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
-        table, sites, names = self.table, self.sites, set(self.adapters)
+        table, sites = self.table, self.sites
+        placed = self._placed = []  # a copy of all names would take longer the more there are
         try:
             yield
         except BaseException:
-            for name in set(self.adapters) - names:
+            for name in placed:
                 adapter = self._forget(name)
                 self._free.append(adapter.row)
                 adapter.free = []  # whenever it dies, its row was freed here
@@ -503,6 +507,8 @@ class Bank:
             self._place(table)
             self._free[:] = [row for row in self._free if row < len(table)]
             raise
+        finally:
+            self._placed = None
 
     def remove(self, name: str) -> Adapter:
         """Deletes an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""

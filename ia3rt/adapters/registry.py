@@ -87,6 +87,13 @@ def stamp_of(folder: Path) -> Stamp:
     return tuple(found)
 
 
+def gone(name: str, error: FileNotFoundError) -> FileNotFoundError:
+    """What a registered adapter's user is told where its files are missing."""
+    return FileNotFoundError(
+        f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
+    )
+
+
 def settled_stamp_of(folder: Path) -> Stamp:
     """The same, once it was a while ago that they changed: what is written later has another time then.
 

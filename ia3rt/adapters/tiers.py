@@ -21,7 +21,7 @@ import torch
 from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, Stamp, leaves_a_rest, some
 from ia3rt.adapters.host import HostRow, HostTier
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.registry import AdapterSource, Registry, stamp_of
+from ia3rt.adapters.registry import AdapterSource, Registry, gone, stamp_of
 from ia3rt.adapters.site import Site
 
 
@@ -360,9 +360,7 @@ class Tiers:
         try:
             return stamp_of(folder)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
-            ) from None
+            raise gone(name, error) from None
 
     def _read_once(self, name: str, folder: Path, stamp: Stamp) -> HostRow:
         """Reads an adapter, or waits for the thread that does already, since it saw the same files."""
