@@ -99,6 +99,7 @@ class Runtime:
         self._drop_ins = DropIns(model, self._routing, self._follow)
         self._own = OwnModules(model, self._routing)
         self._merged: MergedWeights | None = None
+        self._placed: dict[SiteKey, Site] | None = None  # the bank's, as they were when drop-ins were made of them
         self._hooks: list[RemovableHandle] | None = []
         self.is_unclaimed = False
         try:
@@ -806,6 +807,7 @@ class Runtime:
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self
         self._drop_ins.place(self.sites)
+        self._placed = self._bank.sites
         self._own.begin()
         self._routing.refresh()
         generation.install(self.model, self._routing)
@@ -874,8 +876,11 @@ class Runtime:
             raise
 
     def _place_sites(self) -> None:
-        with self._own.lifted():
-            self._drop_ins.place(self.sites)
+        if self._placed is not self._bank.sites:  # not for a row more: forwards of other threads go on meanwhile
+            self._placed = None
+            with self._own.lifted():
+                self._drop_ins.place(self.sites)
+            self._placed = self._bank.sites
         self._tie()
         self._routing.refresh()
         self._routing.leave_graphs()
