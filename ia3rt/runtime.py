@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
-from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
+from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
@@ -23,7 +23,7 @@ from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.host import HostRow
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
-from ia3rt.adapters.registry import AdapterSource, stamp_of
+from ia3rt.adapters.registry import AdapterSource, Registry, gone, settled_stamp_of, stamp_of
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
@@ -99,6 +99,7 @@ class Runtime:
         self._drop_ins = DropIns(model, self._routing, self._follow)
         self._own = OwnModules(model, self._routing)
         self._merged: MergedWeights | None = None
+        self._placed: dict[SiteKey, Site] | None = None  # the bank's, as they were when drop-ins were made of them
         self._hooks: list[RemovableHandle] | None = []
         self.is_unclaimed = False
         try:
@@ -156,7 +157,11 @@ class Runtime:
         Raises:
             ValueError: it is unknown.
         """
-        (adapter,) = self._resolve(Mix((adapter_name,))).adapters
+        return self._contents(adapter_name, self._fetch_named((adapter_name,)))
+
+    @_alone
+    def _contents(self, name: str, fetched: Fetched = NOTHING) -> AdapterContents:
+        (adapter,) = self._resolve(Mix((name,)), fetched).adapters
         self._sync()
         vectors = {
             site.key: (vector.view(site.experts, -1) if site.experts and site not in adapter.shared else vector)
@@ -166,7 +171,7 @@ class Runtime:
         }
         states = self._own.states((adapter,)).states
         own = {path: {each: x.detach().clone() for each, x in state.items()} for path, state in states.items()}
-        return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config), own)
+        return AdapterContents(name, Vectors(vectors), copy.deepcopy(adapter.config), own)
 
     def load_adapter(
         self,
@@ -202,13 +207,14 @@ class Runtime:
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_hub_id).resolve().name
         self._check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
-        with reading_the_models():
-            read = by_todays_names(self.model, checkpoint.vectors)
-        vectors = {self._site(name, key): vector for key, vector in read.items()}
-        with reading_the_models():
-            own = brought.of_file(self.model, name, checkpoint)
-        self._add(name, vectors, checkpoint.config, own)
+        self._add_read(name, checkpoint)
         return name
+
+    @_alone
+    def _add_read(self, name: str, checkpoint: Checkpoint) -> None:
+        read = by_todays_names(self.model, checkpoint.vectors)
+        vectors = {self._site(name, key): vector for key, vector in read.items()}
+        self._add(name, vectors, checkpoint.config, brought.of_file(self.model, name, checkpoint))
 
     @_alone
     def add_adapter(
@@ -255,7 +261,6 @@ class Runtime:
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
         self._add(name, dict(sited), dict(config or {}), own)
 
-    @_alone
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -300,7 +305,18 @@ class Runtime:
         self._check_open("combine adapters")
         self._check_name(adapter_name)
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
-        resolved = self._resolve(Mix(tuple(combination.adapters)))  # which keeps them resident
+        self._add_combined(combination, adapter_name, importances, self._fetch_named(combination.adapters))
+
+    @_alone
+    def _add_combined(
+        self,
+        combination: Combination,
+        adapter_name: str,
+        importances: Mapping[str, VectorsLike] | None,
+        fetched: Fetched,
+    ) -> None:
+        self._check_open("combine adapters")
+        resolved = self._resolve(Mix(tuple(combination.adapters)), fetched)  # which keeps them resident
         self._sync()
         by_site = None
         if importances is not None:
@@ -308,7 +324,6 @@ class Runtime:
         vectors = combined_vectors(self._bank, combination, by_site)
         self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(resolved.adapters)))
 
-    @_alone
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
         """Makes what adapters have parameters of the model, and freezes everything else, until `end_training`.
 
@@ -332,12 +347,18 @@ class Runtime:
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
-        if self._routing.trained is not None:
-            raise RuntimeError("adapters are trained already: call end_training() first")
         if not adapter_names:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        adapters = [self._resolve(Mix((name,))).adapters[0] for name in names]
+        return self._train(names, self._fetch_named(names))
+
+    @_alone
+    def _train(self, names: tuple[str, ...], fetched: Fetched) -> list[nn.Parameter]:
+        self._check_open("train adapters")
+        if self._routing.trained is not None:
+            raise RuntimeError("adapters are trained already: call end_training() first")
+        resolved = self._tiers.resolve([Mix((name,)) for name in names], fetched)
+        adapters = [mix.adapters[0] for mix in resolved]
         self._check_trainable(adapters)
         mixes = self._routing.route.mixes
         are_worn = any(adapter in mix.adapters for mix in mixes for adapter in adapters)
@@ -391,7 +412,6 @@ class Runtime:
         self._routing.drop(self._bank.remove(adapter_name))
         self._own.drop(adapter)
 
-    @_alone
     def register(self, source: AdapterSource) -> list[str]:
         """Makes adapters known by name without loading them: each is brought in when something names it.
 
@@ -416,7 +436,12 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("register adapters")
-        return self._tiers.register(source)
+        return self._register(source, Registry.read(source))
+
+    @_alone
+    def _register(self, source: AdapterSource, found: dict[str, Path]) -> list[str]:
+        self._check_open("register adapters")
+        return self._tiers.register(source, found)
 
     def pin(self, adapter_name: str) -> None:
         """Brings a registered adapter in, and keeps it in the bank as it is until `unpin`, as CUDA graphs may need.
@@ -473,13 +498,19 @@ class Runtime:
         Raises:
             ValueError: it is unknown, or wears an input and an output vector on one module.
         """
-        (adapter,) = self._resolve(Mix((adapter_name,))).adapters
-        self._sync()
+        adapter, vectors, own = self._stored(adapter_name, self._fetch_named((adapter_name,)))
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
-        own = self._own.states((adapter,))
-        write_checkpoint(path, self._bank.distinct(adapter), paths, config, own.states, own.embeddings)
+        write_checkpoint(path, vectors, paths, config, own.states, own.embeddings)
+
+    @_alone
+    def _stored(self, name: str, fetched: Fetched) -> tuple[Adapter, dict[Site, Tensor], Brought]:
+        """An adapter, its vectors as they are now, and its own modules."""
+        (adapter,) = self._resolve(Mix((name,)), fetched).adapters
+        self._sync()
+        vectors = {site: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
+        return adapter, vectors, self._own.states((adapter,))
 
     def set_adapter(self, adapter_name: MixLike) -> None:
         """Makes all rows of every batch wear one mix, until the next `set_adapter` or `route`.
@@ -544,7 +575,6 @@ class Runtime:
         with self._restoring(before):
             yield
 
-    @_alone
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
         """Writes a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
 
@@ -562,14 +592,20 @@ class Runtime:
             RuntimeError: adapters are trained, or the model is no longer patched.
         """
         self._check_open("merge", while_merged=True)
+        mix = None if adapter_names is None else self._mix(adapter_names)
+        self._merge(mix, NOTHING if mix is None else self._fetch((mix,)))
+
+    @_alone
+    def _merge(self, named: Mix | None, fetched: Fetched) -> None:
+        self._check_open("merge", while_merged=True)
         if self._routing.trained is not None:
             raise RuntimeError("cannot merge while adapters are trained: call end_training() first")
         weights = self._merged or MergedWeights(self.model, self._bank, self._own.merge)
         route = self._routing.chosen
-        if adapter_names is None and route.index is not None:
+        if named is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
-        mix = route.mixes[0].mix if adapter_names is None else self._mix(adapter_names)
-        resolved = self._resolve(weights.without_merged(mix))
+        mix = weights.without_merged(route.mixes[0].mix if named is None else named)
+        resolved = route.mixes[0].without_others(mix) if named is None else self._resolve(mix, fetched)
         with self._own.lifted():
             weights.merge(resolved)
         if self._merged is None:
@@ -589,7 +625,6 @@ class Runtime:
         self._merged = None
         self._routing.uncover()
 
-    @_alone
     def merge_and_unload(self, adapter_names: MixLike = None) -> nn.Module:
         """Multiplies a mix into the model's weights for good, and returns the model without ia3rt and without PEFT.
 
@@ -604,10 +639,16 @@ class Runtime:
             RuntimeError: as `merge_adapter`.
         """
         self._check_open("merge", while_merged=True)
-        if adapter_names is not None or self._merged is None:
-            if adapter_names is None and not self.active_adapters:
+        mix = None if adapter_names is None else self._mix(adapter_names)
+        return self._merge_and_unload(mix, NOTHING if mix is None else self._fetch((mix,)))
+
+    @_alone
+    def _merge_and_unload(self, named: Mix | None, fetched: Fetched) -> nn.Module:
+        self._check_open("merge", while_merged=True)
+        if named is not None or self._merged is None:
+            if named is None and not self.active_adapters:
                 raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
-            self.merge_adapter(adapter_names)
+            self._merge(named, fetched)
         self._uninstall()
         self._merged = None
         if self._taken is not None:
@@ -629,7 +670,7 @@ class Runtime:
         """
         self._check_open("unpatch it", while_merged=True)
         active = self._givable() if self._taken is not None else []
-        contents = [self.get_adapter(name) for name in self._givable_names()] if self._taken is not None else []
+        contents = [self._contents(name) for name in self._givable_names()] if self._taken is not None else []
         self._uninstall()
         try:
             if self._taken is not None:
@@ -662,9 +703,11 @@ class Runtime:
             return NOTHING
         return self._tiers.fetch(name for mix in mixes for name in mix.adapters)
 
-    @_alone
-    def _resolve(self, mix: Mix) -> ResolvedMix:
-        return self._tiers.resolve((mix,), self._fetch((mix,)))[0]
+    def _fetch_named(self, names: Sequence[str]) -> Fetched:
+        return self._fetch([Mix((name,)) for name in names])
+
+    def _resolve(self, mix: Mix, fetched: Fetched) -> ResolvedMix:
+        return self._tiers.resolve((mix,), fetched)[0]
 
     @_alone
     def _wear_everywhere(self, mixes: Sequence[Mix], fetched: Fetched) -> None:
@@ -685,12 +728,13 @@ class Runtime:
         """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
         for _ in range(_TRIES):
             try:
-                stamp = stamp_of(folder)
+                stamp = settled_stamp_of(folder)
                 checkpoint = read_checkpoint(folder)
                 is_whole = stamp_of(folder) == stamp
-            except (FileNotFoundError, ValueError) as error:
-                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-                raise kind(f"adapter {name!r} was registered, and cannot be read: {error}") from error
+            except FileNotFoundError as error:
+                raise gone(name, error) from error
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r} was registered, and cannot be read: {error}") from error
             if is_whole:
                 break
         else:
@@ -703,14 +747,8 @@ class Runtime:
                 f"adapter {name!r} has its own {', '.join(map(repr, own.states))} beside its vectors, which a "
                 "registered adapter cannot have: load_adapter() it"
             )
-        for key in read:
-            if key not in self._bank.sites:
-                raise ValueError(
-                    f"adapter {name!r} acts at {key[0]!r} ({key[1]}put), where the model has no site: name it in "
-                    "patch(target_modules=…), or load_adapter() one that acts there before"
-                )
-        vectors = {self._site(name, key): vector for key, vector in read.items()}
-        row = self._bank.pack(name, vectors).to(self._bank.table.dtype)
+        row, vectors = self._packed(name, read)
+        row = row.to(self._bank.table.dtype)
         shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
         return HostRow(
             folder,
@@ -720,6 +758,18 @@ class Runtime:
             shared,
             checkpoint.config,
         )
+
+    @_alone
+    def _packed(self, name: str, read: Mapping[SiteKey, Tensor]) -> tuple[Tensor, dict[Site, Tensor]]:
+        """A row of the bank; alone, as a load that fails takes columns back that it added."""
+        for key in read:
+            if key not in self._bank.sites:
+                raise ValueError(
+                    f"adapter {name!r} acts at {key[0]!r} ({key[1]}put), where the model has no site: name it in "
+                    "patch(target_modules=…), or load_adapter() one that acts there before"
+                )
+        vectors = {self._site(name, key): vector for key, vector in read.items()}
+        return self._bank.pack(name, vectors), vectors
 
     def _check_name(self, name: str) -> None:
         self._bank.check_name(name)
@@ -757,6 +807,7 @@ class Runtime:
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self
         self._drop_ins.place(self.sites)
+        self._placed = self._bank.sites
         self._own.begin()
         self._routing.refresh()
         generation.install(self.model, self._routing)
@@ -790,7 +841,7 @@ class Runtime:
                 f"rows wear {worn}, which PEFT's layers cannot have active: set_adapter() a product or None before "
                 "unpatch(), or make an adapter of it by add_weighted_adapter()"
             )
-        check_givable(self._taken, [self.get_adapter(name) for name in self._givable_names()])
+        check_givable(self._taken, [self._contents(name) for name in self._givable_names()])
         return list(mix.adapters)
 
     def _givable_names(self) -> list[str]:
@@ -807,6 +858,7 @@ class Runtime:
                     f"adapter {name!r} has a vector at {site} and its own module {owner!r} there, which wears none: "
                     "leave one of them out"
                 )
+        self._check_name(name)  # it may have got another meaning since it was looked at first
         built = self._own.build(name, own)
         config = brought.with_names(config, own)
         table, grown = self._bank.table, False
@@ -824,16 +876,21 @@ class Runtime:
             raise
 
     def _place_sites(self) -> None:
-        with self._own.lifted():
-            self._drop_ins.place(self.sites)
+        if self._placed is not self._bank.sites:  # not for a row more: forwards of other threads go on meanwhile
+            self._placed = None
+            with self._own.lifted():
+                self._drop_ins.place(self.sites)
+            self._placed = self._bank.sites
         self._tie()
         self._routing.refresh()
+        self._routing.leave_graphs()
 
     @_alone
     def _follow(self, device: torch.device) -> None:
         if device != self._bank.table.device:
             self._bank.to(device)
             self._routing.refresh()
+            self._routing.leave_graphs()
         self._tie()
 
     def _sync(self) -> None:

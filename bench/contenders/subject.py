@@ -193,6 +193,14 @@ class Subject:
         """Loading a checkpoint from the disk."""
         return self._then_removed(self.loader(folder))
 
+    def from_host(self) -> Way:
+        """Wearing an adapter that is in the host's memory only."""
+        raise LeftOut("an adapter is loaded, or it is on the disk")
+
+    def from_disk(self, folder: Path) -> Way:
+        """Wearing an adapter that is on the disk only; where it has to be loaded, loading it."""
+        return self.load(folder)
+
     def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
         """Deleting an adapter that was added before the measurement."""
         add, added = self.adder(vectors), list[str]()

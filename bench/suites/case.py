@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
-from ia3rt.bench.workshop import Workshop
+from ia3rt.bench.workshop import Maker, Workshop
 from ia3rt.cli.errors import first_line
 
 UNADAPTED_FIRST = ("base", "base-compiled", "merged", "peft", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
@@ -92,6 +92,7 @@ def by_subject(
     adapters: int = 4,
     purpose: str = "",
     without: Mapping[str, str] | None = None,
+    makers: Mapping[str, Maker] | None = None,
 ) -> Callable[[Workshop, Sequence[str]], Ways]:
     """The ways of contenders that all do it on a subject with so many adapters.
 
@@ -100,12 +101,16 @@ def by_subject(
         adapters: how many the subject holds.
         purpose: see `Workshop.subject`.
         without: contenders that are left out, and why.
+        makers: of contenders whose model is made in another way than elsewhere.
     """
-    reasons = without or {}
+    reasons, others = without or {}, makers or {}
+
+    def made_for(workshop: Workshop, name: str, again: bool = False) -> Subject:
+        return workshop.subject(name, adapters, purpose, again, others.get(name))
 
     def ways(workshop: Workshop, contenders: Sequence[str]) -> Ways:
         def again(name: str) -> Way | Value:
-            return way(workshop, workshop.subject(name, adapters, purpose, again=True))
+            return way(workshop, made_for(workshop, name, again=True))
 
         made = Ways(again=again)
         for name in contenders:
@@ -113,7 +118,7 @@ def by_subject(
                 made.left_out[name] = reasons[name]
                 continue
             try:
-                made.ways[name] = way(workshop, workshop.subject(name, adapters, purpose))
+                made.ways[name] = way(workshop, made_for(workshop, name))
             except LeftOut as reason:
                 made.left_out[name] = str(reason)
             except Exception as error:  # one contender's error must not end the others' run; it is named

@@ -117,6 +117,15 @@ def some(names: Collection[str]) -> str:
     return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
 
 
+def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
+    return frozenset().union(*of_each)
+
+
+def leaves_a_rest(mix: Mix) -> bool:
+    """Whether a mix is a weighted sum that needs a row for what its adapters leave as it is."""
+    return mix.weights is not None and mix.combination_type != "delta" and sum(mix.weights) != 1.0
+
+
 def _is_within(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
 
@@ -149,6 +158,13 @@ class ResolvedMix(NamedTuple):
     rows: tuple[int, ...]
     weights: tuple[float, ...] | None
     complement: Adapter | None = None
+
+    def without_others(self, mix: Mix) -> ResolvedMix:
+        """The same of the adapters that are left in `mix`, which is this mix, or a product of some of its adapters."""
+        if mix == self.mix:
+            return self
+        left = tuple(adapter for adapter in self.adapters if adapter.name in mix.adapters)
+        return ResolvedMix(mix, left, tuple(adapter.row for adapter in left), None)
 
 
 class NoRowError(ValueError):
@@ -198,6 +214,7 @@ class Bank:
         self.stream: torch.cuda.Stream | None = None
         self._singles: dict[str, ResolvedMix] = {}
         self._arriving: dict[int, torch.cuda.Event] = {}
+        self._placed: list[str] | None = None  # what `all_or_nothing` takes back
         self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
         self._free = list(range(capacity, 0, -1))
         self.is_read_by_streams = False
@@ -205,11 +222,12 @@ class Bank:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
         """The same adapters in a table of their own; locks and streams are no part of it."""
-        if self._arriving:
-            torch.cuda.synchronize(self.table.device)
         made = memo[id(self)] = Bank.__new__(Bank)
         left = {"lock", "release", "stream", "_arriving"}
-        vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
+        with self.lock:  # or a row might be copied before it is written, and its adapter after that
+            if self._arriving:
+                torch.cuda.synchronize(self.table.device)
+            vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
         made.lock, made.release, made.stream, made._arriving = threading.RLock(), _nothing, None, {}
         return made
 
@@ -244,14 +262,14 @@ class Bank:
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         complement = None
-        if self._arriving:
-            self._await(rows)
         if weights is not None and (rest := 1.0 - sum(weights)):
             if mix.combination_type == "delta":
                 rows, weights = (0, *rows), (rest, *weights)
             else:
-                complement = self._complement(adapters)
+                complement = self._complement(_all_sites(adapter.sites for adapter in adapters))
                 rows, weights = (*rows, complement.row), (*weights, rest)
+        if self._arriving:
+            self._await(rows)
         return ResolvedMix(mix, adapters, rows, weights, complement)
 
     def check_name(self, name: str) -> None:
@@ -343,29 +361,46 @@ class Bank:
             adapter: it, of no row yet.
             row: its numbers, as `pack` laid them out when the bank had no more columns than now.
         """
+        with self._writing() as index:
+            out = self.table[index]
+            known, rest = out[: len(row)], out[len(row) :]
+            if self.table.is_cpu:
+                for piece, numbers in zip(pieces(known), pieces(row), strict=True):
+                    piece.copy_(numbers)
+            else:
+                known.copy_(row, non_blocking=row.is_pinned())
+            if len(rest):
+                rest.fill_(1.0)
+        adapter.row, adapter.free = index, self._free
+        self._hold(adapter)
+        if self._placed is not None:
+            self._placed.append(adapter.name)
+        return adapter
+
+    @contextmanager
+    def _writing(self) -> Iterator[int]:
+        """A context in which a free row is written, which is free again if that fails.
+
+        On a CUDA device the current stream waits for those that may still read what was in it, and who resolves a mix
+        with it waits for what is written.
+        """
         index = self._free.pop()
-        out = self.table[index]
-        known, rest = out[: len(row)], out[len(row) :]
-        if self.table.is_cpu:
-            for piece, numbers in zip(pieces(known), pieces(row), strict=True):
-                piece.copy_(numbers)
-        else:
+        try:
+            if self.table.is_cpu:
+                yield index
+                return
             here = torch.cuda.current_stream(self.table.device)
-            if self.is_read_by_streams:  # a kernel of another one may still read what was in this row
+            if self.is_read_by_streams:
                 torch.cuda.synchronize(self.table.device)
             elif self.stream is not None and self.stream != here:
                 here.wait_stream(self.stream)
             self._await((index,))
-            is_pinned = row.is_pinned()
-            known.copy_(row, non_blocking=is_pinned)
-            if is_pinned:
-                event = self._arriving[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(here)
-        if len(rest):
-            rest.fill_(1.0)
-        adapter.row, adapter.free = index, self._free
-        self._hold(adapter)
-        return adapter
+            yield index
+            event = self._arriving[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(here)
+        except BaseException:
+            self._free.append(index)
+            raise
 
     def make_room(self, count: int) -> None:
         """Sees that so many rows are free: grows, or lets go of registered adapters that nobody wears.
@@ -459,11 +494,12 @@ class Bank:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
-        table, sites, names = self.table, self.sites, set(self.adapters)
+        table, sites = self.table, self.sites
+        placed = self._placed = []  # a copy of all names would take longer the more there are
         try:
             yield
         except BaseException:
-            for name in set(self.adapters) - names:
+            for name in placed:
                 adapter = self._forget(name)
                 self._free.append(adapter.row)
                 adapter.free = []  # whenever it dies, its row was freed here
@@ -471,6 +507,8 @@ class Bank:
             self._place(table)
             self._free[:] = [row for row in self._free if row < len(table)]
             raise
+        finally:
+            self._placed = None
 
     def remove(self, name: str) -> Adapter:
         """Deletes an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""
@@ -516,18 +554,28 @@ class Bank:
         self._await([*self._arriving])
         self._place(self.table.to(device))
 
+    def complements(self, sums: Iterable[Iterable[frozenset[Site]]]) -> tuple[list[Adapter], int]:
+        """The rows of what weighted sums leave as it is: those that are there, and how many have to be made.
+
+        Args:
+            sums: of each sum, where each of its adapters acts.
+        """
+        wanted = set(map(_all_sites, sums))
+        return [self._complements[acts] for acts in wanted & self._complements.keys()], len(
+            wanted - self._complements.keys()
+        )
+
     @outside_inference_mode
-    def _complement(self, adapters: Iterable[Adapter]) -> Adapter:
-        """The row that is 0 where any of `adapters` acts and 1 elsewhere, also at sites that the bank gets later."""
-        acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in adapters))
+    def _complement(self, acts: frozenset[Site]) -> Adapter:
+        """The row that is 0 at these sites and 1 elsewhere, also at sites that the bank gets later."""
         if acts not in self._complements:
             self.make_room(1)
-            row = self._free.pop()
+            with self._writing() as row:
+                self.table[row].fill_(1.0)
+                for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
+                    if site in acts:  # of a fused layer, in its slices only
+                        columns[... if site.slices is None else site.slices.inside(columns.device)] = 0.0
             self._complements[acts] = Adapter("", row, frozenset(), free=self._free)
-            self.table[row].fill_(1.0)
-            for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
-                if site in acts:  # of a fused layer, in its slices only
-                    columns[... if site.slices is None else site.slices.inside(columns.device)] = 0.0
         return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:
@@ -536,6 +584,8 @@ class Bank:
         rows = capacity if self._free else 2 * capacity
         table = self.table.new_ones(rows, sum(site.width for site in sites.values()))
         table[:capacity, :width] = self.table
+        if table.is_cuda:  # whoever reads it next may do so in another stream
+            torch.cuda.current_stream(table.device).synchronize()
         self.sites = sites
         self._place(table)
         self._free[:0] = range(rows - 1, capacity - 1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -12,6 +13,9 @@ from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES
 
 AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
 """A folder of adapters' folders, a mapping of names to folders, or a function of a name that gives one or None."""
+
+_SETTLED = 0.03
+"""Seconds after which a file that changes has another time: more than the steps that file systems tell time in."""
 
 
 class Registry:
@@ -26,12 +30,13 @@ class Registry:
         self.folders: dict[str, Path] = {}
         self.finders: list[Callable[[str], str | Path | None]] = []
 
-    def read(self, source: AdapterSource) -> dict[str, Path]:
-        """The names that a source makes known, none of a function; nothing is kept yet.
+    @staticmethod
+    def read(source: AdapterSource) -> dict[str, Path]:
+        """The names that a source makes known, none of a function. It looks for each adapter's files.
 
         Raises:
             FileNotFoundError: it is no folder, or an adapter is not where it says.
-            ValueError: a name is another folder's.
+            ValueError: a name is none, or the folder is an adapter's.
             TypeError: it is no source.
         """
         if isinstance(source, str | Path):
@@ -42,6 +47,10 @@ class Registry:
             return {}
         else:
             raise TypeError(f"{source!r} is no source of adapters: give a folder, a mapping or a function of a name")
+        return found
+
+    def check(self, found: Mapping[str, Path]) -> None:
+        """Raises ValueError where a name is registered already, with another folder."""
         for name, folder in found.items():
             known = self.folders.get(name, folder)
             if known != folder:
@@ -49,7 +58,6 @@ class Registry:
                     f"an adapter named {name!r} is registered already, as {known}: delete_adapter it first, or give "
                     f"{folder} another name"
                 )
-        return found
 
     def find(self, name: str) -> Path | None:
         """An adapter's folder; None where nobody knows it."""
@@ -77,6 +85,26 @@ def stamp_of(folder: Path) -> Stamp:
     if not found or found[0][0] != CONFIG_NAME:
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME} any more")
     return tuple(found)
+
+
+def gone(name: str, error: FileNotFoundError) -> FileNotFoundError:
+    """What a registered adapter's user is told where its files are missing."""
+    return FileNotFoundError(
+        f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
+    )
+
+
+def settled_stamp_of(folder: Path) -> Stamp:
+    """The same, once it was a while ago that they changed: what is written later has another time then.
+
+    File systems tell time in steps of some milliseconds, within which a file can change and be as long as before.
+    """
+    stamp = stamp_of(folder)
+    young = _SETTLED - (time.time_ns() - max(changed for *_, changed in stamp)) / 1e9
+    if not 0 < young <= _SETTLED:  # a clock that is ahead of ours says nothing
+        return stamp
+    time.sleep(young)
+    return stamp_of(folder)
 
 
 def _inside(root: Path) -> dict[str, Path]:

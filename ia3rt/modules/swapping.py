@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,14 +41,14 @@ class OwnOfOne:
         self.in_training: list[tuple[str, nn.Module, str]] = []
         self.runs_whole = False
         self._routing = routing
-        self._chosen: tuple[Route, Choice] | None = None
+        self._chosen: tuple[weakref.ref[Route], Choice] | None = None  # what is worn no more holds no rows
 
     def choice(self) -> Choice:
         """What the rows of the forward at hand go through."""
         route = self._routing.now().route
         chosen = self._chosen
-        if chosen is None or chosen[0] is not route:
-            chosen = self._chosen = route, choose(route, self.path, self.own)
+        if chosen is None or chosen[0]() is not route:
+            chosen = self._chosen = weakref.ref(route), choose(route, self.path, self.own)
         return chosen[1]
 
     def add(self, adapter: Adapter, own: nn.Module) -> None:

@@ -155,7 +155,8 @@ class Routing:
     def wear_pinned(self, route: Route) -> None:
         """Makes `route` what this context wears that was pinned."""
         wearing = self._context.wearing
-        self._replace(wearing, self.lay(route))
+        with self.lock:  # or a load that lays everything anew would put back what was worn before
+            self._replace(wearing, self.lay(route))
 
     def hold(self) -> None:
         """Says that what this context wears is the content of a `with`."""
@@ -205,6 +206,16 @@ class Routing:
                 worn = self.lay(wearing.worn.route)
                 worn.images = wearing.worn.images
                 self._replace(wearing, worn)
+
+    def leave_graphs(self) -> None:
+        """Says, after the bank's table was replaced, that what a CUDA graph captured is no more what is worn."""
+        if self._context.forget_captured():
+            warnings.warn(
+                "the bank is another table now, as an adapter needed room or acts at other sites, or the model was "
+                "moved: CUDA graphs that were captured before read the one of then and must not be replayed. Capture "
+                "them again; patch(capacity=…, grow=False) keeps the bank where it is",
+                stacklevel=5,
+            )
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
@@ -394,11 +405,12 @@ class Routing:
         if not self.is_copied(memo):
             return self
         made = memo[id(self)] = Routing.__new__(Routing)
-        made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
-        made.composes = self.composes
-        made.guard = copy.deepcopy(self.guard, memo)
-        made.trained = copy.deepcopy(self.trained, memo)
-        made.wear_everywhere(copy.deepcopy(self.route, memo))
+        with self.lock:  # what is worn is of the adapters that are copied
+            made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
+            made.composes = self.composes
+            made.guard = copy.deepcopy(self.guard, memo)
+            made.trained = copy.deepcopy(self.trained, memo)
+            made.wear_everywhere(copy.deepcopy(self.route, memo))
         model = self._model()
         if model is not None:
             made.attach(memo.get(id(model), model))

@@ -124,9 +124,10 @@ class Worn:
         kept = None if self._kept is None else self._kept()
         if kept is None:
             used, mixes = used_rows(self.route.mixes)
-            rows = bank.table[torch.tensor(used, device=bank.table.device)]
+            with bank.lock:  # its table and its sites belong together
+                rows, widths = bank.table[torch.tensor(used, device=bank.table.device)], bank.widths
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
-            tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
+            tables = MixTables.over(torch.split(rows, widths, dim=1), packed, self.tables.route.clone())
             kept = self._over(tables)
             self._kept = weakref.ref(kept)
         return kept
