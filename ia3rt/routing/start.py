@@ -23,8 +23,8 @@ def check_start(start: object, route: Route, images: object) -> list[int]:
         )
     if images is not None:
         raise ValueError(
-            "start counts the tokens of a row, and images have none: give start or images. To let the base model see an "
-            "image, run the part of the prompt with the image without a route, and go on with its cache"
+            "start counts the tokens of a row, and images have none: give start or images. To let the base model see "
+            "an image, run the part of the prompt with the image without a route, and go on with its cache"
         )
     rows = len(route.index)
     given = [start] * rows if isinstance(start, int) else start
