@@ -104,8 +104,10 @@ def cached(arguments: Mapping[str, Any]) -> int | None:
     return int(kept.get_seq_length())
 
 
-def is_text(batch: Tensor) -> bool:
+def is_text(batch: Tensor, arguments: Mapping[str, Any]) -> bool:
     """Whether a main input is one of tokens: their ids [rows, tokens], or a vector of each [rows, tokens, width]."""
+    if not has_text(arguments) and any(is_media(name) for name in arguments):
+        return False
     return batch.dim() == (3 if batch.is_floating_point() else 2)
 
 

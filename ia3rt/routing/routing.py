@@ -349,7 +349,7 @@ class Routing:
             return worn
         if worn.route.by_token:
             check_one_sequence(model)
-            worn = self._over_tokens(worn, batch, arguments)
+            worn = self._over_tokens(model, worn, batch, arguments)
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)
 
@@ -362,10 +362,12 @@ class Routing:
             )
 
     @outside_inference_mode
-    def _over_tokens(self, worn: Worn, batch: Tensor, arguments: Mapping[str, Any]) -> Worn:
+    def _over_tokens(self, model: nn.Module, worn: Worn, batch: Tensor, arguments: Mapping[str, Any]) -> Worn:
         route = worn.route
         assert route.index is not None
-        if route.start is not None and not is_text(batch):
+        if route.start is not None and not is_text(batch, arguments):
+            if model is not self._model():
+                return worn  # the part that sees, as generate() runs it ahead: an error where a vector acts in it
             raise ValueError(
                 f"the route has a start, and the batch {tuple(batch.shape)} of {batch.dtype} is no text, of which "
                 "tokens can be counted: ids [rows, tokens], or vectors [rows, tokens, width]. Route rows without start"

@@ -146,10 +146,12 @@ class RowScales:
     def _is_scaled(self, layer: nn.Module, position: int, x: Tensor, worn: Worn, forward: Forward | None) -> bool:
         """Whether an adapter of the route acts; what x says of the rows is seen before that."""
         if worn.route.by_token and worn.tokens is None:
+            if not worn.acts_at(position, self._bank):
+                return False
             site = list(self._bank.sites.values())[position]
             raise ValueError(
-                f"each token wears a mix of its own, and {site} is called outside of a forward of the model, so that "
-                "it is not known which tokens these are: call the model, or route rows"
+                f"each token wears a mix of its own, and {site} is called outside of a forward of the model over text, "
+                "so that it is not known which tokens these are: call the model, or route rows"
             )
         self.see(layer, position, x, worn)
         # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.

@@ -10,7 +10,11 @@ import torch
 from tiny import FAMILIES, VOCABULARY, logits, peft_model, peft_vectors, save_each, scaled, tiny_model, token_ids
 from torch import Tensor, nn
 from transformers import (
+    CLIPVisionConfig,
     DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
     RwkvConfig,
@@ -100,7 +104,7 @@ def test_every_position_is_what_recomputing_gives(both, starts) -> None:
 
 
 def test_in_float64(tmp_path, torch_backend) -> None:
-    """Beside the paper's formula, multiplied into weights: PEFT computes vectors in float32, and so do Llama's norms."""
+    """Beside the paper's formula, multiplied into weights: PEFT computes vectors in float32, Llama its norms."""
     both = Both("gpt2", tmp_path, torch.float64)
     plain = tiny_model("gpt2", torch.float64)
     with both.runtime.route(["b", None, "d"], start=STARTS):
@@ -397,3 +401,53 @@ def test_gradient_checkpointing_wears_it_again(tmp_path, torch_backend) -> None:
         loss = both.model(IDS, labels=IDS, use_cache=False).loss
     for found, each in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
         close(found, each)
+
+
+def test_images_are_before_or_after_a_start_and_not_in_it(torch_backend) -> None:
+    """Where only the text wears vectors, an image's tokens are as any others; in the part that sees none are known."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    sight = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=sight.to_dict(), text_config=text.to_dict(), image_token_index=5, image_token_id=5,
+        image_seq_length=4, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id = 0
+    ids = torch.tensor([[7, 5, 5, 5, 5, 9, 11, 13], [8, 5, 5, 5, 5, 19, 21, 3]])
+    given = dict(input_ids=ids, pixel_values=torch.rand(2, 3, 8, 8), attention_mask=torch.ones_like(ids))
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) * 3 for site in runtime.sites})
+    settings = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(**{**given, "input_ids": ids[:, :6], "attention_mask": None}, past_key_values=cache, use_cache=True)
+        runtime.set_adapter("a")
+        expected = model(input_ids=ids[:, 6:], past_key_values=cache, use_cache=True).logits
+        runtime.set_adapter(None)
+        with runtime.route(["a", "a"], start=6):
+            close(model(**given).logits[:, 6:], expected)
+            assert torch.equal(model.generate(**given, **settings)[:, 8], expected[:, -1].argmax(-1))
+    runtime.unpatch()
+    runtime = ia3rt.patch(model, target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    for rows in (1, 2):
+        some = {name: each[:rows] for name, each in given.items()}
+        with runtime.route(["a"] * rows, start=6), pytest.raises(ValueError, match=r"vision_tower|in an image"):
+            model(**some)
+        with runtime.route(["a"] * rows, start=6), pytest.raises(ValueError, match=r"vision_tower.*over text"):
+            model.generate(**some, **settings)
+
+
+def test_a_captured_graph_is_not_replayed_at_other_tokens(both) -> None:
+    """As on a GPU, without one: what a graph reads is lent to it as it is captured."""
+    with both.runtime.route(ROWS):
+        both.runtime._routing.capture(both.runtime._routing._context.wearing.worn)
+    with pytest.raises(ValueError, match="a CUDA graph of 3 rows was captured here"):
+        both.runtime.route(ROWS, start=2)
+    with both.runtime.route(ROWS[:2], start=2):
+        logits(both.model, IDS[:2])
