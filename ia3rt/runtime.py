@@ -43,6 +43,7 @@ from ia3rt.routing import generation, hooks
 from ia3rt.routing.combined import combined_vectors
 from ia3rt.routing.route import Backend, Route, check_images
 from ia3rt.routing.routing import Routing
+from ia3rt.routing.start import check_one_sequence, check_start
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 
@@ -528,7 +529,12 @@ class Runtime:
         self._wear_everywhere(mixes, self._fetch(mixes))
 
     def route(
-        self, mixes: Sequence[MixLike], index: Tensor | None = None, *, images: Sequence[int] | None = None
+        self,
+        mixes: Sequence[MixLike],
+        index: Tensor | None = None,
+        *,
+        images: Sequence[int] | None = None,
+        start: int | Sequence[int | None] | None = None,
     ) -> AbstractContextManager[None]:
         """Makes each row, or each token, wear a mix of its own, in the thread or task that calls it.
 
@@ -546,13 +552,19 @@ class Runtime:
                 with their padding; what a row generates wears the mix of its last token.
             images: the row that each image of the batch belongs to, for vectors in the part of the model that sees.
                 None where the text says so, by its image tokens.
+            start: the position of the first token of each row that wears its mix, or one for all rows; those before it
+                wear the base model, so that what a key-value cache holds of them serves all adapters. Positions are
+                those of `input_ids` (of `inputs_embeds`), from 0 and with their padding; tokens that a cache holds
+                count, and so do those that are generated. None and 0: all tokens wear it.
 
         Raises:
-            ValueError: an adapter is unknown, a mix, the index or images are not valid, an adapter acts at experts that
-                are modules of their own, where rows are no longer the batch's, or tokens of a row would go through
-                different modules of their adapters', or rows through different saved embeddings. A route whose rows
-                are not the batch's is an error of the forward, before anything runs; a layer where it is not known
-                whose each element of its input is, is one when it is reached.
+            ValueError: an adapter is unknown, a mix, the index, images or start are not valid, an adapter acts at
+                experts that are modules of their own, where rows are no longer the batch's, or tokens of a row would go
+                through different modules of their adapters', or rows through different saved embeddings; or a start
+                is given for an encoder-decoder model, with an index of tokens or with images, or where a CUDA graph
+                of so many rows was captured. A route whose rows are not the batch's is an error of the forward,
+                before anything runs, and so is a start of which it is not known at which tokens a forward is; a layer
+                where it is not known whose each element of its input is, is one when it is reached.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
@@ -561,7 +573,7 @@ class Runtime:
         read = [self._mix(spec) for spec in mixes]
         if not read:
             raise ValueError("route needs at least one row")
-        return self._restoring(self._wear_here(read, self._fetch(read), index, images))
+        return self._restoring(self._wear_here(read, self._fetch(read), index, images, start))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -716,11 +728,20 @@ class Runtime:
 
     @_alone
     def _wear_here(
-        self, mixes: Sequence[Mix], fetched: Fetched, index: Tensor | None, images: Sequence[int] | None
+        self,
+        mixes: Sequence[Mix],
+        fetched: Fetched,
+        index: Tensor | None,
+        images: Sequence[int] | None,
+        start: int | Sequence[int | None] | None,
     ) -> Wearing:
         self._check_open("route rows")
         route = Route.by_row(self._tiers.resolve(mixes, fetched), index)
         check_images(images, route)
+        if start is not None and route.index is not None:
+            check_one_sequence(self.model)
+            starts = check_start(start, route, images)
+            route = route.starting(starts, self._bank.resolve(BASE))
         check_route(route)
         return self._routing.wear_here(route, images)
 

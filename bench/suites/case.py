@@ -50,6 +50,7 @@ class Case:
         work: how many of `unit` one run does; None where a rate says nothing.
         unit: what they are; "bytes" where the ways are values.
         beside: the context in which the ways are timed, with what else the machine does meanwhile.
+        rounds: how often at most it is timed, where a round takes minutes; None as often as the settings say.
     """
 
     what: str
@@ -59,6 +60,7 @@ class Case:
     work: int | None = None
     unit: str = "s"
     beside: Callable[[], AbstractContextManager[object]] = nullcontext
+    rounds: int | None = None
 
     @property
     def name(self) -> str:

@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ia3rt.routing.batch import cached, main_input, named_arguments
@@ -51,14 +50,14 @@ class Generation:
         _generation.set(self._outer)
         self.routing.wear_again(self._before)
 
-    def begin_with(self, batch: Tensor | None, past: int) -> None:
+    def begin_with(self, batch: Tensor | None, past: int | None) -> None:
         """Checks the tokens of a route by token, which generation goes on from.
 
         Raises:
             ValueError: they are not the prompt's.
         """
         index = self._route.index
-        if index is None or index.dim() < 2 or batch is None or batch.dim() < 2 or past:
+        if index is None or index.dim() < 2 or batch is None or batch.dim() < 2 or past != 0:
             return
         if batch.shape[1] != index.shape[1]:
             raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {batch.shape[1]}")
@@ -112,7 +111,7 @@ class Generation:
                 f"the route has {len(index)} rows, but generate() goes on with row {max(rows)}: "
                 "route() takes one mix for each row of the batch, set_adapter() one for all"
             )
-        self._expanded = Route(self._route.mixes, index[torch.tensor(rows)])
+        self._expanded = self._route.of(rows)
         self.routing.wear_pinned(self._expanded)
 
     def _is_switched(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import warnings
 import weakref
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, main_input, named_arguments, parameter_names
+from ia3rt.routing.batch import cached, is_text, main_input, named_arguments, parameter_names
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
@@ -27,6 +28,7 @@ from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.rows import RowScales
+from ia3rt.routing.start import check_one_sequence
 from ia3rt.routing.traced import is_traced
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
@@ -115,6 +117,12 @@ class Routing:
     @outside_inference_mode
     def lay(self, route: Route) -> Worn:
         """What rows wear by `route`; gradients of it reach the vectors that are trained."""
+        worn = self._laid(route)
+        if route.start is not None:
+            worn.before_start, worn.after_start = self._laid(route.before_start), self._laid(route.after_start)
+        return worn
+
+    def _laid(self, route: Route) -> Worn:
         if self.trained is not None and self.trained.are_worn(route.mixes):
             return self.trained.worn(route, self.backend)
         return self._shelf.lay(route)
@@ -133,6 +141,7 @@ class Routing:
         """Makes `route` what this context wears; gives what it wore before."""
         before = self._context.wearing
         with self.lock:
+            self._check_captured(route)
             worn = self.lay(route)
             worn.images = images
             own = Wearing(worn)
@@ -221,14 +230,14 @@ class Routing:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 
         Raises:
-            ValueError: the route's rows are not the batch's, or the forward would not reach a layer.
+            ValueError: the route's rows or tokens are not the batch's, or the forward would not reach a layer.
         """
         if is_traced():
             worn = self.now()
             if worn.route.by_token:
                 raise ValueError(
                     "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
-                    "given to torch.compile, or route rows"
+                    "given to torch.compile (of generate(), disable_compile=True), or route rows"
                 )
             if worn.by_row:
                 given = named_arguments(self._names, args, kwargs)
@@ -330,7 +339,10 @@ class Routing:
             self.trained.adopt()
             if not self.trained.is_replaced():
                 self.refresh()
-            worn = self.lay(worn.route)
+            laid = self.lay(worn.route)
+            if worn.tokens is not None and worn.length is not None:
+                laid = laid.by_token(worn.tokens, worn.length)
+            worn = laid if worn.images is None else laid.with_images(worn.images)
         if self.bank.table.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 worn = self.capture(worn)
@@ -347,12 +359,8 @@ class Routing:
         if batch is None:
             return worn
         if worn.route.by_token:
-            if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-                raise ValueError(
-                    f"each token wears a mix of its own, and {type(model).__name__} has two sequences of tokens, an "
-                    "encoder's and a decoder's: route rows"
-                )
-            worn = self._over_tokens(worn, batch, cached(arguments))
+            check_one_sequence(model)
+            worn = self._over_tokens(model, worn, batch, arguments)
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)
 
@@ -365,16 +373,57 @@ class Routing:
             )
 
     @outside_inference_mode
-    def _over_tokens(self, worn: Worn, batch: Tensor, past: int) -> Worn:
-        index = worn.route.index
-        assert index is not None
+    def _over_tokens(self, model: nn.Module, worn: Worn, batch: Tensor, arguments: Mapping[str, Any]) -> Worn:
+        route = worn.route
+        assert route.index is not None
+        if route.start is not None and not is_text(batch, arguments):
+            if model is not self._model():
+                return worn  # the part that sees, as generate() runs it ahead: an error where a vector acts in it
+            raise ValueError(
+                f"the route has a start, and the batch {tuple(batch.shape)} of {batch.dtype} is no text, of which "
+                "tokens can be counted: ids [rows, tokens], or vectors [rows, tokens, width]. Route rows without start"
+            )
         length = batch.shape[1]
-        if past == 0 and length != index.shape[1] and not self._context.wearing.generates:
-            raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {length}")
-        # What a row generates wears the mix of its last token.
-        columns = torch.arange(past, past + length).clamp_(max=index.shape[1] - 1)
-        tokens = index[:, columns].reshape(-1).to(self.bank.table.device)
+        past = self._tokens_before(arguments, length)
+        if route.start is None:
+            width = route.index.shape[1]
+            if past == 0 and length != width and not self._context.wearing.generates:
+                raise ValueError(f"the route has {width} tokens a row, but the batch has {length}")
+        elif self.bank.table.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "the route has a start, and a captured CUDA graph does not know at which tokens it is replayed: "
+                "capture it under a route without start, for tokens that come after it"
+            )
+        elif past + length <= int(route.start.min()):
+            assert worn.before_start is not None
+            return worn.before_start
+        elif past >= int(route.start.max()):
+            assert worn.after_start is not None
+            return worn.after_start
+        tokens = route.tokens(past, length).reshape(-1).to(self.bank.table.device)
         return worn.by_token(tokens, length)
+
+    def _tokens_before(self, arguments: Mapping[str, Any], length: int) -> int:
+        """How many tokens of each row came before the forward's, of which there are `length`."""
+        past, wearing = cached(arguments), self._context.wearing
+        if past is None and wearing.generates and arguments.get("mems") is None:
+            past = wearing.seen  # XLNet alone goes over the last tokens twice
+        if past is None:
+            raise ValueError(
+                "each token wears a mix of its own, and what the model keeps of the tokens before this forward does "
+                "not say how many they were: for those that come after the start of all rows, route rows (route(…) "
+                "without start or index)"
+            )
+        if wearing.generates:
+            wearing.seen = past + length
+        return past
+
+    def _check_captured(self, route: Route) -> None:
+        if route.start is not None and self._context.captured(len(route.start)) is not None:
+            raise ValueError(
+                f"a CUDA graph of {len(route.start)} rows was captured here, and does not know at which tokens it is "
+                "replayed: enter a route without start for what it computes, and the start in another thread"
+            )
 
     def _replace(self, wearing: Wearing, worn: Worn) -> None:
         wearing.worn = worn
@@ -382,7 +431,8 @@ class Routing:
 
     def _without(self, route: Route, gone: set[Adapter]) -> Route:
         base = self.bank.resolve(BASE)
-        return Route(tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes), route.index)
+        mixes = tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes)
+        return dataclasses.replace(route, mixes=mixes)
 
     def is_copied(self, memo: dict[int, Any]) -> bool:
         """Whether a deep copy that is being made has the whole model."""

@@ -146,10 +146,12 @@ class RowScales:
     def _is_scaled(self, layer: nn.Module, position: int, x: Tensor, worn: Worn, forward: Forward | None) -> bool:
         """Whether an adapter of the route acts; what x says of the rows is seen before that."""
         if worn.route.by_token and worn.tokens is None:
+            if not worn.acts_at(position, self._bank):
+                return False
             site = list(self._bank.sites.values())[position]
             raise ValueError(
-                f"each token wears a mix of its own, and {site} is called outside of a forward of the model, so that "
-                "it is not known which tokens these are: call the model, or route rows"
+                f"each token wears a mix of its own, and {site} is called outside of a forward of the model over text, "
+                "so that it is not known which tokens these are: call the model, or route rows"
             )
         self.see(layer, position, x, worn)
         # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
@@ -157,7 +159,8 @@ class RowScales:
 
     def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
         """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
-        return not (is_traced() and self._probing.is_known(layer, x)) and len(worn.route.mixes) == 1
+        is_one = len(worn.route.mixes) == 1 or (worn.rows == 1 and worn.tokens is None)
+        return is_one and not (is_traced() and self._probing.is_known(layer, x))
 
 
 def _numbers(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
@@ -186,7 +189,11 @@ def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
     if worn.tokens is not None:
         rows, length = worn.rows or 0, worn.length or 0
         if layout.images or x.shape[:-1].numel() != rows * length:
-            raise ValueError(f"the route is for {rows} × {length} tokens, but a layer got {tuple(x.shape[:-1])}")
+            raise ValueError(
+                f"the tokens of a row wear different mixes, and a layer got {tuple(x.shape[:-1])} where the batch has "
+                f"{rows} × {length}: in an image, or where there are more or fewer, no token is known. Route rows, or "
+                "leave the module out with patch(exclude_modules=…)"
+            )
         by_token = scale.index_select(0, worn.tokens).view(rows, length, -1)
         if layout.dim == 0:
             return by_token.view(*x.shape[:-1], -1) if layout.repeated else by_token

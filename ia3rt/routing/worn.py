@@ -59,6 +59,8 @@ class Worn:
         length: of these rows, in tokens; None unless each token has a mix of its own.
         tokens: int64 [rows * length], the mix of each token; None unless each has one.
         images: the row of each image of the batch, where the route or the batch says so.
+        before_start: what is worn by a forward of tokens that all come before the route's start; None without one.
+        after_start: the same of tokens that all come after it.
         composed: the mixes as torch applies them.
         tables: the mixes as the kernels read them.
         is_composed: whether that was written.
@@ -78,6 +80,8 @@ class Worn:
         self.length: int | None = None
         self.tokens: Tensor | None = None
         self.images: Sequence[int] | None = None
+        self.before_start: Worn | None = None
+        self.after_start: Worn | None = None
         self.lent = False
         self.memory: Memory | None = None
         self.shelf: Shelf | None = None
