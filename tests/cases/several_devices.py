@@ -58,6 +58,21 @@ def over_devices(model, second):
     return accelerate.dispatch_model(model, places, main_device=main_device(second), force_hooks=True)
 
 
+def by_hand(model, second):
+    """The second of a Llama's layers on the second device, with nothing set on any layer's forward."""
+    model.to(FIRST).model.layers[1].to(second)
+    model.model.layers[1].register_forward_pre_hook(_bring(second), with_kwargs=True)
+    model.model.norm.register_forward_pre_hook(_bring(FIRST), with_kwargs=True)
+    return model
+
+
+def _bring(device):
+    def hook(module, args, kwargs):
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
+
+    return hook
+
+
 def main_device(second):
     """The CPU where that is one of them: else it would be taken for a place to keep weights."""
     return "cpu" if "cpu" in (FIRST, second) else FIRST
@@ -316,18 +331,8 @@ def test_vectors_follow_the_layers(second):
     assert_each_site_where_its_module_is(runtime)
 
 
-def _bring(device):
-    def hook(module, args, kwargs):
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
-
-    return hook
-
-
 def test_layers_on_several_devices_without_accelerate(second):
-    model, alone = tiny_model(dtype=torch.float64).to(FIRST), tiny_model(dtype=torch.float64)
-    model.model.layers[1].to(second)
-    model.model.layers[1].register_forward_pre_hook(_bring(second), with_kwargs=True)
-    model.model.norm.register_forward_pre_hook(_bring(FIRST), with_kwargs=True)
+    model, alone = by_hand(tiny_model(dtype=torch.float64), second), tiny_model(dtype=torch.float64)
     runtime, other = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
     for name in "bcd":
         vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
@@ -373,12 +378,50 @@ def test_slices_of_fused_projections(second):
 
 
 def test_a_compiled_model_is_that_of_one_device(loaded, family):
+    torch._dynamo.reset()
     compiled = torch.compile(loaded.model, backend="eager")
     for mix in ("b", ["c", "d"], None):
         loaded.set_adapter(mix)
         close(run(compiled), run(loaded.model))
     loaded.route(ROWS)
     close(run(compiled), run(loaded.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [over_devices, by_hand])
+def test_kernels_read_what_is_on_their_device(second, split):
+    """In Triton's interpreter where there is no GPU."""
+    if "cuda" in FIRST and "cuda" not in second:
+        pytest.skip("the kernels run on CUDA devices")
+    model, alone = split(tiny_model(), second), tiny_model()
+    runtimes = ia3rt.patch(model, backend="triton"), ia3rt.patch(alone, backend="torch")
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtimes[0].sites}
+        for runtime in runtimes:
+            runtime.add_adapter(name, vectors)
+
+    def are_close():
+        torch.testing.assert_close(run(model), run(alone), rtol=1e-3, atol=1e-3)
+
+    for mix in ("b", ["b", "c"], {"c": 0.5, "d": 0.25}, None):
+        for runtime in runtimes:
+            runtime.set_adapter(mix)
+        are_close()
+    index = torch.arange(IDS.numel()).view(IDS.shape) % 3
+    for rows, of_tokens in ((ROWS, None), (["b", "c", None], index)):
+        with runtimes[0].route(rows, index=of_tokens), runtimes[1].route(rows, index=of_tokens):
+            for _ in range(3):  # the first is looked at, the third repeats a launch
+                are_close()
+    gradients = []
+    for runtime in runtimes:
+        parameters = runtime.train_adapter(["b", "c"])
+        with runtime.route(ROWS):
+            ids = IDS.to(runtime.model.device)
+            runtime.model(ids, labels=ids).loss.backward()
+        gradients.append([each.grad.cpu() for each in parameters])
+        runtime.end_training()
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_what_peft_brought_goes_back(family, second):
@@ -407,3 +450,15 @@ def test_what_cannot_be_is_refused(second, monkeypatch):
     runtime = ia3rt.patch(model, backend="torch")
     with pytest.raises(RuntimeError, match="lie on several devices, .*, and a CUDA graph is of one"):
         runtime._routing.capture(runtime._routing.now())
+    runtime.unpatch()
+
+
+@pytest.mark.parametrize("split", [over_devices, by_hand])
+def test_kernels_over_several_devices_are_not_compiled(second, split):
+    if "cuda" in FIRST and "cuda" not in second:
+        pytest.skip("the kernels run on CUDA devices")
+    torch._dynamo.reset()
+    model = split(tiny_model(), second)
+    ia3rt.patch(model, backend="triton")
+    with pytest.raises(RuntimeError, match="lie on several devices, and the Triton backend compiles on one"):
+        run(torch.compile(model, backend="eager"))
