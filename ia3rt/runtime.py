@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ia3rt import ops
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
@@ -21,6 +22,7 @@ from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.host import HostRow
+from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
 from ia3rt.adapters.registry import AdapterSource, Registry, gone, settled_stamp_of, stamp_of
@@ -96,6 +98,7 @@ class Runtime:
         self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
         self._routing.attach(model)
+        self._routing.settle = self._settle
         self._shared = shared_modules(model)
         self._drop_ins = DropIns(model, self._routing, self._follow)
         self._own = OwnModules(model, self._routing)
@@ -769,12 +772,12 @@ class Runtime:
                 "registered adapter cannot have: load_adapter() it"
             )
         row, vectors = self._packed(name, read)
-        row = row.to(self._bank.table.dtype)
+        row = row.to(self._bank.dtype)
         shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
         return HostRow(
             folder,
             stamp,
-            row.pin_memory() if self._bank.table.is_cuda else row,
+            row.pin_memory() if self._bank.is_cuda else row,
             frozenset(vectors),
             shared,
             checkpoint.config,
@@ -882,11 +885,11 @@ class Runtime:
         self._check_name(name)  # it may have got another meaning since it was looked at first
         built = self._own.build(name, own)
         config = brought.with_names(config, own)
-        table, grown = self._bank.table, False
+        tables, grown = self._bank.tables, False
         try:
             with self._bank.all_or_nothing():
                 adapter = self._bank.add(name, vectors, config, frozenset(built), frozenset(own.embeddings))
-                grown = self._bank.table is not table
+                grown = self._bank.tables is not tables
                 if grown:
                     self._place_sites()
                 self._own.keep(adapter, built)
@@ -907,12 +910,30 @@ class Runtime:
         self._routing.leave_graphs()
 
     @_alone
-    def _follow(self, device: torch.device) -> None:
-        if device != self._bank.table.device:
-            self._bank.to(device)
+    def _follow(self, module: nn.Module) -> None:
+        """Lets the vectors at a drop-in follow it, which may have been moved."""
+        device = computing_device(module)
+        are_together = False
+        for position in (module.ia3_in, module.ia3_out):
+            if isinstance(position, int):
+                are_together = self._bank.moved(position, device)
+        if are_together:
+            self._settle()
+        elif self._bank.is_settled:
+            self._tie()
+
+    @_alone
+    @outside_inference_mode
+    def _settle(self) -> None:
+        """Brings vectors, and what is worn, to where the layers are."""
+        were_moved = not self._bank.is_settled
+        if self._bank.settle():
+            were_moved = True
+            self._drop_ins.settle()
             self._routing.refresh()
             self._routing.leave_graphs()
-        self._tie()
+        if were_moved:
+            self._tie()
 
     def _sync(self) -> None:
         if self._routing.trained is not None:
@@ -955,13 +976,23 @@ class Runtime:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
         self._check_unshared(name, path, site.module)
         self._targets.check(self.model, site, name)
-        device = computing_device(self.model.get_submodule(site.module))
-        if self.sites and device != self._bank.table.device:
-            raise ValueError(
-                f"adapter {name!r} acts at {site}, which lies on {device}, and the model's other sites on "
-                f"{self._bank.table.device}: ia3rt needs them on one"
-            )
+        self._check_worn_by(name, site)
         return site
+
+    def _check_worn_by(self, name: str, site: Site) -> None:
+        """Raises ValueError where what applies the vectors cannot do it where a new site lies."""
+        device = computing_device(self.model.get_submodule(site.module))
+        if device.type == "meta" and not all(each.type == "meta" for each in self._bank.devices.values()):
+            raise ValueError(
+                f"adapter {name!r} acts at {site}, whose weights are on the meta device, and no hook of accelerate's "
+                "brings them elsewhere: load them first"
+            )
+        runs = device.type == "meta" or ops.backend(torch.empty(0, device=device)) == "triton"
+        if self.backend == "triton" and not runs:
+            raise ValueError(
+                f"adapter {name!r} acts at {site}, which lies on {device}, where the triton backend does not run: "
+                "patch(model, backend='torch')"
+            )
 
     def _check_unshared(self, name: str, path: str, module: str) -> None:
         if module in self._shared:

@@ -1,4 +1,4 @@
-"""The bank: the vectors of all resident adapters in one table, a row an adapter, a column slice a site."""
+"""The bank: the vectors of all resident adapters, a row an adapter, a column slice a site, a table a device."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import gc
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.pieces import pieces
@@ -25,6 +26,7 @@ from ia3rt.adapters.site import Site, SiteKey
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 """An adapter's files: name, inode, size and the nanosecond of the last change, each."""
 _MOST_TOLD = 12
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -172,32 +174,40 @@ class NoRowError(ValueError):
 
 
 class Bank:
-    """The table [capacity, total_width] of all resident adapters; row 0 is the identity, and so is a site that an
-    adapter lacks.
+    """The vectors [rows, total_width] of all resident adapters; row 0 is the identity, and so is a site that an adapter
+    lacks.
+
+    Where sites lie on several devices, each has a table with its sites' columns. A row has the same number in all.
 
     Args:
         sites: the columns, in this order.
-        device: where the table lives.
+        device: where a site lies, or where all of them do.
         dtype: float32, or bfloat16 / float16 to halve the memory.
         capacity: rows to begin with, besides the identity's.
         grows: whether the table doubles when they are used up, and gets columns for new sites. Else it stays where it
             is and as large as it is, and adapters that were registered make room for others.
 
     Attributes:
-        table: the vectors, [capacity, total_width].
-        columns: the same by site, [capacity, width] each.
+        tables: the vectors, a table a device; others once a row or a column was added, or a site lies elsewhere.
+        places: which of them each site is in, in the order of the sites.
+        is_settled: whether each site's columns are where it lies; not while modules are moved one after another.
+        is_cuda: whether any table is on a CUDA device.
+        dtype: of the vectors.
         evictable: the names of those that may make room, the one used least recently first.
         pinned: the names of registered adapters that may not.
         evictions: how many made room so far.
         lock: of all that changes the bank or what is worn.
         release: lets go of what is held in case it is wanted again; called before a row is refused.
-        stream: of a CUDA device, the one that forwards run in.
-        is_read_by_streams: whether forwards ran in several streams of a CUDA device.
     """
 
     @outside_inference_mode
     def __init__(
-        self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int, grows: bool = True
+        self,
+        sites: Iterable[Site],
+        device: torch.device | Callable[[Site], torch.device],
+        dtype: torch.dtype,
+        capacity: int,
+        grows: bool = True,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the bank's dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -206,30 +216,49 @@ class Bank:
         self.sites: dict[SiteKey, Site] = {site.key: site for site in sites}
         self.adapters: dict[str, Adapter] = {}
         self.grows = grows
+        self.dtype = dtype
         self.evictable: OrderedDict[str, None] = OrderedDict()
         self.pinned: set[str] = set()
         self.evictions = 0
         self.lock = threading.RLock()
         self.release: Callable[[], object] = _nothing
-        self.stream: torch.cuda.Stream | None = None
+        self._device = device
+        self._noted: list[torch.device] = []  # where sites lie as far as is known, by position
         self._singles: dict[str, ResolvedMix] = {}
-        self._arriving: dict[int, torch.cuda.Event] = {}
+        self._arriving: dict[int, list[torch.cuda.Event]] = {}
         self._placed: list[str] | None = None  # what `all_or_nothing` takes back
-        self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
+        self._place(self._laid(self.sites, self._devices(self.sites), capacity + 1))
         self._free = list(range(capacity, 0, -1))
-        self.is_read_by_streams = False
         self._complements: dict[frozenset[Site], Adapter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
         """The same adapters in a table of their own; locks and streams are no part of it."""
         made = memo[id(self)] = Bank.__new__(Bank)
-        left = {"lock", "release", "stream", "_arriving"}
+        left = {"lock", "release", "tables", "_arriving"}
         with self.lock:  # or a row might be copied before it is written, and its adapter after that
-            if self._arriving:
-                torch.cuda.synchronize(self.table.device)
+            for event in (each for events in self._arriving.values() for each in events):
+                event.synchronize()
             vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
-        made.lock, made.release, made.stream, made._arriving = threading.RLock(), _nothing, None, {}
+            made.lock, made.release, made._arriving = threading.RLock(), _nothing, {}
+            whole = self.widths
+            made._place(tuple(DeviceTable(each.table.clone(), each.widths, whole) for each in self.tables))
         return made
+
+    @property
+    def table(self) -> Tensor:
+        """The vectors, [rows, total_width], where all sites lie on one device."""
+        (only,) = self.tables
+        return only.table
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, the identity's included."""
+        return len(self.tables[0].table)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the vectors, on all devices together."""
+        return sum(each.table.numel() for each in self.tables) * self.dtype.itemsize
 
     @property
     def widths(self) -> list[int]:
@@ -240,6 +269,16 @@ class Bank:
     def total_width(self) -> int:
         """The length of a row: the sum of all sites' widths."""
         return sum(self.widths)
+
+    @property
+    def devices(self) -> dict[Site, torch.device]:
+        """Where each site's vectors lie."""
+        return {site: self.tables[at].device for site, at in zip(self.sites.values(), self.places, strict=True)}
+
+    def by_site(self, of: Callable[[DeviceTable], Sequence[T]]) -> Sequence[T]:
+        """What `of` gives by site for a table, of each site from the table that it is in."""
+        given = [of(table) for table in self.tables]
+        return given[0] if len(given) == 1 else [given[at][i] for i, at in enumerate(self.places)]
 
     def resolve(self, mix: Mix) -> ResolvedMix:
         """Looks the mix's adapters up.
@@ -308,13 +347,13 @@ class Bank:
                 columns.view(site.experts or 1, -1).copy_(vectors[site].detach().reshape(-1, site.width_of_one))
             else:
                 columns.fill_(1.0)
-        if not all(piece.to(self.table.dtype).isfinite().all() for piece in pieces(row)):
+        if not all(piece.to(self.dtype).isfinite().all() for piece in pieces(row)):
             for site, vector in vectors.items():
                 if not vector.isfinite().all():
                     raise ValueError(
                         f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged"
                     )
-            raise ValueError(f"adapter {name!r} has values too large for the bank's {self.table.dtype}: use float32")
+            raise ValueError(f"adapter {name!r} has values too large for the bank's {self.dtype}: use float32")
         return row
 
     def all_sites(self, vectors: Mapping[Site, Tensor]) -> list[Site]:
@@ -362,15 +401,8 @@ class Bank:
             row: its numbers, as `pack` laid them out when the bank had no more columns than now.
         """
         with self._writing() as index:
-            out = self.table[index]
-            known, rest = out[: len(row)], out[len(row) :]
-            if self.table.is_cpu:
-                for piece, numbers in zip(pieces(known), pieces(row), strict=True):
-                    piece.copy_(numbers)
-            else:
-                known.copy_(row, non_blocking=row.is_pinned())
-            if len(rest):
-                rest.fill_(1.0)
+            for table in self.tables:
+                table.write(index, row)
         adapter.row, adapter.free = index, self._free
         self._hold(adapter)
         if self._placed is not None:
@@ -386,18 +418,13 @@ class Bank:
         """
         index = self._free.pop()
         try:
-            if self.table.is_cpu:
-                yield index
-                return
-            here = torch.cuda.current_stream(self.table.device)
-            if self.is_read_by_streams:
-                torch.cuda.synchronize(self.table.device)
-            elif self.stream is not None and self.stream != here:
-                here.wait_stream(self.stream)
+            for table in self.tables:
+                table.wait_for_readers()
             self._await((index,))
             yield index
-            event = self._arriving[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(here)
+            arriving = [event for table in self.tables if (event := table.written()) is not None]
+            if arriving:
+                self._arriving[index] = arriving
         except BaseException:
             self._free.append(index)
             raise
@@ -461,7 +488,7 @@ class Bank:
 
     def _all_held(self, count: int) -> str:
         """Why no more rows can be had, and what to do."""
-        rows = len(self.table) - 1
+        rows = self.rows - 1
         worn = set(self.evictable)
         kinds = {
             "worn by set_adapter, a route, a running forward, a result with gradients or a captured CUDA graph": worn,
@@ -483,18 +510,18 @@ class Bank:
         )
 
     def _await(self, rows: Iterable[int]) -> None:
-        """Lets the current stream of a CUDA device wait for rows that are being copied."""
+        """Lets the current streams of CUDA devices wait for rows that are being copied."""
         for row in rows:
-            event = self._arriving.get(row)
-            if event is not None:
-                event.wait(torch.cuda.current_stream(self.table.device))
-                if event.query():  # type: ignore[no-untyped-call]
-                    self._arriving.pop(row, None)
+            events = self._arriving.get(row)
+            for event in events or ():
+                event.wait(torch.cuda.current_stream(event.device))
+            if events and all(event.query() for event in events):  # type: ignore[no-untyped-call]
+                self._arriving.pop(row, None)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
-        table, sites = self.table, self.sites
+        tables, sites = self.tables, self.sites
         placed = self._placed = []  # a copy of all names would take longer the more there are
         try:
             yield
@@ -504,8 +531,8 @@ class Bank:
                 self._free.append(adapter.row)
                 adapter.free = []  # whenever it dies, its row was freed here
             self.sites = sites
-            self._place(table)
-            self._free[:] = [row for row in self._free if row < len(table)]
+            self._place(tables)
+            self._free[:] = [row for row in self._free if row < self.rows]
             raise
         finally:
             self._placed = None
@@ -533,7 +560,7 @@ class Bank:
 
     def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
         """A resident adapter's vectors, [width] each, one a site for all experts there: views of its row."""
-        columns = torch.split(self.table[adapter.row], self.widths)
+        columns = self.by_site(lambda here: torch.split(here.table[adapter.row], here.widths))
         return {
             site: column for site, column in zip(self.sites.values(), columns, strict=True) if site in adapter.sites
         }
@@ -543,16 +570,59 @@ class Bank:
         vectors = self.vectors(adapter).items()
         return {site: vector[: site.width_of_one] if site in adapter.shared else vector for site, vector in vectors}
 
-    def read_in(self, stream: torch.cuda.Stream) -> None:
-        """Says that forwards run in this stream of a CUDA device."""
-        if self.stream is not stream:
-            self.is_read_by_streams = self.is_read_by_streams or self.stream is not None
-            self.stream = stream
+    def moved(self, position: int, device: torch.device) -> bool:
+        """Says that a site lies on a device now. Whether all lie there now, and are to be settled.
 
-    def to(self, device: torch.device) -> None:
-        """Moves the table."""
+        So a model that moves module by module moves its table once. What moves in part is settled by the next forward.
+        """
+        if self._noted[position] == device:
+            return False
+        self._noted[position] = device
+        self.is_settled = False
+        return all(each == device for each in self._noted)
+
+    @outside_inference_mode
+    def settle(self) -> bool:
+        """Brings each site's columns to where it lies. Whether any were elsewhere.
+
+        Those of a site whose weights are away stay where they are, unless all are.
+        """
+        devices = self._devices(self.sites)
+        if not all(each.type == "meta" for each in devices):
+            known = (self.tables[at].device for at in self.places)
+            devices = [at if each.type == "meta" else each for each, at in zip(devices, known, strict=True)]
+        self.is_settled, self._noted = True, devices
+        if all(self.tables[at].device == each for at, each in zip(self.places, devices, strict=True)):
+            return False
         self._await([*self._arriving])
-        self._place(self.table.to(device))
+        columns = self.by_site(lambda here: here.columns)
+        if len(self.tables) == 1 and len(set(devices)) == 1:
+            self._place((DeviceTable(self.table.to(devices[0]), self.widths, self.widths),))
+            return True
+        tables = self._laid(self.sites, devices, self.rows)
+        for table in tables:
+            for column, width, before in zip(table.columns, table.widths, columns, strict=True):
+                if width:
+                    column.copy_(before)
+        self._place(tables)
+        return True
+
+    def _devices(self, sites: Mapping[SiteKey, Site]) -> list[torch.device]:
+        """Where each of these sites lies."""
+        where = self._device
+        return [where if isinstance(where, torch.device) else where(site) for site in sites.values()]
+
+    def _laid(
+        self, sites: Mapping[SiteKey, Site], devices: Sequence[torch.device], rows: int
+    ) -> tuple[DeviceTable, ...]:
+        """Tables of ones, with these sites' columns where they lie."""
+        whole, tables = [site.width for site in sites.values()], []
+        anywhere = self._device if isinstance(self._device, torch.device) else torch.device("cpu")
+        for device in dict.fromkeys(devices) or [anywhere]:
+            widths = [width if at == device else 0 for at, width in zip(devices, whole, strict=True)]
+            table = torch.ones(rows, sum(widths), device=device, dtype=self.dtype)
+            tables.append(DeviceTable(table, widths, whole))
+        return tuple(tables)
 
     def complements(self, sums: Iterable[Iterable[frozenset[Site]]]) -> tuple[list[Adapter], int]:
         """The rows of what weighted sums leave as it is: those that are there, and how many have to be made.
@@ -571,25 +641,37 @@ class Bank:
         if acts not in self._complements:
             self.make_room(1)
             with self._writing() as row:
-                self.table[row].fill_(1.0)
-                for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
+                for here in self.tables:
+                    here.table[row].fill_(1.0)
+                rows = self.by_site(lambda here: torch.split(here.table[row], here.widths))
+                for site, columns in zip(self.sites.values(), rows, strict=True):
                     if site in acts:  # of a fused layer, in its slices only
                         columns[... if site.slices is None else site.slices.inside(columns.device)] = 0.0
             self._complements[acts] = Adapter("", row, frozenset(), free=self._free)
         return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:
+        """Doubles the rows where none is free, and adds the columns of the sites that it lacks."""
         self._await([*self._arriving])
-        capacity, width = self.table.shape
+        capacity, before = self.rows, {each.device: each for each in self.tables}
         rows = capacity if self._free else 2 * capacity
-        table = self.table.new_ones(rows, sum(site.width for site in sites.values()))
-        table[:capacity, :width] = self.table
-        if table.is_cuda:  # whoever reads it next may do so in another stream
-            torch.cuda.current_stream(table.device).synchronize()
+        known = [self.tables[at].device for at in self.places]
+        added = dict(islice(sites.items(), len(known), None))
+        tables = self._laid(sites, [*known, *self._devices(added)], rows)
+        for each in tables:
+            if each.device in before:
+                old = before[each.device]
+                each.table[:capacity, : old.table.shape[1]] = old.table
+                if each.table.is_cuda:  # whoever reads it next may do so in another stream
+                    torch.cuda.current_stream(each.device).synchronize()
         self.sites = sites
-        self._place(table)
+        self._place(tuple(each.as_read(before[each.device]) if each.device in before else each for each in tables))
         self._free[:0] = range(rows - 1, capacity - 1, -1)
 
-    def _place(self, table: Tensor) -> None:
-        self.table = table
-        self.columns = torch.split(table, self.widths, dim=1)
+    def _place(self, tables: tuple[DeviceTable, ...]) -> None:
+        self.tables = tables
+        places = range(len(self.sites))
+        self.places = [next((at for at, each in enumerate(tables) if each.widths[i]), 0) for i in places]
+        self._noted = [tables[at].device for at in self.places]
+        self.is_settled = True
+        self.is_cuda = any(each.table.is_cuda for each in tables)

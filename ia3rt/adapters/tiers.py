@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class TierStats:
         evictions: how many went from the bank.
         host_evictions: how many went from the host's memory.
         changed: how often files were other ones than those that had been read.
-        device_bytes: what the bank takes.
+        device_bytes: what the bank takes, on all devices together.
         host_bytes: what rows in the host's memory take.
         load_seconds: the time in which adapters were copied into the bank, all together.
         read_seconds: the time in which files were read, all together.
@@ -111,7 +111,7 @@ class Tiers:
         self._load_seconds = self._read_seconds = 0.0
         self.is_empty = True
         self._pool: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def names(self) -> list[str]:
@@ -233,7 +233,7 @@ class Tiers:
         bank = self._bank
         absent = {name: row for name, row in fetched.rows.items() if self._is_absent(name, row, fetched.looked[name])}
         held = [bank.adapters[name] for name in fetched.rows if name not in absent]
-        begun, table = time.perf_counter(), bank.table
+        begun, tables = time.perf_counter(), bank.tables
         for name in absent:
             if name in bank.evictable:  # its files are others now, so it goes first
                 bank.evictable.move_to_end(name, last=False)
@@ -244,7 +244,7 @@ class Tiers:
             made = Adapter(name, 0, row.sites, row.config, shared=row.shared, stamp=row.stamp)
             held.append(bank.place(made, row.row))
             self._looked[name] = fetched.looked[name]
-        if bank.table is not table:
+        if bank.tables is not tables:
             self._grown()
         self._load_seconds += time.perf_counter() - begun
         return held
@@ -291,7 +291,7 @@ class Tiers:
             registered=len(self._registry.folders),
             resident=len(bank.adapters),
             pinned=len(bank.pinned),
-            rows=len(bank.table) - 1,
+            rows=bank.rows - 1,
             hits=self._hits,
             misses=self._host_loads + self._disk_loads,
             host_loads=self._host_loads,
@@ -299,7 +299,7 @@ class Tiers:
             evictions=bank.evictions,
             host_evictions=self._host.evictions,
             changed=self._changed,
-            device_bytes=bank.table.numel() * bank.table.element_size(),
+            device_bytes=bank.nbytes,
             host_bytes=self._host.nbytes,
             load_seconds=self._load_seconds,
             read_seconds=self._read_seconds,
@@ -321,7 +321,7 @@ class Tiers:
             adapters: how many are worn.
             rests: how many rows weighted sums need besides, for what they leave as it is.
         """
-        capacity, wanted = len(self._bank.table) - 1, adapters + rests
+        capacity, wanted = self._bank.rows - 1, adapters + rests
         if wanted > capacity and not self._bank.grows:
             sums = f", and {rests} more rows for what weighted sums leave as it is" if rests else ""
             raise NoRowError(
@@ -395,11 +395,11 @@ class Tiers:
             with bank.lock, suppress(NoRowError), self._beside():
                 self.bring(fetched)
 
-    def _beside(self) -> Any:
-        """A context in a stream of its own."""
-        device = self._bank.table.device
-        if device.type != "cuda":
-            return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._stream)
+    def _beside(self) -> ExitStack:
+        """A context in a stream of its own on each CUDA device."""
+        context = ExitStack()
+        for device in (table.device for table in self._bank.tables if table.table.is_cuda):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            context.enter_context(torch.cuda.stream(self._streams[device]))
+        return context

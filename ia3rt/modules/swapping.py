@@ -116,8 +116,9 @@ class Swapping(nn.Module):
         return self._models(*args, **kwargs) if own is None else own.forward(*args, **kwargs)
 
     def _models(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, which reads its own parts."""
-        return plain(self).forward(*args, **kwargs)
+        """The model's own, which reads its own parts; past a forward set on it, as accelerate's, which called this."""
+        own = plain(self)
+        return type(own).forward(own, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """A part of what the rows go through, to whoever uses it without calling the module, as in PEFT.

@@ -30,6 +30,7 @@ class Forward:
         marks: what follows one row of the batch through it, where it is not known yet how the model lays rows out.
         image_marks: the same for one of the images beside the text.
         watch: what sees which layers it reaches, where that is not known yet.
+        placed: `worn` as layers on each device of the bank read it; None where they have not asked yet.
         ahead: what was computed for a layer before it was called; by whoever computed it.
     """
 
@@ -47,6 +48,7 @@ class Forward:
         self.marks: Marks | None = None
         self.image_marks: Marks | None = None
         self.watch: Watch | None = None
+        self.placed: list[Worn] | None = None
         self.ahead: dict[object, object] = {}
 
     def is_running(self, frame: FrameType | None) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -47,6 +47,7 @@ class Routing:
         trained: the adapters in training, if any.
         probing: how the model lays out its rows.
         rows: scales for rows that wear different mixes.
+        settle: brings what is worn to where layers are that were moved to other devices since.
         guard: what sees to it that a forward reaches the layers that wear vectors, if there are any.
     """
 
@@ -56,6 +57,7 @@ class Routing:
         self.fuses_gate_up = fuses_gate_up
         self.trained: TrainedAdapters | None = None
         self.guard: Guard | None = None
+        self.settle: Callable[[], object] = bank.settle
         self._covering: Wearing | None = None
         self._merging: Wearing | None = None
         self.probing = Probing(bank)
@@ -109,6 +111,26 @@ class Routing:
         if forward is not None and forward.task == _current_task():
             return forward.worn
         return self._outside()
+
+    def now_on(self, place: int) -> Worn:
+        """The same for a layer on one of several devices, as that reads it.
+
+        Args:
+            place: of the device, among the bank's tables.
+        """
+        if is_traced():
+            if self.backend == "triton":
+                raise RuntimeError(
+                    "the model's sites lie on several devices, and the Triton backend compiles on one: "
+                    "patch(model, backend='torch'), or call the model uncompiled"
+                )
+            return self.now()  # composed mixes are found by position, wherever they lie
+        forward = self._context.forward()
+        if forward is not None and forward.task == _current_task():
+            if forward.placed is None:
+                forward.placed = [forward.worn.on(each) for each in range(len(forward.worn.placed))]
+            return forward.placed[place]
+        return self._outside().on(place)
 
     def forward(self) -> Forward | None:
         """The forward that this context is in."""
@@ -211,7 +233,7 @@ class Routing:
     def refresh(self) -> None:
         """Lays everything anew, after the bank's table was replaced or training began or ended."""
         with self.lock:
-            for wearing in list(self._wearings):
+            for wearing in [*self._wearings, *filter(None, [self._covering])]:
                 worn = self.lay(wearing.worn.route)
                 worn.images = wearing.worn.images
                 self._replace(wearing, worn)
@@ -233,6 +255,11 @@ class Routing:
             ValueError: the route's rows or tokens are not the batch's, or the forward would not reach a layer.
         """
         if is_traced():
+            if not self.bank.is_settled:
+                raise RuntimeError(
+                    "layers were moved to other devices since the last forward: call the model once by itself, not "
+                    "compiled, so that their vectors follow"
+                )
             worn = self.now()
             if worn.route.by_token:
                 raise ValueError(
@@ -252,6 +279,8 @@ class Routing:
             self._start(model, args, kwargs, sys._getframe(2))  # past the hook
 
     def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType) -> None:
+        if not self.bank.is_settled:
+            self.settle()
         self._leave_ended(caller)
         task, outer = _current_task(), self._context.forward()
         if outer is not None and outer.task == task:
@@ -306,6 +335,9 @@ class Routing:
 
     def capture(self, worn: Worn) -> Worn:
         """`worn` for a forward that a CUDA graph captures: in memory that each switch of this context writes."""
+        if len(self.bank.tables) > 1:
+            devices = sorted(str(table.device) for table in self.bank.tables)
+            raise RuntimeError(f"the model's sites lie on several devices, {devices}, and a CUDA graph is of one")
         whole = worn.of or worn
         if worn is self._context.wearing.worn:
             written = self._context.captured(worn.rows)
@@ -330,6 +362,8 @@ class Routing:
 
     def _outside(self) -> Worn:
         """What a layer wears that is called outside of any forward, or again for a gradient."""
+        if not self.bank.is_settled:
+            self.settle()
         again = self._past.find() if _current_task() != -1 else None
         return self._bound(self._here() if again is None else again)
 
@@ -341,9 +375,9 @@ class Routing:
                 self.refresh()
             laid = self.lay(worn.route)
             if worn.tokens is not None and worn.length is not None:
-                laid = laid.by_token(worn.tokens, worn.length)
+                laid = laid.by_token(worn.tokens, worn.length, self.bank)
             worn = laid if worn.images is None else laid.with_images(worn.images)
-        if self.bank.table.is_cuda:
+        if self.bank.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 worn = self.capture(worn)
             else:
@@ -389,7 +423,7 @@ class Routing:
             width = route.index.shape[1]
             if past == 0 and length != width and not self._context.wearing.generates:
                 raise ValueError(f"the route has {width} tokens a row, but the batch has {length}")
-        elif self.bank.table.is_cuda and torch.cuda.is_current_stream_capturing():
+        elif self.bank.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "the route has a start, and a captured CUDA graph does not know at which tokens it is replayed: "
                 "capture it under a route without start, for tokens that come after it"
@@ -400,8 +434,7 @@ class Routing:
         elif past >= int(route.start.max()):
             assert worn.after_start is not None
             return worn.after_start
-        tokens = route.tokens(past, length).reshape(-1).to(self.bank.table.device)
-        return worn.by_token(tokens, length)
+        return worn.by_token(route.tokens(past, length).reshape(-1), length, self.bank)
 
     def _tokens_before(self, arguments: Mapping[str, Any], length: int) -> int:
         """How many tokens of each row came before the forward's, of which there are `length`."""
@@ -459,6 +492,7 @@ class Routing:
             made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
             made.composes = self.composes
             made.guard = copy.deepcopy(self.guard, memo)
+            made.settle = copy.deepcopy(self.settle, memo)
             made.trained = copy.deepcopy(self.trained, memo)
             made.wear_everywhere(copy.deepcopy(self.route, memo))
         model = self._model()
