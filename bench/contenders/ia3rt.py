@@ -68,8 +68,7 @@ class Ia3rt(Subject):  # type: ignore[misc]
 
     def resident_bytes(self) -> int:
         """The bytes of the whole bank, with the rows that are still free."""
-        table = self._runtime._bank.table
-        return table.numel() * table.element_size()
+        return self._runtime.stats().device_bytes
 
 
 def build(
