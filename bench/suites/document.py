@@ -10,8 +10,6 @@ from ia3rt.bench.contenders.subject import Subject, Way
 from ia3rt.bench.suites.case import Case, Suite, by_subject
 from ia3rt.bench.workshop import Workshop
 
-ASKED = 16
-NEW = 8
 ROUNDS = 3
 """At 64 adapters and 2,048 tokens a round takes minutes, and the ways differ many times over."""
 _STEPS = "generate() grows its cache, so that each step has a shape of its own to compile"
@@ -25,20 +23,20 @@ WITHOUT = {
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    for adapters, length in [(4, 64)] if quick else [(8, 512), (64, 2048)]:
-        yield _case("read once", adapters, length, once=True)
-        yield _case("read by each", adapters, length, once=False)
+    for sizes in [(4, 32, 4, 2)] if quick else [(8, 512, 16, 8), (64, 2048, 16, 8)]:
+        yield _case("read once", *sizes, once=True)
+        yield _case("read by each", *sizes, once=False)
 
 
-def _case(what: str, adapters: int, length: int, once: bool) -> Case:
+def _case(what: str, adapters: int, length: int, asked: int, new: int, once: bool) -> Case:
     def way(workshop: Workshop, subject: Subject) -> Way:
-        document, asked = workshop.ids(1, length), workshop.ids(adapters, ASKED)
-        return subject.document(Questions(document, asked, names(adapters), NEW, once))
+        document, questions = workshop.ids(1, length), workshop.ids(adapters, asked)
+        return subject.document(Questions(document, questions, names(adapters), new, once))
 
     ways = by_subject(way, adapters, "document", WITHOUT)
-    parameters: dict[str, int | str] = {"adapters": adapters, "length": length, "asked": ASKED, "new": NEW}
+    parameters: dict[str, int | str] = {"adapters": adapters, "length": length, "asked": asked, "new": new}
     rounds = None if adapters < 64 else ROUNDS
-    return Case(what, parameters, ways, work=adapters * NEW, unit="tokens", rounds=rounds)
+    return Case(what, parameters, ways, work=adapters * new, unit="tokens", rounds=rounds)
 
 
 SUITE = Suite(

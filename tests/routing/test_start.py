@@ -210,6 +210,23 @@ def test_one_base_cache_serves_all_adapters(both) -> None:
     assert torch.equal(found, greedy_truths(both, [9, 9, 9], whole))
 
 
+def test_shorter_questions_are_padded_behind_the_document(both) -> None:
+    document, asked, lengths = token_ids(1, 9), token_ids(3, 4), [4, 2, 3]
+    cache = DynamicCache()
+    with torch.no_grad():
+        both.model(document, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(3)
+    mask = torch.ones(3, 13, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, 9 : 13 - length] = 0
+    whole = torch.cat([document.expand(3, -1), asked], 1) * mask
+    with both.runtime.route(ROWS, start=9):
+        found = both.model.generate(whole, attention_mask=mask, past_key_values=cache, **GREEDY)
+    for row, spec in enumerate(ROWS):
+        prompt = whole[row : row + 1, mask[row].bool()]
+        assert torch.equal(found[row, -6:], both.greedy(prompt, spec, 9)[0, -6:])
+
+
 def test_positions_count_the_padding(both) -> None:
     """Left padding: row 2 has two tokens less, and its start is counted in input_ids."""
     padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), IDS], 1)
