@@ -169,7 +169,8 @@ class Tiers:
         bank, fetched, stale = self._bank, Fetched(), []
         wanted = dict.fromkeys(names)
         with bank.lock:
-            self._check_capacity(len(wanted))
+            if len(wanted) > 1:
+                self._check_capacity(len(wanted))
             for name in wanted:
                 adapter = bank.adapters.get(name)
                 if adapter is None:

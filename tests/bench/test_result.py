@@ -295,8 +295,7 @@ def test_a_table_of_times_has_the_ratios_beside_them() -> None:
 
 
 def test_a_table_of_many_adapters_says_what_a_ratio_is_to() -> None:
-    timed, told = controlled(1.2, 1.04), controlled(0.5, 1.04)
-    told.unit, told.control = "bytes", None
+    timed, told = controlled(1.2, 1.04), dataclasses.replace(case(0.5), unit="bytes")
     table = scale_table(result(timed, told, command="ia3rt bench scale"))
     first, second = table.splitlines()[-2:]
     assert first.startswith("| decode rows=1 length=8 | 1.00 s (") and first.endswith(
