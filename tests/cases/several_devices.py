@@ -234,23 +234,25 @@ def test_registered_adapters_come_and_go(second, truth, family, tmp_path):
 
 
 def test_adapters_bring_sites_on_each_device(second, family):
-    names = [name for name, module in tiny_model(family).named_modules() if name.endswith(("o_proj", "attn.c_proj"))]
-    model = over_devices(tiny_model(family, torch.float64), second)
-    alone = tiny_model(family, torch.float64)
-    runtimes = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
-    for name in ("b", "c"):
-        vectors = {(path, "out"): torch.rand(64) for path in names}
-        for runtime in runtimes:
-            runtime.add_adapter(f"default {name}", {site.key: torch.full((site.width,), 0.5) for site in runtime.sites})
-            runtime.add_adapter(name, vectors)
-            runtime.set_adapter([name, f"default {name}"])
-        close(run(model), run(alone))
-        with runtimes[0].route([name, None, "default b"]), runtimes[1].route([name, None, "default b"]):
-            close(run(model), run(alone))
-    assert_each_site_where_its_module_is(runtimes[0])
-    with pytest.raises(ValueError, match="not finite|NaN or inf"):
-        runtimes[0].add_adapter("nan", {("lm_head", "in"): torch.full((64,), torch.nan)})
-    close(run(model), run(alone))
+    """Rows and columns are added, and what was there before is there still."""
+    base = tiny_model(family, torch.float64)
+    names = [name for name, _ in base.named_modules() if name.endswith(("o_proj", "attn.c_proj"))]
+    runtime = ia3rt.patch(over_devices(copy.deepcopy(base), second), capacity=1)
+    adapters = {"default": {site.key: torch.rand(site.width) for site in runtime.sites}}
+    adapters |= {name: {(path, "out"): torch.rand(64) for path in names} for name in ("new", "other")}
+    for name, vectors in adapters.items():
+        runtime.add_adapter(name, vectors)
+    assert_each_site_where_its_module_is(runtime)
+    expected = {name: run(scaled(base, vectors)) for name, vectors in adapters.items()}
+    expected["both"] = run(scaled(base, adapters["default"] | adapters["other"]))
+    for name in adapters:
+        close(run_with(runtime, name), expected[name])
+    close(run_with(runtime, ["default", "other"]), expected["both"])
+    with runtime.route(["default", "new", ["other", "default"]]):
+        close(run(runtime.model), torch.stack([expected[n][at] for at, n in enumerate(("default", "new", "both"))]))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        runtime.add_adapter("nan", {("lm_head", "in"): torch.full((64,), torch.nan)})
+    close(run_with(runtime, "default"), expected["default"])
 
 
 @pytest.mark.parametrize("mix", ["a", ["a", "b"]])
