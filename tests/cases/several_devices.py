@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from heads import model_of
+from mixtures import tiny_mixture
 from tiny import FAMILIES, generated, peft_model, peft_vectors, save_each, scaled, tiny_model, token_ids
 from torch import nn
 
@@ -361,6 +362,39 @@ def test_heads_of_adapters_are_on_their_modules_device(second):
     rows = ["b", None, "d"]
     with runtime.route(rows), other.route(rows):
         torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_puts_a_model_on_several_devices(second, tmp_path):
+    alone = tiny_model()
+    alone.save_pretrained(tmp_path)
+    if "cpu" in (FIRST, second):
+        pytest.skip("transformers takes the CPU beside another device for a place to keep weights")
+    model = type(alone).from_pretrained(tmp_path, device_map=device_map(alone, second))
+    runtime, other = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+        for each in (runtime, other):
+            each.add_adapter(name, vectors)
+    assert devices(runtime) == {FIRST, second}
+    with runtime.route(ROWS), other.route(ROWS):
+        torch.testing.assert_close(run(model), run(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm"])
+def test_experts(second, way):
+    model, alone = tiny_mixture("mixtral"), tiny_mixture("mixtral")
+    over_devices(model, second)
+    runtimes = []
+    for each in (model, alone):
+        each.set_experts_implementation(way)
+        runtimes.append(ia3rt.patch(each, backend="torch"))
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtimes[0].sites}
+        for runtime in runtimes:
+            runtime.add_adapter(name, vectors)
+    with runtimes[0].route(ROWS), runtimes[1].route(ROWS):
+        for _ in range(2):
+            torch.testing.assert_close(run(model), run(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_slices_of_fused_projections(second):
