@@ -101,6 +101,7 @@ class Runtime:
         self._routing.settle = self._settle
         self._shared = shared_modules(model)
         self._drop_ins = DropIns(model, self._routing, self._follow)
+        bank.where = self._where
         self._own = OwnModules(model, self._routing)
         self._merged: MergedWeights | None = None
         self._placed: dict[SiteKey, Site] | None = None  # the bank's, as they were when drop-ins were made of them
@@ -921,6 +922,10 @@ class Runtime:
             self._settle()
         elif self._bank.is_settled:
             self._tie()
+
+    def _where(self, site: Site) -> torch.device:
+        layer = self._drop_ins.layers.get(site)
+        return computing_device(self.model.get_submodule(site.module) if layer is None else layer)
 
     @_alone
     @outside_inference_mode

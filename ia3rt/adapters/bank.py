@@ -181,13 +181,14 @@ class Bank:
 
     Args:
         sites: the columns, in this order.
-        device: where a site lies, or where all of them do.
+        where: the device that a site lies on, or that all of them do.
         dtype: float32, or bfloat16 / float16 to halve the memory.
         capacity: rows to begin with, besides the identity's.
         grows: whether the table doubles when they are used up, and gets columns for new sites. Else it stays where it
             is and as large as it is, and adapters that were registered make room for others.
 
     Attributes:
+        where: as given; asked again where sites are added, or moved.
         tables: the vectors, a table a device; others once a row or a column was added, or a site lies elsewhere.
         places: which of them each site is in, in the order of the sites.
         is_settled: whether each site's columns are where it lies; not while modules are moved one after another.
@@ -204,7 +205,7 @@ class Bank:
     def __init__(
         self,
         sites: Iterable[Site],
-        device: torch.device | Callable[[Site], torch.device],
+        where: torch.device | Callable[[Site], torch.device],
         dtype: torch.dtype,
         capacity: int,
         grows: bool = True,
@@ -222,7 +223,7 @@ class Bank:
         self.evictions = 0
         self.lock = threading.RLock()
         self.release: Callable[[], object] = _nothing
-        self._device = device
+        self.where = where
         self._noted: list[torch.device] = []  # where sites lie as far as is known, by position
         self._singles: dict[str, ResolvedMix] = {}
         self._arriving: dict[int, list[torch.cuda.Event]] = {}
@@ -609,7 +610,7 @@ class Bank:
 
     def _devices(self, sites: Mapping[SiteKey, Site]) -> list[torch.device]:
         """Where each of these sites lies."""
-        where = self._device
+        where = self.where
         return [where if isinstance(where, torch.device) else where(site) for site in sites.values()]
 
     def _laid(
@@ -617,7 +618,7 @@ class Bank:
     ) -> tuple[DeviceTable, ...]:
         """Tables of ones, with these sites' columns where they lie."""
         whole, tables = [site.width for site in sites.values()], []
-        anywhere = self._device if isinstance(self._device, torch.device) else torch.device("cpu")
+        anywhere = self.where if isinstance(self.where, torch.device) else torch.device("cpu")
         for device in dict.fromkeys(devices) or [anywhere]:
             widths = [width if at == device else 0 for at, width in zip(devices, whole, strict=True)]
             table = torch.ones(rows, sum(widths), device=device, dtype=self.dtype)

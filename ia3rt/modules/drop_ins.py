@@ -29,12 +29,16 @@ class DropIns:
         model: the model.
         routing: what its rows wear.
         follow: what a drop-in calls, with itself, when it may have been moved to another device.
+
+    Attributes:
+        layers: the drop-in at each site, wherever that stands in the model by now.
     """
 
     def __init__(self, model: nn.Module, routing: Routing, follow: Callable[[nn.Module], None]) -> None:
         self._model = model
         self._routing = routing
         self._follow = follow
+        self.layers: dict[Site, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
         self._applied: dict[nn.Module, int] = {}  # the position of a site that a drop-in applies
 
@@ -50,6 +54,7 @@ class DropIns:
         modules = dict(self._model.named_modules())
         wearing: dict[nn.Module, dict[Side, int]] = {}
         self._applied = {}
+        self.layers = {site: modules[site.module] for site in sites}
         for position, site in enumerate(sites):
             for module, mixin in wearers_of(modules, site, self._routing.backend):
                 self._wrap(module, mixin, site)

@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from heads import model_of
+from mixtures import tiny_mixture
 from tiny import FAMILIES, generated, peft_model, peft_vectors, save_each, scaled, tiny_model, token_ids
 from torch import nn
 
@@ -234,23 +235,25 @@ def test_registered_adapters_come_and_go(second, truth, family, tmp_path):
 
 
 def test_adapters_bring_sites_on_each_device(second, family):
-    names = [name for name, module in tiny_model(family).named_modules() if name.endswith(("o_proj", "attn.c_proj"))]
-    model = over_devices(tiny_model(family, torch.float64), second)
-    alone = tiny_model(family, torch.float64)
-    runtimes = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
-    for name in ("b", "c"):
-        vectors = {(path, "out"): torch.rand(64) for path in names}
-        for runtime in runtimes:
-            runtime.add_adapter(f"default {name}", {site.key: torch.full((site.width,), 0.5) for site in runtime.sites})
-            runtime.add_adapter(name, vectors)
-            runtime.set_adapter([name, f"default {name}"])
-        close(run(model), run(alone))
-        with runtimes[0].route([name, None, "default b"]), runtimes[1].route([name, None, "default b"]):
-            close(run(model), run(alone))
-    assert_each_site_where_its_module_is(runtimes[0])
-    with pytest.raises(ValueError, match="not finite|NaN or inf"):
-        runtimes[0].add_adapter("nan", {("lm_head", "in"): torch.full((64,), torch.nan)})
-    close(run(model), run(alone))
+    """Rows and columns are added, and what was there before is there still."""
+    base = tiny_model(family, torch.float64)
+    names = [name for name, _ in base.named_modules() if name.endswith(("o_proj", "attn.c_proj"))]
+    runtime = ia3rt.patch(over_devices(copy.deepcopy(base), second), capacity=1)
+    adapters = {"default": {site.key: torch.rand(site.width) for site in runtime.sites}}
+    adapters |= {name: {(path, "out"): torch.rand(64) for path in names} for name in ("new", "other")}
+    for name, vectors in adapters.items():
+        runtime.add_adapter(name, vectors)
+    assert_each_site_where_its_module_is(runtime)
+    expected = {name: run(scaled(base, vectors)) for name, vectors in adapters.items()}
+    expected["both"] = run(scaled(base, adapters["default"] | adapters["other"]))
+    for name in adapters:
+        close(run_with(runtime, name), expected[name])
+    close(run_with(runtime, ["default", "other"]), expected["both"])
+    with runtime.route(["default", "new", ["other", "default"]]):
+        close(run(runtime.model), torch.stack([expected[n][at] for at, n in enumerate(("default", "new", "both"))]))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        runtime.add_adapter("nan", {("lm_head", "in"): torch.full((64,), torch.nan)})
+    close(run_with(runtime, "default"), expected["default"])
 
 
 @pytest.mark.parametrize("mix", ["a", ["a", "b"]])
@@ -359,6 +362,39 @@ def test_heads_of_adapters_are_on_their_modules_device(second):
     rows = ["b", None, "d"]
     with runtime.route(rows), other.route(rows):
         torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_puts_a_model_on_several_devices(second, tmp_path):
+    alone = tiny_model()
+    alone.save_pretrained(tmp_path)
+    if "cpu" in (FIRST, second):
+        pytest.skip("transformers takes the CPU beside another device for a place to keep weights")
+    model = type(alone).from_pretrained(tmp_path, device_map=device_map(alone, second))
+    runtime, other = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+        for each in (runtime, other):
+            each.add_adapter(name, vectors)
+    assert devices(runtime) == {FIRST, second}
+    with runtime.route(ROWS), other.route(ROWS):
+        torch.testing.assert_close(run(model), run(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm"])
+def test_experts(second, way):
+    model, alone = tiny_mixture("mixtral"), tiny_mixture("mixtral")
+    over_devices(model, second)
+    runtimes = []
+    for each in (model, alone):
+        each.set_experts_implementation(way)
+        runtimes.append(ia3rt.patch(each, backend="torch"))
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtimes[0].sites}
+        for runtime in runtimes:
+            runtime.add_adapter(name, vectors)
+    with runtimes[0].route(ROWS), runtimes[1].route(ROWS):
+        for _ in range(2):
+            torch.testing.assert_close(run(model), run(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_slices_of_fused_projections(second):
