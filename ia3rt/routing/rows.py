@@ -159,8 +159,9 @@ class RowScales:
 
     def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
         """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
-        is_one = len(worn.route.mixes) == 1 or (worn.rows == 1 and worn.tokens is None)
-        return is_one and not (is_traced() and self._probing.is_known(layer, x))
+        if is_traced() and self._probing.is_known(layer, x):
+            return False
+        return len(worn.route.mixes) == 1 or (worn.rows == 1 and worn.tokens is None)
 
 
 def _numbers(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
