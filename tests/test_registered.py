@@ -632,6 +632,28 @@ def test_who_sees_new_files_does_not_wait_for_a_read_of_the_old_ones(folder, tru
     goes_on.joins()
 
 
+def test_who_found_an_adapter_wears_it_whatever_became_of_it_before_it_was_worn(folder, truth, every_time):
+    """Its files changed, the newer one was brought in and evicted; or somebody deleted it."""
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("b")
+    runtime.set_adapter(None)
+    found = runtime._tiers.fetch(["b"])
+    replace(folder / "b", 0.5)
+    for name in "bacd":
+        runtime.set_adapter(name)
+    assert "b" not in runtime.adapters
+    runtime._wear_everywhere([ia3rt.Mix(("b",))], found)
+    assert torch.equal(logits(runtime.model, IDS), truth["b"])
+    runtime.set_adapter("b")
+    assert not torch.equal(logits(runtime.model, IDS), truth["b"]), "and from then on the newer one"
+    found = runtime._tiers.fetch(["b"])
+    runtime.set_adapter(None)
+    runtime.delete_adapter("b")
+    for wear in (lambda: runtime._pin("b", found), lambda: runtime._wear_everywhere([ia3rt.Mix(("b",))], found)):
+        with pytest.raises(ValueError, match="unknown adapter 'b'"):
+            wear()
+
+
 def test_what_is_pinned_meanwhile_stays(folder, truth, monkeypatch, every_time):
     runtime = patched(folder, rows=3)
     runtime.set_adapter("b")

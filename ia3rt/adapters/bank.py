@@ -549,6 +549,10 @@ class Bank:
         """Makes room for another adapter of this name, as its files changed; whoever wears the old one goes on."""
         self._forget(name)
 
+    def restore(self, adapter: Adapter) -> None:
+        """Makes an adapter resident again that was retired, and is held."""
+        self._hold(adapter)
+
     def keep(self, name: str) -> None:
         """Lets a registered adapter be one of its own, that is no more what its files are."""
         self.adapters[name].stamp = None
@@ -632,9 +636,8 @@ class Bank:
             sums: of each sum, where each of its adapters acts.
         """
         wanted = set(map(_all_sites, sums))
-        return [self._complements[acts] for acts in wanted & self._complements.keys()], len(
-            wanted - self._complements.keys()
-        )
+        there = [self._complements[acts] for acts in wanted & self._complements.keys()]
+        return there, len(wanted) - len(there)
 
     @outside_inference_mode
     def _complement(self, acts: frozenset[Site]) -> Adapter:

@@ -211,6 +211,11 @@ class Tiers:
             NoRowError: as `bring`.
             ValueError: as `Bank.resolve`.
         """
+        for name, adapter in fetched.adapters.items():
+            known = name in self._registry.folders or self._registry.finders
+            if name not in self._bank.adapters and known and not adapter.is_deleted:
+                self._bank.restore(adapter)  # it was retired, and the newer one is evicted already
+                self._looked.pop(name, None)
         sums = self._sums(mixes, fetched)
         rests, missing = self._bank.complements(sums) if sums else ([], 0)
         if sums:
@@ -251,9 +256,9 @@ class Tiers:
         return held
 
     def pin(self, name: str, fetched: Fetched) -> None:
-        """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises what `bring` does."""
-        self.bring(fetched)
-        if self._bank.adapters[name].stamp is not None:
+        """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises as `resolve`."""
+        (adapter,) = self.resolve((Mix((name,)),), fetched)[0].adapters
+        if adapter.stamp is not None:
             self._bank.pinned.add(name)
             self._bank.evictable.pop(name, None)
 
