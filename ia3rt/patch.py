@@ -39,11 +39,11 @@ def patch(
     """Lets a model wear IA³ adapters. The model is used as before, and computes the same until an adapter is set.
 
     Args:
-        model: a Hugging Face model or any module tree. IA³ adapters of a PeftModel, or that transformers'
-            `load_adapter` or PEFT's `inject_adapter_in_model` put into the model, are taken over with those that its
-            layers have active, and given back by `unpatch`. Meanwhile the model under a PeftModel is the patched one,
-            and what PEFT and transformers offer for adapters is an error that says what to call instead. Or a deep copy
-            of a patched model: its Runtime was copied with it, and is returned.
+        model: a Hugging Face model or any module tree, on one device or several. IA³ adapters of a PeftModel, or that
+            transformers' `load_adapter` or PEFT's `inject_adapter_in_model` put into the model, are taken over with
+            those that its layers have active, and given back by `unpatch`. Meanwhile the model under a PeftModel is the
+            patched one, and what PEFT and transformers offer for adapters is an error that says what to call instead.
+            Or a deep copy of a patched model: its Runtime was copied with it, and is returned.
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
             structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded. Of a model

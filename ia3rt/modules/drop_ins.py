@@ -69,17 +69,20 @@ class DropIns:
             for side in _SIDES if isinstance(module, (IA3Layer, IA3Experts)) else ():
                 place(module, side, positions.get(side))
         self.settle()
-        paths = [site.module for site in sites]
-        if self._routing.backend == "triton":
-            pair_layers(modules, paths)
-        self._see_that_they_are_reached(modules, paths)
+        self._see_that_they_are_reached(modules, [site.module for site in sites])
 
     def settle(self) -> None:
-        """Lets each drop-in read what is worn where its vectors lie: looked up here, and not at each call."""
+        """Lets each drop-in read what is worn where its vectors lie: looked up here, and not at each call.
+
+        And pairs those that lie together, for kernels that compute two of them.
+        """
         routing, bank = self._routing, self._routing.bank
         for module, position in self._applied.items():
             here = routing.now if len(bank.tables) == 1 else partial(routing.now_on, bank.places[position])
             vars(module)["ia3_now"] = here
+        if routing.backend == "triton":
+            layers = {site.module: layer for site, layer in self.layers.items()}
+            pair_layers(layers, layers)
 
     def _wrap(self, module: nn.Module, mixin: type[Wearer], site: Site) -> None:
         if not isinstance(module, Wearer):

@@ -74,6 +74,16 @@ def _bring(device):
     return hook
 
 
+def through_layers(model, second):
+    """The key projections and the second matrices of a Llama's MLPs on the second device, all else on the first."""
+    model.to(FIRST)
+    for path, module in model.named_modules():
+        if path.endswith(("k_proj", "down_proj")):
+            module.to(second).register_forward_pre_hook(_bring(second), with_kwargs=True)
+            module.register_forward_hook(lambda module, args, y: y.to(FIRST))
+    return model
+
+
 def main_device(second):
     """The CPU where that is one of them: else it would be taken for a place to keep weights."""
     return "cpu" if "cpu" in (FIRST, second) else FIRST
@@ -334,8 +344,9 @@ def test_vectors_follow_the_layers(second):
     assert_each_site_where_its_module_is(runtime)
 
 
-def test_layers_on_several_devices_without_accelerate(second):
-    model, alone = by_hand(tiny_model(dtype=torch.float64), second), tiny_model(dtype=torch.float64)
+@pytest.mark.parametrize("split", [by_hand, through_layers])
+def test_layers_are_put_on_devices_in_other_ways(second, split):
+    model, alone = split(tiny_model(dtype=torch.float64), second), tiny_model(dtype=torch.float64)
     runtime, other = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
     for name in "bcd":
         vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
@@ -424,7 +435,7 @@ def test_a_compiled_model_is_that_of_one_device(loaded, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [over_devices, by_hand])
+@pytest.mark.parametrize("split", [over_devices, by_hand, through_layers])
 def test_kernels_read_what_is_on_their_device(second, split):
     """In Triton's interpreter where there is no GPU."""
     if "cuda" in FIRST and "cuda" not in second:
@@ -435,6 +446,9 @@ def test_kernels_read_what_is_on_their_device(second, split):
         vectors = {site.key: torch.rand(site.width) for site in runtimes[0].sites}
         for runtime in runtimes:
             runtime.add_adapter(name, vectors)
+
+    pairs = [layer.self_attn.k_proj.ia3_pair for layer in model.model.layers]
+    assert (None in pairs) == (split is through_layers)  # one launch is on one device
 
     def are_close():
         torch.testing.assert_close(run(model), run(alone), rtol=1e-3, atol=1e-3)
