@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import random
 import shutil
 import threading
 import time
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -671,10 +671,13 @@ def test_what_is_pinned_meanwhile_stays(folder, truth, monkeypatch, every_time):
 def test_files_that_are_written_over_within_a_tick_of_their_clock(folder, truth, every_time):
     """In place, as long as before: only the time says that they are others, and it goes in steps."""
     runtime = patched(folder)
+    file, tick = folder / "c" / "adapter_model.safetensors", 25 * 10**6
     written = {name: (folder / name / "adapter_model.safetensors").read_bytes() for name in "ab"}
     for _ in range(20):
         for name, content in written.items():
-            (folder / "c" / "adapter_model.safetensors").write_bytes(content)
+            file.write_bytes(content)
+            now = time.time_ns() // tick * tick
+            os.utime(file, ns=(now, now))
             runtime.set_adapter("c")
             assert torch.equal(logits(runtime.model, IDS), truth[name])
 
@@ -695,6 +698,7 @@ def test_where_there_is_no_room_for_a_changed_adapter_the_one_of_before_stays(fo
 def test_a_row_that_cannot_be_written_is_free_again(folder, truth, monkeypatch):
     runtime = patched(folder)
     runtime.set_adapter("a")
+    runtime._tiers.fetch(["b"])  # into the host's memory
 
     def fails(_: object) -> None:
         raise MemoryError
@@ -720,29 +724,28 @@ def test_what_is_merged_is_what_is_worn_and_not_what_its_files_are_now(folder, t
 
 
 def test_a_copy_has_the_numbers_of_its_adapters_whatever_is_brought_in_meanwhile(folder, truth):
-    runtime = patched(folder)
-    end, failed = time.monotonic() + 1.5, []
+    runtime = patched(folder, rows=4)
+    threads = []
 
-    def others() -> None:
-        try:
-            for turn in range(10**9):
-                if time.monotonic() > end:
-                    return
-                with suppress(bank.NoRowError):  # a copy holds what it copies until it is made
-                    runtime.set_adapter(NAMES[turn % len(NAMES)])
-        except BaseException as error:
-            failed.append(error)
+    class Meanwhile:
+        """Lets another thread bring an adapter in while this is copied."""
 
-    thread = threading.Thread(target=others)
-    thread.start()
-    while time.monotonic() < end:
-        copied = copy.deepcopy(runtime.model)
-        other = ia3rt.patch(copied)
-        for name in (*other.active_adapters, *other.adapters):
-            other.set_adapter(name)
-            assert torch.equal(logits(copied, IDS), truth[name])
-    thread.join()
-    assert not failed
+        def __deepcopy__(self, memo: object) -> None:
+            threads.append(threading.Thread(target=runtime.route, args=(["c", "d", None, "b"],)))
+            threads[-1].start()
+            threads[-1].join(0.3)
+
+    for name in "ab":
+        runtime.set_adapter(name)
+    runtime._bank.adapters["a"].config["meanwhile"] = Meanwhile()
+    copied = copy.deepcopy(runtime.model)
+    other = ia3rt.patch(copied)
+    threads[0].join()
+    assert other.adapters == ["a", "b"]
+    for name in "ab":
+        other.set_adapter(name)
+        assert torch.equal(logits(copied, IDS), truth[name])
+    assert set(runtime.adapters) == set("abcd")
 
 
 def test_a_load_that_fails_leaves_no_columns_to_what_is_read_meanwhile(folder, truth, monkeypatch):
@@ -751,27 +754,34 @@ def test_a_load_that_fails_leaves_no_columns_to_what_is_read_meanwhile(folder, t
     file = folder / "b" / "adapter_model.safetensors"
     path = "model.layers.0.mlp.up_proj"
     save_file({**load_file(file), f"base_model.model.{path}.ia3_l": torch.full((96, 1), 3.0)}, file)
-    begun, failed = threading.Event(), []
+    reads, begun, failed = threading.Event(), threading.Event(), []
+    read = runtime._tiers._read
+
+    def late(name: str, folder: Path) -> object:
+        reads.set()
+        assert begun.wait(10)
+        return read(name, folder)
 
     def fails(*_: object) -> None:
         begun.set()
-        time.sleep(0.3)
+        time.sleep(0.5)
         raise MemoryError
 
     def meanwhile() -> None:
-        assert begun.wait(10)
         try:
             runtime.pin("b")
-        except ValueError as error:
-            failed.append(error)
+        except Exception as error:
+            failed.append(str(error))
 
     thread = threading.Thread(target=meanwhile)
-    thread.start()
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(runtime._tiers, "_read", late)
         patch.setattr(runtime._own, "keep", fails)
+        thread.start()
+        assert reads.wait(10)
         runtime.add_adapter("x", {(path, "out"): torch.ones(96)})
     thread.join()
-    assert len(failed) == 1 and "where the model has no site" in str(failed[0])
+    assert len(failed) == 1 and "where the model has no site" in failed[0]
     runtime.add_adapter("y", {("model.layers.1.mlp.up_proj", "out"): torch.ones(96)})
     check(runtime, truth, ["a", "c", None, "a"])
 
