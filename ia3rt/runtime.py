@@ -18,6 +18,7 @@ from ia3rt import ops
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
+from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
@@ -268,7 +269,7 @@ class Runtime:
 
     def add_weighted_adapter(
         self,
-        adapters: Sequence[str],
+        adapters: Sequence[str] | Mapping[str, float],
         weights: Sequence[float] | None,
         adapter_name: str,
         combination_type: CombinationType | DerivedType = "product",
@@ -286,14 +287,14 @@ class Runtime:
         and are not weighted: of each module one adapter may have its own.
 
         Args:
-            adapters: their names.
+            adapters: their names; or {name: weight}, as `set_adapter` takes it, with None for `weights`.
             weights: one a name; None for `product`, and for 1 each of those that are no `Mix`. Of `slerp` they are
                 (1 - t, t).
             adapter_name: what to call the new one.
             combination_type: `product`, `linear` and `delta` as in `Mix`; `power`, `ties`, `dare_linear`, `dare_ties`,
                 `magnitude_prune`, `max_abs`, `fisher`, `negate`, `analogy` and `slerp` as the functions of these names
                 in ia3rt.adapters.combining. PEFT's method of this name is `linear`; having adapters active at once is
-                `product`. Of a LoRA, what PEFT calls `linear` sums task vectors, which is `delta` here.
+                `product`. What PEFT calls `cat` for LoRAs, a weighted sum of changes, is `delta` here.
             density: for `ties`, `dare_linear`, `dare_ties` and `magnitude_prune`: the share of each vector's numbers
                 that stays, in (0, 1].
             majority_sign_method: for `ties` and `dare_ties`: `total` or `frequency`.
@@ -309,6 +310,10 @@ class Runtime:
         """
         self._check_open("combine adapters")
         self._check_name(adapter_name)
+        if isinstance(adapters, Mapping):
+            if weights is not None:
+                raise ValueError(f"adapters {dict(adapters)} have weights already: give weights=None")
+            weights, adapters = list(adapters.values()), list(adapters)
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
         self._add_combined(combination, adapter_name, importances, self._fetch_named(combination.adapters))
 
@@ -327,7 +332,8 @@ class Runtime:
         if importances is not None:
             by_site = {n: {self._key(n, key): each for key, each in given.items()} for n, given in importances.items()}
         vectors = combined_vectors(self._bank, combination, by_site)
-        self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(resolved.adapters)))
+        config = combined_config((each.config, bool(each.modules - each.embeddings)) for each in resolved.adapters)
+        self._add(adapter_name, vectors, config, self._own.states(dict.fromkeys(resolved.adapters)))
 
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
         """Makes what adapters have parameters of the model, and freezes everything else, until `end_training`.

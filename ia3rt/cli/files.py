@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.keys import modules_to_save
 from ia3rt.adapters.new_folder import new_folder
 from ia3rt.adapters.site import Site
@@ -69,9 +70,8 @@ def write_new(
         ValueError: a module wears an input and an output vector, which PEFT's format cannot say.
     """
     all_of_them = list(checkpoints)
-    first, *others = (checkpoint.config for checkpoint in all_of_them)
-    said = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
-    config: dict[str, Any] = {"task_type": None, **said, "base_model_name_or_path": base_model, "modules_to_save": None}
+    said = combined_config((each.config, bool(each.modules.keys() - each.unnamed)) for each in all_of_them)
+    config: dict[str, Any] = {"task_type": None, **said, "base_model_name_or_path": base_model}
     modules: dict[str, dict[str, Tensor]] = {}
     unnamed: set[str] = set()
     names: dict[str, None] = {}
