@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from functools import partial
+from operator import index
 from typing import get_args
 
 import torch
@@ -116,8 +117,13 @@ def patch(
 
 def _rows(capacity: int | str, row_bytes: int) -> int:
     """How many adapters a capacity means, beside the identity."""
-    if isinstance(capacity, int):
-        return capacity
+    if not isinstance(capacity, str):
+        try:
+            return index(capacity)
+        except TypeError:
+            raise ValueError(
+                f'capacity is {capacity!r}: give a number of adapters, or text such as "64MB" or "1.5GiB"'
+            ) from None
     given = bytes_of(capacity, "capacity")
     if not row_bytes:
         raise ValueError(f"capacity={capacity!r} means no number of adapters: the model has no site yet, so give one")

@@ -408,6 +408,8 @@ class Runtime:
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Rows that wear it, alone or in a mix, wear the base model then, with a warning.
 
+        Forwards that run, and routes that other threads or tasks have entered, go on with it to their ends.
+
         Raises:
             ValueError: it is unknown, or is trained.
             RuntimeError: the model is merged or no longer patched.
@@ -763,7 +765,7 @@ class Runtime:
                 checkpoint = read_checkpoint(folder)
                 is_whole = stamp_of(folder) == stamp
             except FileNotFoundError as error:
-                raise gone(name, error) from error
+                raise gone(name, error, self._tiers.is_registered(name)) from error
             except ValueError as error:
                 raise ValueError(f"adapter {name!r} was registered, and cannot be read: {error}") from error
             if is_whole:

@@ -23,7 +23,7 @@ from tiny import logits, peft_model, save_each, tiny_model, token_ids
 from where import home
 
 import ia3rt
-from ia3rt.adapters import bank, registry, tiers
+from ia3rt.adapters import bank, device_table, registry, tiers
 from ia3rt.routing import worn
 
 NAMES = "abcdef"
@@ -299,6 +299,31 @@ def test_a_mapping_and_a_function_know_names(folder, truth, source):
         runtime.set_adapter("a")
 
 
+def test_a_function_that_names_a_folder_for_any_text_leaves_mixes_alone(folder, truth):
+    runtime = ia3rt.patch(tiny_model(), capacity=3, grow=False)
+    runtime.register(lambda name: folder / name)
+    runtime.set_adapter("a*b")
+    assert runtime.active_adapters == ["a", "b"]
+    runtime.set_adapter("mix:a*0.5+b*0.5")
+    check(runtime, truth, ["a", None, "b", "a"])
+    with pytest.raises(FileNotFoundError, match="adapter 'z' is not where the function says that was registered"):
+        runtime.set_adapter("z")
+
+
+def test_what_only_garbage_holds_makes_room(folder, truth):
+    """As what an error in compiled code leaves behind, until Python looks for it; it may have grown old."""
+    runtime = patched(folder, 1)
+    runtime.set_adapter("a")
+    cycle: list[object] = [runtime._routing.now()]
+    cycle.append(cycle)
+    for _ in range(3):
+        gc.collect(1)  # the oldest generation is not looked at
+    del cycle
+    runtime.set_adapter(None)
+    runtime.set_adapter("b")
+    assert torch.equal(logits(runtime.model, IDS), truth["b"])
+
+
 def test_what_cannot_be_registered_is_refused(folder, tmp_path):
     runtime = patched(folder)
     for source, error, message in (
@@ -309,6 +334,8 @@ def test_what_cannot_be_registered_is_refused(folder, tmp_path):
         ({"x": folder / "a", "": folder / "a"}, ValueError, "must be a string that is not empty"),
         ({"x": folder / "a", "b": folder / "a"}, ValueError, "'b' is registered already, as"),
         (7, TypeError, "7 is no source"),
+        ({"x": None}, TypeError, "adapter 'x' is to be in None, which is no path"),
+        ({}, ValueError, "an empty mapping"),
     ):
         with pytest.raises(error, match=message):
             runtime.register(source)
@@ -704,7 +731,7 @@ def test_a_row_that_cannot_be_written_is_free_again(folder, truth, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank, "pieces", fails)
+        patch.setattr(device_table, "pieces", fails)
         for _ in range(3):
             with pytest.raises(MemoryError):
                 runtime.set_adapter("b")
@@ -936,6 +963,8 @@ def test_a_graph_that_was_captured_has_to_be_captured_again_where_the_bank_grows
         ({"capacity": "1KB"}, "has no room for an adapter: one takes"),
         ({"host_memory": -1}, "host_memory is -1"),
         ({"capacity": 0}, "at least 1 adapter"),
+        ({"capacity": 1.5}, "capacity is 1.5: give a number of adapters, or text"),
+        ({"capacity": None}, "capacity is None: give a number of adapters, or text"),
     ],
 )
 def test_what_is_no_capacity_is_refused(settings, message):

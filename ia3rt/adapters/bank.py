@@ -113,6 +113,11 @@ def _collect() -> None:
     gc.collect(1)
 
 
+def _collect_all() -> None:
+    """The same of all that there is, as a last resort: what an error in compiled code held may have grown old."""
+    gc.collect()
+
+
 def some(names: Collection[str]) -> str:
     """Names as an error tells them; not all of thousands."""
     told = ", ".join(map(repr, islice(names, _MOST_TOLD))) or "none"
@@ -441,7 +446,7 @@ class Bank:
         if len(self._free) >= count:
             return
         gone: list[dict[str, Any]] = []
-        for release in (_nothing, self.release, _collect):
+        for release in (_nothing, self.release, _collect, _collect_all):
             release()
             for acts in list(self._complements):
                 if len(self._free) < count:

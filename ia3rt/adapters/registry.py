@@ -43,6 +43,8 @@ class Registry:
             found = _inside(Path(source).absolute())
         elif isinstance(source, Mapping):
             found = {name: _checked(name, folder) for name, folder in source.items()}
+            if not found:
+                raise ValueError("an empty mapping: there is no adapter to register")
         elif callable(source):
             return {}
         else:
@@ -58,6 +60,13 @@ class Registry:
                     f"an adapter named {name!r} is registered already, as {known}: delete_adapter it first, or give "
                     f"{folder} another name"
                 )
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a name of an adapter: a function may give a folder for any text, a mix's too."""
+        if name in self.folders:
+            return True
+        folder = self.find(name)
+        return folder is not None and (folder / CONFIG_NAME).is_file()
 
     def find(self, name: str) -> Path | None:
         """An adapter's folder; None where nobody knows it."""
@@ -87,8 +96,10 @@ def stamp_of(folder: Path) -> Stamp:
     return tuple(found)
 
 
-def gone(name: str, error: FileNotFoundError) -> FileNotFoundError:
-    """What a registered adapter's user is told where its files are missing."""
+def gone(name: str, error: FileNotFoundError, is_registered: bool) -> FileNotFoundError:
+    """What an adapter's user is told where its files are missing, and a function knows it or it was registered."""
+    if not is_registered:
+        return FileNotFoundError(f"adapter {name!r} is not where the function says that was registered: {error}")
     return FileNotFoundError(
         f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
     )
@@ -122,6 +133,8 @@ def _inside(root: Path) -> dict[str, Path]:
 def _checked(name: object, folder: str | Path) -> Path:
     if not isinstance(name, str) or not name:
         raise ValueError(f"an adapter's name must be a string that is not empty, got {name!r}")
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"adapter {name!r} is to be in {folder!r}, which is no path of a folder")
     if not (Path(folder) / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"adapter {name!r} is not in {str(folder)!r}: there is no {CONFIG_NAME}")
     return Path(folder).absolute()

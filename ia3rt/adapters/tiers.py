@@ -140,7 +140,7 @@ class Tiers:
 
     def knows(self, name: str) -> bool:
         """Whether a name is an adapter's: a resident or a registered one."""
-        return name in self._bank.adapters or self._registry.find(name) is not None
+        return name in self._bank.adapters or self._registry.knows(name)
 
     def is_registered(self, name: str) -> bool:
         """Whether a name was registered, by no function."""
@@ -366,7 +366,7 @@ class Tiers:
         try:
             return stamp_of(folder)
         except FileNotFoundError as error:
-            raise gone(name, error) from None
+            raise gone(name, error, self.is_registered(name)) from None
 
     def _read_once(self, name: str, folder: Path, stamp: Stamp) -> HostRow:
         """Reads an adapter, or waits for the thread that does already, since it saw the same files."""

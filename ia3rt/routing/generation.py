@@ -185,12 +185,23 @@ def _need_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
     return answer
 
 
+def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.ia3_generation.is_entered:
+        raise ValueError(
+            "a route is entered here, or disable_adapter(), and transformers' continuous batching (generate_batch) "
+            "runs in a thread of its own, which wears what set_adapter() says: leave the route and set_adapter() one "
+            "mix for all requests, or call generate()"
+        )
+    return _original(self, "init_continuous_batching")(*args, **kwargs)
+
+
 _METHODS = {
     "generate": _generate,
     "_expand_inputs_for_generation": _expand_inputs_for_generation,
     "_expand_variables_for_generation": _expand_variables_for_generation,
     "generate_with_fallback": _generate_with_fallback,
     "_need_fallback": _need_fallback,
+    "init_continuous_batching": _init_continuous_batching,
 }
 
 

@@ -37,12 +37,13 @@ class Probing:
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
-        if rows is None or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
+        if rows is None or batch is None or batch.is_meta:
             return
-        if rows == 1 and forward.worn.tokens is None:
+        are_alike = len(forward.worn.route.mixes) < 2 or (rows == 1 and forward.worn.tokens is None)
+        if are_alike and forward.most is None:
             return
         shape = batch.shape[1:] if self._by_shape else None
-        kind = _kind(model, arguments, batch, forward.worn.images), shape, rows == 1
+        kind = _kind(model, arguments, batch, forward.worn.images), shape, rows == 1, forward.most is not None
         if kind in self._kinds:
             return
         forward.kind = kind

@@ -98,6 +98,11 @@ class Routing:
         """The same as if no adapters were in the weights."""
         return self._context.wearing.worn.route
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether this context wears something of its own, of which other threads know nothing."""
+        return self._context.wearing is not self._context.everywhere
+
     def now(self) -> Worn:
         """What a layer wears that is called now."""
         if is_traced():
@@ -142,6 +147,7 @@ class Routing:
         worn = self._laid(route)
         if route.start is not None:
             worn.before_start, worn.after_start = self._laid(route.before_start), self._laid(route.after_start)
+            worn.after_start.is_behind = True
         return worn
 
     def _laid(self, route: Route) -> Worn:
@@ -299,6 +305,8 @@ class Routing:
         forward = Forward(self._bound(worn), model, task, outer, caller)
         if arguments is not None:
             forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
+            if worn.is_behind and worn.rows is not None and forward.tokens is not None:
+                forward.most = worn.rows * forward.tokens
             self.probing.begin(forward, model, arguments, batch)
         self._context.enter(forward)
         if watch is not None:

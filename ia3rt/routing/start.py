@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ia3rt.routing.route import Route
+
+_FAR = 2**62
+"""Behind any token, and a number of int64."""
 
 
 def check_start(start: object, route: Route, images: object) -> list[int]:
@@ -27,7 +32,8 @@ def check_start(start: object, route: Route, images: object) -> list[int]:
             "an image, run the part of the prompt with the image without a route, and go on with its cache"
         )
     rows = len(route.index)
-    given = [start] * rows if isinstance(start, int) else start
+    given = start.tolist() if isinstance(start, Tensor) else start
+    given = [given] * rows if hasattr(given, "__index__") else given
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ValueError(
             f"start must be the position of a token, or a list with one or None for each row: got {start!r}"
@@ -37,11 +43,18 @@ def check_start(start: object, route: Route, images: object) -> list[int]:
             f"start has {len(given)} positions, and the route {rows} rows: give one for each row, or a number for all"
         )
     for row, each in enumerate(given):
-        if each is not None and (not isinstance(each, int) or isinstance(each, bool) or each < 0):
+        if each is not None and not _is_position(each):
             raise ValueError(
                 f"start has {each!r} for row {row}: it must be the position of a token, 0 or more, or None for 0"
             )
-    return [each or 0 for each in given]
+    return [0 if each is None else min(int(each), _FAR) for each in given]
+
+
+def _is_position(given: Any) -> bool:
+    try:
+        return not isinstance(given, bool) and index(given) >= 0
+    except TypeError:
+        return False
 
 
 def check_one_sequence(model: nn.Module) -> None:

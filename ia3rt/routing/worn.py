@@ -66,6 +66,7 @@ class Worn:
         images: the row of each image of the batch, where the route or the batch says so.
         before_start: what is worn by a forward of tokens that all come before the route's start; None without one.
         after_start: the same of tokens that all come after it.
+        is_behind: whether it is such a one.
         composed: the mixes as torch applies them.
         placed: the mixes as the kernels read them, on each device of the bank.
         tables: the first of these.
@@ -88,6 +89,7 @@ class Worn:
         self.images: Sequence[int] | None = None
         self.before_start: Worn | None = None
         self.after_start: Worn | None = None
+        self.is_behind = False
         self.lent = False
         self.memory: Memory | None = None
         self.shelf: Shelf | None = None
@@ -158,6 +160,7 @@ class Worn:
         made = Worn(self.route, self.rows, self.composed, placed)
         made.of = self.of or self
         made.length, made.images, made._acts = self.length, self.images, self._acts
+        made.is_behind = self.is_behind
         return made
 
     def order(self, bank: Bank) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from tiny import FAMILIES, VOCABULARY, logits, peft_model, peft_vectors, save_ea
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -468,3 +472,80 @@ def test_a_captured_graph_is_not_replayed_at_other_tokens(both) -> None:
         both.runtime.route(ROWS, start=2)
     with both.runtime.route(ROWS[:2], start=2):
         logits(both.model, IDS[:2])
+
+
+def latent_model() -> DeepseekV3ForCausalLM:
+    """Its cache holds what kv_b_proj computes keys and values from, of all tokens anew in each step."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, pad_token_id=0,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+@contextmanager
+def scaled_from(model: nn.Module, vectors: dict[tuple[str, str], Tensor], start: int) -> Iterator[None]:
+    """Multiplies vectors to the tokens from a position on, by hooks."""
+
+    def scaled_part(x: Tensor, vector: Tensor) -> Tensor:
+        return torch.cat([x[..., :start, :], x[..., start:, :] * vector], -2)
+
+    hooks = []
+    for (path, side), vector in vectors.items():
+        module = model.get_submodule(path)
+        if side == "in":
+            hooks.append(module.register_forward_pre_hook(lambda _, args, v=vector: (scaled_part(args[0], v),)))
+        else:
+            hooks.append(module.register_forward_hook(lambda _, args, out, v=vector: scaled_part(out, v)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_layer_that_computes_on_the_cache_again_is_refused(torch_backend) -> None:
+    model = latent_model()
+    plain = copy.deepcopy(model)
+    runtime = ia3rt.patch(model)
+    here = {site.key: torch.rand(site.width) * 2 for site in runtime.sites}
+    assert any("kv_b_proj" in path for path, _ in here)
+    runtime.add_adapter("a", here)
+    runtime.add_adapter("mlp", {key: vector for key, vector in here.items() if "kv_b_proj" not in key[0]})
+    ids = IDS[:2]
+    with torch.no_grad():
+        for rows in (["a", "a"], ["a", None], ["a"]):
+            some = ids[: len(rows)]
+            with runtime.route(rows, start=3):
+                with pytest.raises(ValueError, match=r"kv_b_proj.*tokens of its cache again"):
+                    model.generate(some, attention_mask=MASK[: len(rows)], **GREEDY)
+                found = model(some, use_cache=False).logits
+            for row, name in enumerate(rows):
+                with scaled_from(plain, {} if name is None else here, 3):
+                    close(found[row], plain(some[row : row + 1], use_cache=False).logits[0])
+        with runtime.route(["mlp", None], start=3):  # where nothing acts there it is as anywhere
+            tokens = model.generate(ids, attention_mask=MASK[:2], **GREEDY)
+            slow = model.generate(ids, attention_mask=MASK[:2], use_cache=False, **GREEDY)
+        assert torch.equal(tokens, slow)
+        with runtime.route(["a", None], start=3), pytest.raises(ValueError, match="tokens of its cache again"):
+            model.generate(ids, attention_mask=MASK[:2], **GREEDY)
+
+
+@pytest.mark.parametrize("start", [torch.tensor([4, 2, 6]), [torch.tensor(4), 2, 6]], ids=["tensor", "scalars"])
+def test_positions_may_be_tensors(both, start) -> None:
+    with both.runtime.route(ROWS, start=start):
+        close(logits(both.model, IDS), truths(both, STARTS))
+    with both.runtime.route(ROWS, start=2**70):
+        close(logits(both.model, IDS), truths(both, [9, 9, 9]))
+
+
+def test_continuous_batching_knows_no_route(both) -> None:
+    """It runs in a thread of its own."""
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+    prompts = [row.tolist() for row in IDS[:2]]
+    for entered in (both.runtime.route(["b", None]), both.runtime.disable_adapter()):
+        with entered, pytest.raises(ValueError, match="runs in a thread of its own"):
+            both.model.generate_batch(prompts, generation_config=config)
