@@ -945,6 +945,7 @@ class Runtime:
             self._drop_ins.settle()
             self._routing.refresh()
             self._routing.leave_graphs()
+            self._routing.rebind()
         if were_moved:
             self._tie()
 

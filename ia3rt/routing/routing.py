@@ -236,6 +236,23 @@ class Routing:
                 stacklevel=3,
             )
 
+    def _again(self, worn: Worn) -> Worn:
+        """The same, laid anew."""
+        laid = self.lay(worn.route)
+        if worn.tokens is not None and worn.length is not None:
+            laid = laid.by_token(worn.tokens, worn.length, self.bank)
+        laid = laid if worn.images is None else laid.with_images(worn.images)
+        laid.is_behind = worn.is_behind
+        return laid
+
+    def rebind(self) -> None:
+        """Lays what the forwards wear anew that this context is in: accelerate moves a model when it is called."""
+        forward = self._context.forward()
+        while forward is not None:
+            forward.worn = forward.wearing.worn = self._again(forward.worn)
+            forward.placed = None
+            forward = forward.outer
+
     def refresh(self) -> None:
         """Lays everything anew, after the bank's table was replaced or training began or ended."""
         with self.lock:
@@ -381,10 +398,7 @@ class Routing:
             self.trained.adopt()
             if not self.trained.is_replaced():
                 self.refresh()
-            laid = self.lay(worn.route)
-            if worn.tokens is not None and worn.length is not None:
-                laid = laid.by_token(worn.tokens, worn.length, self.bank)
-            worn = laid if worn.images is None else laid.with_images(worn.images)
+            worn = self._again(worn)
         if self.bank.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 worn = self.capture(worn)

@@ -206,14 +206,15 @@ def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
     shape[-1] = scale.shape[-1]
     if worn.tokens is not None:
         rows, length = worn.rows or 0, worn.length or 0
-        if layout.images or x.shape[:-1].numel() != rows * length:
+        is_major = layout.dim == 0 and x.shape[:-1].numel() == rows * length
+        if layout.images or not (is_major or (layout.dim == 1 and x.shape[:-1] == (length, rows))):
             raise ValueError(
                 f"the tokens of a row wear different mixes, and a layer got {tuple(x.shape[:-1])} where the batch has "
                 f"{rows} × {length}: in an image, or where there are more or fewer, no token is known. Route rows, or "
                 "leave the module out with patch(exclude_modules=…)"
             )
         by_token = scale.index_select(0, worn.tokens)
-        if layout.dim == 0:  # token by token, whatever stands between: [rows, 1, length, width] too
+        if is_major:  # token by token, whatever stands between: [rows, 1, length, width] too
             return by_token.view(*x.shape[:-1], -1)
         return by_token.view(rows, length, -1).transpose(0, 1)
     if layout.images:

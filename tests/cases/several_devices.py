@@ -512,3 +512,25 @@ def test_kernels_over_several_devices_are_not_compiled(second, split):
     ia3rt.patch(model, backend="triton")
     with pytest.raises(RuntimeError, match="lie on several devices, and the Triton backend compiles on one"):
         run(torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize("rows", ["b", ROWS], ids=["all", "rows"])
+def test_a_model_that_accelerate_moves_when_it_is_called(second, rows):
+    """As diffusers' enable_model_cpu_offload: after what its rows wear was laid out for the forward."""
+    model, expected = tiny_model(dtype=torch.float64), []
+    plain, vectors = copy.deepcopy(model), {}
+    runtime = ia3rt.patch(model, backend="torch")
+    for name in "bcd":
+        vectors[name] = {site.key: torch.rand(site.width) * 2 for site in runtime.sites}
+        runtime.add_adapter(name, vectors[name])
+    for names in ["b"] * 3 if rows == "b" else ["b", "", "cd"]:
+        model_of_row = plain
+        for name in names:
+            model_of_row = scaled(model_of_row, vectors[name])
+        expected.append(run(model_of_row)[len(expected)])
+    model, hook = accelerate.cpu_offload_with_hook(model, execution_device=second)
+    with runtime.route(ROWS if rows == ROWS else ["b"] * 3):
+        for _ in range(2):
+            for found, each in zip(run(model).cpu(), expected, strict=True):
+                close(found, each.cpu())
+            hook.offload()
