@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ia3rt.adapters.new_folder import new_folder
 from ia3rt.adapters.site import Site
 from ia3rt.cli.errors import UsageError
 from ia3rt.cli.progress import busy
+from ia3rt.cli.stopping import ended_by_sigterm
 
 
 def read_all(console: Console, paths: Sequence[str]) -> dict[str, Checkpoint]:
@@ -26,15 +28,28 @@ def read_all(console: Console, paths: Sequence[str]) -> dict[str, Checkpoint]:
         FileNotFoundError: there is no such adapter.
         ValueError: one is damaged, or of another kind.
     """
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UsageError("ADAPTER", f"{path!r} is given twice: give each adapter once")
+    check_each_once(paths)
     with busy(console, "Reading the adapters", len(paths)) as advance:
         read = {}
         for path in paths:
             read[path] = read_checkpoint(path)
             advance()
     return read
+
+
+def check_each_once(paths: Sequence[str]) -> None:
+    """Refuses a folder that is given twice, by another path too.
+
+    Raises:
+        UsageError: one is.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        place = os.path.realpath(path) if os.path.isdir(path) else path  # what is no folder is a Hub id
+        if place in seen:
+            other = "" if seen[place] == path else f", first as {seen[place]!r}"
+            raise UsageError("ADAPTER", f"{path!r} is given twice{other}: give each adapter once")
+        seen[place] = path
 
 
 def one_base_model(checkpoints: Mapping[str, Checkpoint], base_model: str | None) -> str | None:
@@ -82,7 +97,7 @@ def write_new(
             names.update(dict.fromkeys(modules_to_save(checkpoint.config)))
     if names:
         config["modules_to_save"] = list(names)
-    with new_folder(path) as folder:
+    with ended_by_sigterm(), new_folder(path) as folder:
         write_checkpoint(folder, vectors, None, config, modules, unnamed)
 
 

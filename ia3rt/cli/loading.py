@@ -1,0 +1,91 @@
+"""Loads a model whole: of a class of transformers', with every weight from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ia3rt.cli.errors import UsageError, first_line
+from ia3rt.cli.packages import quiet
+
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what became of its files.
+
+    Attributes:
+        model: in eval mode.
+        left_out: the weights in its files that its class has no place for, so that it is written without them.
+    """
+
+    model: Any
+    left_out: tuple[str, ...]
+
+
+def load_whole(model: str) -> Loaded:
+    """Loads a model by the class that its config names, in the dtype that its config names. Runs no code of its own.
+
+    Args:
+        model: a folder or a Hub id.
+
+    Raises:
+        UsageError: there is no such model, its files are damaged, its class is none of transformers', or its files lack
+            weights of that class, which transformers would draw at random.
+    """
+    with quiet():
+        cls = _class_of(model)
+        try:
+            loaded, info = cls.from_pretrained(
+                model,
+                dtype="auto",
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below; transformers' error names none
+            )
+        except Exception as error:  # what a damaged file raises, or a package that is missing, is of any kind
+            raise _unusable(model, error) from error
+    wrong = [f"{key} has {tuple(seen)} and not {tuple(right)}" for key, seen, right in info["mismatched_keys"]]
+    if wrong:
+        raise UsageError("MODEL", f"{model!r} does not fit its own config: {some(wrong)}")
+    if info["missing_keys"]:
+        raise UsageError(
+            "MODEL",
+            f"{model!r} lacks weights of {cls.__name__}, the class of its config: {some(info['missing_keys'])}. "
+            "They would be random numbers: give a model that has them, or correct 'architectures' in its config.json",
+        )
+    if info["error_msgs"]:
+        raise UsageError("MODEL", f"{model!r}: {some(info['error_msgs'])}")
+    return Loaded(loaded.eval(), tuple(sorted(info["unexpected_keys"])))
+
+
+def _class_of(model: str) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # a config may hold anything
+        raise _unusable(model, error) from error
+    names = config.architectures
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise UsageError("MODEL", f"{model!r} has no 'architectures' in its config.json: merge it in Python")
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UsageError("MODEL", f"{model!r} is of the class {names[0]}, which transformers lacks: merge it in Python")
+    return cls
+
+
+def _unusable(model: str, error: Exception) -> UsageError:
+    if "trust_remote_code" in str(error):
+        return UsageError("MODEL", f"{model!r} needs code of its own, which is not run here: merge it in Python")
+    if isinstance(error, OSError | ValueError | ImportError):
+        return UsageError("MODEL", f"{model!r}: {first_line(error)}")
+    return UsageError("MODEL", f"{model!r} cannot be loaded: {type(error).__name__}: {first_line(error)}")
+
+
+def some(names: Collection[str]) -> str:
+    """The first of the names, and how many more there are."""
+    shown = sorted(names)[:_MOST_NAMED]
+    return ", ".join(shown) + (f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else "")
