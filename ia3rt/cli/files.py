@@ -28,28 +28,13 @@ def read_all(console: Console, paths: Sequence[str]) -> dict[str, Checkpoint]:
         FileNotFoundError: there is no such adapter.
         ValueError: one is damaged, or of another kind.
     """
-    check_each_once(paths)
+    _check_each_once(paths)
     with busy(console, "Reading the adapters", len(paths)) as advance:
         read = {}
         for path in paths:
             read[path] = read_checkpoint(path)
             advance()
     return read
-
-
-def check_each_once(paths: Sequence[str]) -> None:
-    """Refuses a folder that is given twice, by another path too.
-
-    Raises:
-        UsageError: one is.
-    """
-    seen: dict[str, str] = {}
-    for path in paths:
-        place = os.path.realpath(path) if os.path.isdir(path) else path  # what is no folder is a Hub id
-        if place in seen:
-            other = "" if seen[place] == path else f", first as {seen[place]!r}"
-            raise UsageError("ADAPTER", f"{path!r} is given twice{other}: give each adapter once")
-        seen[place] = path
 
 
 def one_base_model(checkpoints: Mapping[str, Checkpoint], base_model: str | None) -> str | None:
@@ -104,3 +89,18 @@ def write_new(
 def print_json(report: Mapping[str, Any]) -> None:
     """Writes a report to standard output, as JSON and nothing else."""
     print(json.dumps(report, indent=2))
+
+
+def _check_each_once(paths: Sequence[str]) -> None:
+    """Refuses a folder that is given twice, by another path too.
+
+    Raises:
+        UsageError: one is.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        place = os.path.realpath(path) if os.path.isdir(path) else path  # what is no folder is a Hub id
+        if place in seen:
+            other = "" if seen[place] == path else f", first as {seen[place]!r}"
+            raise UsageError("ADAPTER", f"{path!r} is given twice{other}: give each adapter once")
+        seen[place] = path

@@ -6,8 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from ia3rt.adapters.checkpoint import Checkpoint
 from ia3rt.cli.errors import UsageError, first_line
 from ia3rt.cli.packages import quiet
+from ia3rt.cli.task_class import class_for_task
 
 _MOST_NAMED = 4
 
@@ -25,21 +27,27 @@ class Loaded:
     left_out: tuple[str, ...]
 
 
-def load_whole(model: str) -> Loaded:
+def load_whole(model: str, adapters: Collection[Checkpoint]) -> Loaded:
     """Loads a model by the class that its config names, in the dtype that its config names. Runs no code of its own.
+
+    Where an adapter brings a head that this class lacks, it is the class for the adapter's task.
 
     Args:
         model: a folder or a Hub id.
+        adapters: what it is going to wear. What its files lack of their own modules is theirs.
 
     Raises:
         UsageError: there is no such model, its files are damaged, its class is none of transformers', or its files lack
             weights of that class, which transformers would draw at random.
     """
     with quiet():
-        cls = _class_of(model)
+        cls, config = _class_of(model)
         try:
+            for_task = class_for_task(cls, config, adapters)
+            cls = for_task or cls
             loaded, info = cls.from_pretrained(
                 model,
+                config=config if for_task else None,
                 dtype="auto",
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -50,10 +58,12 @@ def load_whole(model: str) -> Loaded:
     wrong = [f"{key} has {tuple(seen)} and not {tuple(right)}" for key, seen, right in info["mismatched_keys"]]
     if wrong:
         raise UsageError("MODEL", f"{model!r} does not fit its own config: {some(wrong)}")
-    if info["missing_keys"]:
+    own = tuple(f"{path}." for adapter in adapters for path in adapter.modules)
+    missing = [key for key in info["missing_keys"] if not key.startswith(own)]
+    if missing:
         raise UsageError(
             "MODEL",
-            f"{model!r} lacks weights of {cls.__name__}, the class of its config: {some(info['missing_keys'])}. "
+            f"{model!r} lacks weights of {cls.__name__}, the class that it is loaded as: {some(missing)}. "
             "They would be random numbers: give a model that has them, or correct 'architectures' in its config.json",
         )
     if info["error_msgs"]:
@@ -61,7 +71,7 @@ def load_whole(model: str) -> Loaded:
     return Loaded(loaded.eval(), tuple(sorted(info["unexpected_keys"])))
 
 
-def _class_of(model: str) -> Any:
+def _class_of(model: str) -> tuple[Any, Any]:
     import transformers
 
     try:
@@ -74,7 +84,7 @@ def _class_of(model: str) -> Any:
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UsageError("MODEL", f"{model!r} is of the class {names[0]}, which transformers lacks: merge it in Python")
-    return cls
+    return cls, config
 
 
 def _unusable(model: str, error: Exception) -> UsageError:

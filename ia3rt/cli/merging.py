@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ia3rt.adapters.new_folder import check_new, new_folder
-from ia3rt.cli.files import check_each_once
+from ia3rt.cli.files import read_all
 from ia3rt.cli.input_files import copy_input_files
 from ia3rt.cli.loading import load_whole
 from ia3rt.cli.packages import quiet, require
@@ -56,9 +56,9 @@ def merge(console: Console, model: str, adapters: Sequence[str], output: Path) -
     """
     require("transformers", "pip install 'transformers>=5'")
     check_new(output)
-    check_each_once(adapters)
+    checkpoints = read_all(console, adapters)  # before the model, which takes longer
     with busy(console, f"Loading {model}"):
-        loaded = load_whole(model)
+        loaded = load_whole(model, checkpoints.values())
     import ia3rt
 
     runtime = ia3rt.patch(loaded.model)

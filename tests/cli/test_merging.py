@@ -9,11 +9,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from commands import done, fails, run
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification
+from tiny import TARGETS, logits, token_ids
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from words import save_tiny
 
 from ia3rt.cli.stopping import ended_by_sigterm
@@ -57,6 +59,26 @@ def test_weights_that_are_missing_are_not_invented(folders: dict[str, Path]) -> 
 def test_a_head_that_is_missing_is_not_invented(folders: dict[str, Path]) -> None:
     edit(folders["model"], architectures=[LlamaForSequenceClassification.__name__])
     refused(folders, "lacks weights of LlamaForSequenceClassification", "score.weight", "architectures")
+
+
+def with_head(model: Path, folder: Path, labels: int) -> torch.Tensor:
+    """Saves an adapter with a head as PEFT's users train one, beside a model of another class; what it gives."""
+    loaded = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, pad_token_id=0)
+    config = peft.IA3Config(**TARGETS["llama"], task_type="SEQ_CLS", init_ia3_weights=False)
+    wrapped = peft.get_peft_model(loaded, config)
+    wrapped.save_pretrained(folder)
+    return logits(wrapped.eval(), token_ids())
+
+
+def test_an_adapter_with_a_head_of_its_own_says_the_class(folders: dict[str, Path], tmp_path: Path) -> None:
+    right = with_head(folders["model"], tmp_path / "topics", 5)
+    said = done("merge", folders["model"], tmp_path / "topics", "-o", tmp_path / "out")
+    assert said["architecture"] == "LlamaForSequenceClassification"
+    edit(tmp_path / "out", pad_token_id=0)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(merged, token_ids()), right, rtol=1e-4, atol=1e-5)
+    weights_of(folders["model"], lambda tensors: tensors.pop(UP))
+    fails(run("merge", folders["model"], tmp_path / "topics", "-o", tmp_path / "no"), 2, f"loaded as: {UP}.")
 
 
 def test_weights_of_another_size_are_named(folders: dict[str, Path]) -> None:
