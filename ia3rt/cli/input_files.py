@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-PATTERNS = (
+_PATTERNS = (
     # Of all tokenizers and processors: the names in transformers.utils and transformers.tokenization_utils_base.
     "tokenizer_config.json",
     "tokenizer.json",
@@ -39,11 +39,11 @@ PATTERNS = (
 )
 
 
-def copy_input_files(model: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def copy_input_files(source: Path, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copies them byte for byte; no code, and nothing that is there already.
 
     Args:
-        model: a folder or a Hub id.
+        source: the model's folder.
         folder: where to.
 
     Returns:
@@ -52,9 +52,8 @@ def copy_input_files(model: str, folder: Path) -> tuple[tuple[str, ...], tuple[s
     Raises:
         OSError: one cannot be read or written.
     """
-    source = _source(model)
     copied = []
-    for file in sorted({file for pattern in PATTERNS for file in source.glob(pattern) if file.is_file()}):
+    for file in sorted({file for pattern in _PATTERNS for file in source.glob(pattern) if file.is_file()}):
         name = file.relative_to(source)
         if not (folder / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -63,9 +62,14 @@ def copy_input_files(model: str, folder: Path) -> tuple[tuple[str, ...], tuple[s
     return tuple(copied), tuple(sorted(file.name for file in source.glob("*.py")))
 
 
-def _source(model: str) -> Path:
+def model_folder(model: str) -> Path:
+    """Where a model's files are on this machine, with those that `copy_input_files` copies, downloaded if need be.
+
+    Args:
+        model: a folder, or a Hub id of a model that was loaded.
+    """
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=[*PATTERNS, "*.py"]))
+    return Path(snapshot_download(model, allow_patterns=[*_PATTERNS, "*.py"]))

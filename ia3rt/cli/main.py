@@ -299,7 +299,8 @@ def merge(
         print_json({"model": str(output), "adapters": adapters, **asdict(merged)})
     else:
         copied = f"with its {', '.join(merged.copied)}" if merged.copied else "it has no tokenizer's files"
-        what = f"{merged.architecture} in {merged.dtype}, {copied}"
+        cast = f" (its files have {', '.join(merged.cast_from)})" if merged.cast_from else ""
+        what = f"{merged.architecture} in {merged.dtype}{cast}, {copied}"
         Console().print(Text(f"{output}: {what}; merged: {', '.join(adapters)}"), soft_wrap=True)
         for names, why in (
             (merged.not_copied, "are code, and not copied"),

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from ia3rt.adapters.new_folder import check_new, new_folder
 from ia3rt.cli.files import read_all
-from ia3rt.cli.input_files import copy_input_files
+from ia3rt.cli.input_files import copy_input_files, model_folder
 from ia3rt.cli.loading import load_whole
 from ia3rt.cli.packages import quiet, require
 from ia3rt.cli.progress import busy
 from ia3rt.cli.stopping import ended_by_sigterm
+from ia3rt.cli.stored_dtypes import stored_dtypes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Merged:
     Attributes:
         architecture: the model's class.
         dtype: of its weights, which is what its config names.
+        cast_from: the dtypes that its files have, where those are others than what was written.
         copied: the files of the model's tokenizer, and of what else prepares its inputs, as they were.
         not_copied: files of code beside it, which the copied ones may name.
         left_out: weights in its files that its class has no place for, and transformers does not load.
@@ -31,6 +33,7 @@ class Merged:
 
     architecture: str
     dtype: str
+    cast_from: tuple[str, ...]
     copied: tuple[str, ...]
     not_copied: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -70,6 +73,10 @@ def merge(console: Console, model: str, adapters: Sequence[str], output: Path) -
         advance()
     with busy(console, f"Writing {output}"), quiet(), ended_by_sigterm(), new_folder(output) as folder:
         loaded.model.save_pretrained(folder)
-        copied, not_copied = copy_input_files(model, folder)
+        source = model_folder(model)
+        copied, not_copied = copy_input_files(source, folder)
+        stored, written = stored_dtypes(source), stored_dtypes(folder)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return Merged(type(loaded.model).__name__, dtype, copied, not_copied, loaded.left_out)
+    return Merged(
+        type(loaded.model).__name__, dtype, stored if stored != written else (), copied, not_copied, loaded.left_out
+    )

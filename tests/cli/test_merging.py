@@ -94,6 +94,13 @@ def test_weights_that_the_class_has_no_place_for_are_told(folders: dict[str, Pat
     assert "extra have no place in LlamaForCausalLM" in result.stderr
 
 
+def test_weights_that_are_cast_are_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert done("merge", folders["model"], folders["b"], "-o", tmp_path / "same")["cast_from"] == []
+    weights_of(folders["model"], lambda tensors: tensors.update({UP: tensors[UP].half()}))
+    result = run("merge", folders["model"], folders["b"], "-o", tmp_path / "out")
+    assert "in float32 (its files have float16, float32)" in result.stdout
+
+
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
 def test_a_damaged_file_of_weights(content: bytes | None, folders: dict[str, Path]) -> None:
     file = folders["model"] / "model.safetensors"
