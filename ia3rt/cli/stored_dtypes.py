@@ -10,7 +10,7 @@ _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 def stored_dtypes(folder: Path) -> tuple[str, ...]:
-    """torch's names of the floating-point dtypes in a folder's `model*.safetensors`; none where there is no such file."""
+    """torch's names of the floating-point dtypes in a folder's `model*.safetensors`; none where it has none."""
     found = set()
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as tensors:

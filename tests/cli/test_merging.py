@@ -18,8 +18,6 @@ from tiny import TARGETS, logits, token_ids
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from words import save_tiny
 
-from ia3rt.cli.stopping import ended_by_sigterm
-
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -193,10 +191,17 @@ def test_sigterm_cleans_up(folders: dict[str, Path], tmp_path: Path, monkeypatch
     def killed(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with ended_by_sigterm():  # so that a command that does not heed it fails the test only
-        monkeypatch.setattr(files, "write_checkpoint", killed)
-        before = sorted(tmp_path.rglob("*"))
+    def unheeded(*_: Any) -> None:  # so that it ends the test only
+        raise AssertionError("the command did not heed the signal")
+
+    monkeypatch.setattr(files, "write_checkpoint", killed)
+    before = sorted(tmp_path.rglob("*"))
+    earlier = signal.signal(signal.SIGTERM, unheeded)
+    try:
         assert run("convert", folders["b"], "-o", tmp_path / "out").exit_code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is unheeded, "it is given back"
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     assert sorted(tmp_path.rglob("*")) == before
 
 
