@@ -58,8 +58,8 @@ def load_whole(model: str, adapters: Collection[Checkpoint]) -> Loaded:
     wrong = [f"{key} has {tuple(seen)} and not {tuple(right)}" for key, seen, right in info["mismatched_keys"]]
     if wrong:
         raise UsageError("MODEL", f"{model!r} does not fit its own config: {some(wrong)}")
-    own = tuple(f"{path}." for adapter in adapters for path in adapter.modules)
-    missing = [key for key in info["missing_keys"] if not key.startswith(own)]
+    own = {f"{path}.{name}" for adapter in adapters for path, state in adapter.modules.items() for name in state}
+    missing = info["missing_keys"] - own
     if missing:
         raise UsageError(
             "MODEL",
