@@ -723,12 +723,12 @@ class Runtime:
 
     def _fetch(self, mixes: Sequence[Mix]) -> Fetched:
         """Reads the registered adapters of mixes that are in no memory; nothing where none was ever registered."""
-        if self._tiers.is_empty:
+        if self._tiers.is_empty:  # asked first, as each switch comes here
             return NOTHING
         return self._tiers.fetch(name for mix in mixes for name in mix.adapters)
 
     def _fetch_named(self, names: Sequence[str]) -> Fetched:
-        return self._fetch([Mix((name,)) for name in names])
+        return NOTHING if self._tiers.is_empty else self._tiers.fetch(names)
 
     def _resolve(self, mix: Mix, fetched: Fetched) -> ResolvedMix:
         return self._tiers.resolve((mix,), fetched)[0]
