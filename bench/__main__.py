@@ -86,6 +86,15 @@ def switching(
 
 
 @app.command()
+def scaled(
+    result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A run of `ia3rt bench scale`.")],
+    file: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("docs/performance.md"),
+) -> None:
+    """Write the table of many registered adapters in docs/performance.md."""
+    profiles.write_scale(file, read_json(result))
+
+
+@app.command()
 def launching(file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md")) -> None:
     """Time launches as `ia3rt bench launch` does, and write the table of launching in docs/performance.md."""
     profiles.write_launching(file)

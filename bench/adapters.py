@@ -55,6 +55,15 @@ class AdapterSet:
             self._runtime.delete_adapter(written)
         return folder
 
+    def own_folder(self, name: str) -> Path:
+        """A folder of this adapter's own; its files are those of another that has the same numbers."""
+        folder = self._folder / "own" / name
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for file in self.folder(name).iterdir():
+                (folder / file.name).hardlink_to(file)
+        return folder
+
 
 def _distinct(name: str) -> int:
     return int(name.removeprefix("task")) % DISTINCT

@@ -43,8 +43,8 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="SUITE",
-            help="forward, generate, switch, mixed, combine, load, train, memory, scale, kernels (on a GPU only). All "
-            "without any.",
+            help="forward, generate, switch, mixed, combine, load, train, memory, document, scale, kernels (on a GPU "
+            "only). All without any.",
             show_default=False,
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import shlex
@@ -95,8 +96,12 @@ def run_case(
     else:
         if reference:
             ways[CONTROL] = control_of(made, reference)
+        effort = workshop.settings.effort
+        if case.rounds is not None:
+            fewer = {"least": min(case.rounds, effort.least), "most": min(case.rounds, effort.most)}
+            effort = dataclasses.replace(effort, **fewer)
         with case.beside():
-            measurements = measure(ways, reference, workshop.settings.effort, workshop.settings.device, end, clock)
+            measurements = measure(ways, reference, effort, workshop.settings.device, end, clock)
     return _case_result(suite, case, reference, measurements, made)
 
 

@@ -53,7 +53,9 @@ class Workshop:
         generator = torch.Generator().manual_seed(rows * 100_003 + length)
         return torch.randint(1, vocabulary, (rows, length), generator=generator).to(self.settings.device)
 
-    def subject(self, contender: str, adapters: int, purpose: str = "", again: bool = False) -> Subject:
+    def subject(
+        self, contender: str, adapters: int, purpose: str = "", again: bool = False, maker: Maker | None = None
+    ) -> Subject:
         """A contender's model with so many adapters.
 
         Args:
@@ -61,13 +63,14 @@ class Workshop:
             adapters: how many; they are called as `adapters.names` says.
             purpose: models of one purpose are not used for another.
             again: a second model, made in the same way, is wanted.
+            maker: what makes it for this purpose; None for what makes it elsewhere.
         """
         if self._key != (adapters, purpose):
             self._drop()
             self._key = adapters, purpose
         kept = contender, again
         if kept not in self._subjects:
-            self._subjects[kept] = self._makers[contender](self, names(adapters))
+            self._subjects[kept] = (maker or self._makers[contender])(self, names(adapters))
         return self._subjects[kept]
 
     def saved_model(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
+from operator import index
 from typing import get_args
 
 import torch
@@ -38,11 +40,11 @@ def patch(
     """Lets a model wear IA³ adapters. The model is used as before, and computes the same until an adapter is set.
 
     Args:
-        model: a Hugging Face model or any module tree. IA³ adapters of a PeftModel, or that transformers'
-            `load_adapter` or PEFT's `inject_adapter_in_model` put into the model, are taken over with those that its
-            layers have active, and given back by `unpatch`. Meanwhile the model under a PeftModel is the patched one,
-            and what PEFT and transformers offer for adapters is an error that says what to call instead. Or a deep copy
-            of a patched model: its Runtime was copied with it, and is returned.
+        model: a Hugging Face model or any module tree, on one device or several. IA³ adapters of a PeftModel, or that
+            transformers' `load_adapter` or PEFT's `inject_adapter_in_model` put into the model, are taken over with
+            those that its layers have active, and given back by `unpatch`. Meanwhile the model under a PeftModel is the
+            patched one, and what PEFT and transformers offer for adapters is an error that says what to call instead.
+            Or a deep copy of a patched model: its Runtime was copied with it, and is returned.
         target_modules: modules that can wear a vector, as in PEFT's IA3Config: a list or set of names, a regular
             expression, or "all-linear". None finds the key and value projections and the second MLP matrix by
             structure, or nothing, and lets an adapter that acts elsewhere add its sites when it is loaded. Of a model
@@ -61,8 +63,8 @@ def patch(
         host_memory: how much of the host's memory, in bytes or as text, registered adapters may take that are in the
             bank no more or not yet; pinned memory where the model is on CUDA. What is being read takes memory besides,
             until it is in the bank.
-        backend: `triton` or `torch`. None takes Triton on a CUDA device, and torch elsewhere and for a model that
-            tensor parallelism splits.
+        backend: `triton` or `torch`. None takes Triton where all sites are on CUDA devices, and torch elsewhere and for
+            a model that tensor parallelism splits.
         fuse_gate_up: whether one kernel computes the first half of an MLP, both its matrices and its activation, where
             it can read them: on the Triton backend, as long as they wear no vector and have no hook. It is as
             accurate. Not the default: on an H100 it takes as long, or up to 3 % longer.
@@ -71,8 +73,8 @@ def patch(
         The model's Runtime.
 
     Raises:
-        ValueError: the model is patched already, nothing matches `target_modules`, its sites lie on several devices,
-            are tensor-parallel in a way that is not known, or on the Triton backend; PEFT still wraps its layers, or
+        ValueError: the model is patched already, nothing matches `target_modules`, its sites are
+            tensor-parallel in a way that is not known, or on the Triton backend; PEFT still wraps its layers, or
             holds adapters of another type, or its layers differ in which adapters are active; or it cannot be seen
             where slices are. After this or any other exception the model is as it was.
     """
@@ -100,13 +102,13 @@ def patch(
                 attention.register()  # model.set_attn_implementation("ia3rt") works from now on
         sites = _sites_of(base, taken) if taken is not None and targets == Targets() else []
         sites = sites or find_sites(base, *targets)
-        weight = _weight(base, sites)
+        weights = _weights(base, sites)
         rows = _rows(capacity, sum(site.width for site in sites) * dtype.itemsize)
-        bank = Bank(sites, weight.device, dtype, rows, grow)
+        bank = Bank(sites, partial(_device_of, base), dtype, rows, grow)
         host_bytes = bytes_of(host_memory, "host_memory")
         if backend is None and _is_tensor_parallel(base, sites):
             backend = "torch"  # the kernels compute with whole weights
-        return Runtime(base, bank, _backend(backend, weight), targets, fuse_gate_up, taken, host_bytes)
+        return Runtime(base, bank, _backend(backend, weights), targets, fuse_gate_up, taken, host_bytes)
     except BaseException:
         if taken is not None:
             taken.rewrap()
@@ -115,8 +117,13 @@ def patch(
 
 def _rows(capacity: int | str, row_bytes: int) -> int:
     """How many adapters a capacity means, beside the identity."""
-    if isinstance(capacity, int):
-        return capacity
+    if not isinstance(capacity, str):
+        try:
+            return index(capacity)
+        except TypeError:
+            raise ValueError(
+                f'capacity is {capacity!r}: give a number of adapters, or text such as "64MB" or "1.5GiB"'
+            ) from None
     given = bytes_of(capacity, "capacity")
     if not row_bytes:
         raise ValueError(f"capacity={capacity!r} means no number of adapters: the model has no site yet, so give one")
@@ -157,29 +164,31 @@ def _check_bare(model: nn.Module) -> None:
             raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")
 
 
-def _weight(model: nn.Module, sites: list[Site]) -> Tensor:
-    """What says where and in what the model computes: a weight at its first site, or its first one where it has none.
+def _device_of(model: nn.Module, site: Site) -> torch.device:
+    return computing_device(model.get_submodule(site.module))
+
+
+def _weights(model: nn.Module, sites: list[Site]) -> list[Tensor]:
+    """What says where and in what the model computes: a weight on each device of its sites, or its first where it has
+    none.
 
     Empty and on the device where accelerate brings it to, where that offloads it.
     """
     modules = [model.get_submodule(site.module) for site in sites] or [
         module for module in model.modules() if [*module.parameters(False)]
     ]
-    if not modules:
-        return torch.empty(0)
-    devices = {computing_device(module) for module in modules} if sites else {computing_device(modules[0])}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the model's sites lie on several devices {sorted(map(str, devices))}: ia3rt needs them on one"
-        )
-    (device,) = devices
-    if device.type == "meta":
-        raise ValueError(
-            "the model has no weights yet (they are on the meta device, and no hook of accelerate's brings them "
-            "elsewhere): load them before patch()"
-        )
-    weight = computing_tensor(modules[0])
-    return torch.empty(0, dtype=weight.dtype, device=device) if weight.is_meta else weight
+    weights: dict[torch.device, Tensor] = {}
+    for module in modules if sites else modules[:1]:
+        device = computing_device(module)
+        if device.type == "meta":
+            raise ValueError(
+                "the model has no weights yet (they are on the meta device, and no hook of accelerate's brings them "
+                "elsewhere): load them before patch()"
+            )
+        if device not in weights:
+            weight = computing_tensor(module)
+            weights[device] = torch.empty(0, dtype=weight.dtype, device=device) if weight.is_meta else weight
+    return list(weights.values()) or [torch.empty(0)]
 
 
 def _is_tensor_parallel(model: nn.Module, sites: list[Site]) -> bool:
@@ -187,14 +196,15 @@ def _is_tensor_parallel(model: nn.Module, sites: list[Site]) -> bool:
     return any(is_tensor_parallel(modules, site.module) for site in sites)
 
 
-def _backend(backend: Backend | None, weight: Tensor) -> Backend:
+def _backend(backend: Backend | None, weights: list[Tensor]) -> Backend:
     if backend is None:
-        return ops.backend(weight) if weight.is_cuda else "torch"
+        return "triton" if all(each.is_cuda and ops.backend(each) == "triton" for each in weights) else "torch"
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}: use 'triton', 'torch' or None")
-    if backend == "triton" and ops.backend(weight) != "triton":
-        raise ValueError(
-            f"the triton backend does not run {weight.dtype} on {weight.device}: it needs a CUDA device, the triton "
-            "package, and float32, bfloat16 or float16"
-        )
+    for weight in weights if backend == "triton" else ():
+        if ops.backend(weight) != "triton":
+            raise ValueError(
+                f"the triton backend does not run {weight.dtype} on {weight.device}: it needs a CUDA device, the "
+                "triton package, and float32, bfloat16 or float16"
+            )
     return backend

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ia3rt import ops
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
-from ia3rt.adapters.checkpoint import read_checkpoint, write_checkpoint
+from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
+from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.host import HostRow
+from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
-from ia3rt.adapters.registry import AdapterSource, stamp_of
+from ia3rt.adapters.registry import AdapterSource, Registry, gone, settled_stamp_of, stamp_of
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
@@ -43,6 +46,7 @@ from ia3rt.routing import generation, hooks
 from ia3rt.routing.combined import combined_vectors
 from ia3rt.routing.route import Backend, Route, check_images
 from ia3rt.routing.routing import Routing
+from ia3rt.routing.start import check_one_sequence, check_start
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 
@@ -95,10 +99,13 @@ class Runtime:
         self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
         self._routing.attach(model)
+        self._routing.settle = self._settle
         self._shared = shared_modules(model)
         self._drop_ins = DropIns(model, self._routing, self._follow)
+        bank.where = self._where
         self._own = OwnModules(model, self._routing)
         self._merged: MergedWeights | None = None
+        self._placed: dict[SiteKey, Site] | None = None  # the bank's, as they were when drop-ins were made of them
         self._hooks: list[RemovableHandle] | None = []
         self.is_unclaimed = False
         try:
@@ -156,7 +163,11 @@ class Runtime:
         Raises:
             ValueError: it is unknown.
         """
-        (adapter,) = self._resolve(Mix((adapter_name,))).adapters
+        return self._contents(adapter_name, self._fetch_named((adapter_name,)))
+
+    @_alone
+    def _contents(self, name: str, fetched: Fetched = NOTHING) -> AdapterContents:
+        (adapter,) = self._resolve(Mix((name,)), fetched).adapters
         self._sync()
         vectors = {
             site.key: (vector.view(site.experts, -1) if site.experts and site not in adapter.shared else vector)
@@ -166,7 +177,7 @@ class Runtime:
         }
         states = self._own.states((adapter,)).states
         own = {path: {each: x.detach().clone() for each, x in state.items()} for path, state in states.items()}
-        return AdapterContents(adapter_name, Vectors(vectors), copy.deepcopy(adapter.config), own)
+        return AdapterContents(name, Vectors(vectors), copy.deepcopy(adapter.config), own)
 
     def load_adapter(
         self,
@@ -202,13 +213,14 @@ class Runtime:
         name = adapter_name if adapter_name is not None else Path(subfolder or path_or_hub_id).resolve().name
         self._check_name(name)
         checkpoint = read_checkpoint(path_or_hub_id, revision=revision, subfolder=subfolder, token=token)
-        with reading_the_models():
-            read = by_todays_names(self.model, checkpoint.vectors)
-        vectors = {self._site(name, key): vector for key, vector in read.items()}
-        with reading_the_models():
-            own = brought.of_file(self.model, name, checkpoint)
-        self._add(name, vectors, checkpoint.config, own)
+        self._add_read(name, checkpoint)
         return name
+
+    @_alone
+    def _add_read(self, name: str, checkpoint: Checkpoint) -> None:
+        read = by_todays_names(self.model, checkpoint.vectors)
+        vectors = {self._site(name, key): vector for key, vector in read.items()}
+        self._add(name, vectors, checkpoint.config, brought.of_file(self.model, name, checkpoint))
 
     @_alone
     def add_adapter(
@@ -255,10 +267,9 @@ class Runtime:
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
         self._add(name, dict(sited), dict(config or {}), own)
 
-    @_alone
     def add_weighted_adapter(
         self,
-        adapters: Sequence[str],
+        adapters: Sequence[str] | Mapping[str, float],
         weights: Sequence[float] | None,
         adapter_name: str,
         combination_type: CombinationType | DerivedType = "product",
@@ -276,14 +287,14 @@ class Runtime:
         and are not weighted: of each module one adapter may have its own.
 
         Args:
-            adapters: their names.
+            adapters: their names; or {name: weight}, as `set_adapter` takes it, with None for `weights`.
             weights: one a name; None for `product`, and for 1 each of those that are no `Mix`. Of `slerp` they are
                 (1 - t, t).
             adapter_name: what to call the new one.
             combination_type: `product`, `linear` and `delta` as in `Mix`; `power`, `ties`, `dare_linear`, `dare_ties`,
                 `magnitude_prune`, `max_abs`, `fisher`, `negate`, `analogy` and `slerp` as the functions of these names
                 in ia3rt.adapters.combining. PEFT's method of this name is `linear`; having adapters active at once is
-                `product`. Of a LoRA, what PEFT calls `linear` sums task vectors, which is `delta` here.
+                `product`. What PEFT calls `cat` for LoRAs, a weighted sum of changes, is `delta` here.
             density: for `ties`, `dare_linear`, `dare_ties` and `magnitude_prune`: the share of each vector's numbers
                 that stays, in (0, 1].
             majority_sign_method: for `ties` and `dare_ties`: `total` or `frequency`.
@@ -299,16 +310,31 @@ class Runtime:
         """
         self._check_open("combine adapters")
         self._check_name(adapter_name)
+        if isinstance(adapters, Mapping):
+            if weights is not None:
+                raise ValueError(f"adapters {dict(adapters)} have weights already: give weights=None")
+            weights, adapters = list(adapters.values()), list(adapters)
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
-        resolved = self._resolve(Mix(tuple(combination.adapters)))  # which keeps them resident
+        self._add_combined(combination, adapter_name, importances, self._fetch_named(combination.adapters))
+
+    @_alone
+    def _add_combined(
+        self,
+        combination: Combination,
+        adapter_name: str,
+        importances: Mapping[str, VectorsLike] | None,
+        fetched: Fetched,
+    ) -> None:
+        self._check_open("combine adapters")
+        resolved = self._resolve(Mix(tuple(combination.adapters)), fetched)  # which keeps them resident
         self._sync()
         by_site = None
         if importances is not None:
             by_site = {n: {self._key(n, key): each for key, each in given.items()} for n, given in importances.items()}
         vectors = combined_vectors(self._bank, combination, by_site)
-        self._add(adapter_name, vectors, {}, self._own.states(dict.fromkeys(resolved.adapters)))
+        config = combined_config((each.config, bool(each.modules - each.embeddings)) for each in resolved.adapters)
+        self._add(adapter_name, vectors, config, self._own.states(dict.fromkeys(resolved.adapters)))
 
-    @_alone
     def train_adapter(self, adapter_names: str | Sequence[str]) -> list[nn.Parameter]:
         """Makes what adapters have parameters of the model, and freezes everything else, until `end_training`.
 
@@ -332,12 +358,18 @@ class Runtime:
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
-        if self._routing.trained is not None:
-            raise RuntimeError("adapters are trained already: call end_training() first")
         if not adapter_names:
             raise ValueError("no adapters to train: give at least one name")
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        adapters = [self._resolve(Mix((name,))).adapters[0] for name in names]
+        return self._train(names, self._fetch_named(names))
+
+    @_alone
+    def _train(self, names: tuple[str, ...], fetched: Fetched) -> list[nn.Parameter]:
+        self._check_open("train adapters")
+        if self._routing.trained is not None:
+            raise RuntimeError("adapters are trained already: call end_training() first")
+        resolved = self._tiers.resolve([Mix((name,)) for name in names], fetched)
+        adapters = [mix.adapters[0] for mix in resolved]
         self._check_trainable(adapters)
         mixes = self._routing.route.mixes
         are_worn = any(adapter in mix.adapters for mix in mixes for adapter in adapters)
@@ -376,6 +408,8 @@ class Runtime:
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Rows that wear it, alone or in a mix, wear the base model then, with a warning.
 
+        Forwards that run, and routes that other threads or tasks have entered, go on with it to their ends.
+
         Raises:
             ValueError: it is unknown, or is trained.
             RuntimeError: the model is merged or no longer patched.
@@ -391,7 +425,6 @@ class Runtime:
         self._routing.drop(self._bank.remove(adapter_name))
         self._own.drop(adapter)
 
-    @_alone
     def register(self, source: AdapterSource) -> list[str]:
         """Makes adapters known by name without loading them: each is brought in when something names it.
 
@@ -416,7 +449,12 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("register adapters")
-        return self._tiers.register(source)
+        return self._register(source, Registry.read(source))
+
+    @_alone
+    def _register(self, source: AdapterSource, found: dict[str, Path]) -> list[str]:
+        self._check_open("register adapters")
+        return self._tiers.register(source, found)
 
     def pin(self, adapter_name: str) -> None:
         """Brings a registered adapter in, and keeps it in the bank as it is until `unpin`, as CUDA graphs may need.
@@ -473,13 +511,19 @@ class Runtime:
         Raises:
             ValueError: it is unknown, or wears an input and an output vector on one module.
         """
-        (adapter,) = self._resolve(Mix((adapter_name,))).adapters
-        self._sync()
+        adapter, vectors, own = self._stored(adapter_name, self._fetch_named((adapter_name,)))
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
         config = {"base_model_name_or_path": base, "task_type": None, **adapter.config}
         paths = [path for path, _ in self.model.named_modules()]
-        own = self._own.states((adapter,))
-        write_checkpoint(path, self._bank.distinct(adapter), paths, config, own.states, own.embeddings)
+        write_checkpoint(path, vectors, paths, config, own.states, own.embeddings)
+
+    @_alone
+    def _stored(self, name: str, fetched: Fetched) -> tuple[Adapter, dict[Site, Tensor], Brought]:
+        """An adapter, its vectors as they are now, and its own modules."""
+        (adapter,) = self._resolve(Mix((name,)), fetched).adapters
+        self._sync()
+        vectors = {site: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
+        return adapter, vectors, self._own.states((adapter,))
 
     def set_adapter(self, adapter_name: MixLike) -> None:
         """Makes all rows of every batch wear one mix, until the next `set_adapter` or `route`.
@@ -497,7 +541,12 @@ class Runtime:
         self._wear_everywhere(mixes, self._fetch(mixes))
 
     def route(
-        self, mixes: Sequence[MixLike], index: Tensor | None = None, *, images: Sequence[int] | None = None
+        self,
+        mixes: Sequence[MixLike],
+        index: Tensor | None = None,
+        *,
+        images: Sequence[int] | None = None,
+        start: int | Sequence[int | None] | None = None,
     ) -> AbstractContextManager[None]:
         """Makes each row, or each token, wear a mix of its own, in the thread or task that calls it.
 
@@ -515,13 +564,19 @@ class Runtime:
                 with their padding; what a row generates wears the mix of its last token.
             images: the row that each image of the batch belongs to, for vectors in the part of the model that sees.
                 None where the text says so, by its image tokens.
+            start: the position of the first token of each row that wears its mix, or one for all rows; those before it
+                wear the base model, so that what a key-value cache holds of them serves all adapters. Positions are
+                those of `input_ids` (of `inputs_embeds`), from 0 and with their padding; tokens that a cache holds
+                count, and so do those that are generated. None and 0: all tokens wear it.
 
         Raises:
-            ValueError: an adapter is unknown, a mix, the index or images are not valid, an adapter acts at experts that
-                are modules of their own, where rows are no longer the batch's, or tokens of a row would go through
-                different modules of their adapters', or rows through different saved embeddings. A route whose rows
-                are not the batch's is an error of the forward, before anything runs; a layer where it is not known
-                whose each element of its input is, is one when it is reached.
+            ValueError: an adapter is unknown, a mix, the index, images or start are not valid, an adapter acts at
+                experts that are modules of their own, where rows are no longer the batch's, or tokens of a row would go
+                through different modules of their adapters', or rows through different saved embeddings; or a start
+                is given for an encoder-decoder model, with an index of tokens or with images, or where a CUDA graph
+                of so many rows was captured. A route whose rows are not the batch's is an error of the forward,
+                before anything runs, and so is a start of which it is not known at which tokens a forward is; a layer
+                where it is not known whose each element of its input is, is one when it is reached.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
@@ -530,7 +585,7 @@ class Runtime:
         read = [self._mix(spec) for spec in mixes]
         if not read:
             raise ValueError("route needs at least one row")
-        return self._restoring(self._wear_here(read, self._fetch(read), index, images))
+        return self._restoring(self._wear_here(read, self._fetch(read), index, images, start))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -544,7 +599,6 @@ class Runtime:
         with self._restoring(before):
             yield
 
-    @_alone
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
         """Writes a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
 
@@ -562,14 +616,20 @@ class Runtime:
             RuntimeError: adapters are trained, or the model is no longer patched.
         """
         self._check_open("merge", while_merged=True)
+        mix = None if adapter_names is None else self._mix(adapter_names)
+        self._merge(mix, NOTHING if mix is None else self._fetch((mix,)))
+
+    @_alone
+    def _merge(self, named: Mix | None, fetched: Fetched) -> None:
+        self._check_open("merge", while_merged=True)
         if self._routing.trained is not None:
             raise RuntimeError("cannot merge while adapters are trained: call end_training() first")
         weights = self._merged or MergedWeights(self.model, self._bank, self._own.merge)
         route = self._routing.chosen
-        if adapter_names is None and route.index is not None:
+        if named is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
-        mix = route.mixes[0].mix if adapter_names is None else self._mix(adapter_names)
-        resolved = self._resolve(weights.without_merged(mix))
+        mix = weights.without_merged(route.mixes[0].mix if named is None else named)
+        resolved = route.mixes[0].without_others(mix) if named is None else self._resolve(mix, fetched)
         with self._own.lifted():
             weights.merge(resolved)
         if self._merged is None:
@@ -589,7 +649,6 @@ class Runtime:
         self._merged = None
         self._routing.uncover()
 
-    @_alone
     def merge_and_unload(self, adapter_names: MixLike = None) -> nn.Module:
         """Multiplies a mix into the model's weights for good, and returns the model without ia3rt and without PEFT.
 
@@ -604,10 +663,16 @@ class Runtime:
             RuntimeError: as `merge_adapter`.
         """
         self._check_open("merge", while_merged=True)
-        if adapter_names is not None or self._merged is None:
-            if adapter_names is None and not self.active_adapters:
+        mix = None if adapter_names is None else self._mix(adapter_names)
+        return self._merge_and_unload(mix, NOTHING if mix is None else self._fetch((mix,)))
+
+    @_alone
+    def _merge_and_unload(self, named: Mix | None, fetched: Fetched) -> nn.Module:
+        self._check_open("merge", while_merged=True)
+        if named is not None or self._merged is None:
+            if named is None and not self.active_adapters:
                 raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
-            self.merge_adapter(adapter_names)
+            self._merge(named, fetched)
         self._uninstall()
         self._merged = None
         if self._taken is not None:
@@ -629,7 +694,7 @@ class Runtime:
         """
         self._check_open("unpatch it", while_merged=True)
         active = self._givable() if self._taken is not None else []
-        contents = [self.get_adapter(name) for name in self._givable_names()] if self._taken is not None else []
+        contents = [self._contents(name) for name in self._givable_names()] if self._taken is not None else []
         self._uninstall()
         try:
             if self._taken is not None:
@@ -658,13 +723,15 @@ class Runtime:
 
     def _fetch(self, mixes: Sequence[Mix]) -> Fetched:
         """Reads the registered adapters of mixes that are in no memory; nothing where none was ever registered."""
-        if self._tiers.is_empty:
+        if self._tiers.is_empty:  # asked first, as each switch comes here
             return NOTHING
         return self._tiers.fetch(name for mix in mixes for name in mix.adapters)
 
-    @_alone
-    def _resolve(self, mix: Mix) -> ResolvedMix:
-        return self._tiers.resolve((mix,), self._fetch((mix,)))[0]
+    def _fetch_named(self, names: Sequence[str]) -> Fetched:
+        return NOTHING if self._tiers.is_empty else self._tiers.fetch(names)
+
+    def _resolve(self, mix: Mix, fetched: Fetched) -> ResolvedMix:
+        return self._tiers.resolve((mix,), fetched)[0]
 
     @_alone
     def _wear_everywhere(self, mixes: Sequence[Mix], fetched: Fetched) -> None:
@@ -673,11 +740,20 @@ class Runtime:
 
     @_alone
     def _wear_here(
-        self, mixes: Sequence[Mix], fetched: Fetched, index: Tensor | None, images: Sequence[int] | None
+        self,
+        mixes: Sequence[Mix],
+        fetched: Fetched,
+        index: Tensor | None,
+        images: Sequence[int] | None,
+        start: int | Sequence[int | None] | None,
     ) -> Wearing:
         self._check_open("route rows")
         route = Route.by_row(self._tiers.resolve(mixes, fetched), index)
         check_images(images, route)
+        if start is not None and route.index is not None:
+            check_one_sequence(self.model)
+            starts = check_start(start, route, images)
+            route = route.starting(starts, self._bank.resolve(BASE))
         check_route(route)
         return self._routing.wear_here(route, images)
 
@@ -685,12 +761,13 @@ class Runtime:
         """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
         for _ in range(_TRIES):
             try:
-                stamp = stamp_of(folder)
+                stamp = settled_stamp_of(folder)
                 checkpoint = read_checkpoint(folder)
                 is_whole = stamp_of(folder) == stamp
-            except (FileNotFoundError, ValueError) as error:
-                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-                raise kind(f"adapter {name!r} was registered, and cannot be read: {error}") from error
+            except FileNotFoundError as error:
+                raise gone(name, error, self._tiers.is_registered(name)) from error
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r} was registered, and cannot be read: {error}") from error
             if is_whole:
                 break
         else:
@@ -703,6 +780,21 @@ class Runtime:
                 f"adapter {name!r} has its own {', '.join(map(repr, own.states))} beside its vectors, which a "
                 "registered adapter cannot have: load_adapter() it"
             )
+        row, vectors = self._packed(name, read)
+        row = row.to(self._bank.dtype)
+        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
+        return HostRow(
+            folder,
+            stamp,
+            row.pin_memory() if self._bank.is_cuda else row,
+            frozenset(vectors),
+            shared,
+            checkpoint.config,
+        )
+
+    @_alone
+    def _packed(self, name: str, read: Mapping[SiteKey, Tensor]) -> tuple[Tensor, dict[Site, Tensor]]:
+        """A row of the bank; alone, as a load that fails takes columns back that it added."""
         for key in read:
             if key not in self._bank.sites:
                 raise ValueError(
@@ -710,16 +802,7 @@ class Runtime:
                     "patch(target_modules=…), or load_adapter() one that acts there before"
                 )
         vectors = {self._site(name, key): vector for key, vector in read.items()}
-        row = self._bank.pack(name, vectors).to(self._bank.table.dtype)
-        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
-        return HostRow(
-            folder,
-            stamp,
-            row.pin_memory() if self._bank.table.is_cuda else row,
-            frozenset(vectors),
-            shared,
-            checkpoint.config,
-        )
+        return self._bank.pack(name, vectors), vectors
 
     def _check_name(self, name: str) -> None:
         self._bank.check_name(name)
@@ -757,6 +840,7 @@ class Runtime:
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self
         self._drop_ins.place(self.sites)
+        self._placed = self._bank.sites
         self._own.begin()
         self._routing.refresh()
         generation.install(self.model, self._routing)
@@ -790,7 +874,7 @@ class Runtime:
                 f"rows wear {worn}, which PEFT's layers cannot have active: set_adapter() a product or None before "
                 "unpatch(), or make an adapter of it by add_weighted_adapter()"
             )
-        check_givable(self._taken, [self.get_adapter(name) for name in self._givable_names()])
+        check_givable(self._taken, [self._contents(name) for name in self._givable_names()])
         return list(mix.adapters)
 
     def _givable_names(self) -> list[str]:
@@ -807,13 +891,14 @@ class Runtime:
                     f"adapter {name!r} has a vector at {site} and its own module {owner!r} there, which wears none: "
                     "leave one of them out"
                 )
+        self._check_name(name)  # it may have got another meaning since it was looked at first
         built = self._own.build(name, own)
         config = brought.with_names(config, own)
-        table, grown = self._bank.table, False
+        tables, grown = self._bank.tables, False
         try:
             with self._bank.all_or_nothing():
                 adapter = self._bank.add(name, vectors, config, frozenset(built), frozenset(own.embeddings))
-                grown = self._bank.table is not table
+                grown = self._bank.tables is not tables
                 if grown:
                     self._place_sites()
                 self._own.keep(adapter, built)
@@ -824,17 +909,45 @@ class Runtime:
             raise
 
     def _place_sites(self) -> None:
-        with self._own.lifted():
-            self._drop_ins.place(self.sites)
+        if self._placed is not self._bank.sites:  # not for a row more: forwards of other threads go on meanwhile
+            self._placed = None
+            with self._own.lifted():
+                self._drop_ins.place(self.sites)
+            self._placed = self._bank.sites
         self._tie()
         self._routing.refresh()
+        self._routing.leave_graphs()
 
     @_alone
-    def _follow(self, device: torch.device) -> None:
-        if device != self._bank.table.device:
-            self._bank.to(device)
+    def _follow(self, module: nn.Module) -> None:
+        """Lets the vectors at a drop-in follow it, which may have been moved."""
+        device = computing_device(module)
+        are_together = False
+        for position in (module.ia3_in, module.ia3_out):
+            if isinstance(position, int):
+                are_together = self._bank.moved(position, device)
+        if are_together:
+            self._settle()
+        elif self._bank.is_settled:
+            self._tie()
+
+    def _where(self, site: Site) -> torch.device:
+        layer = self._drop_ins.layers.get(site)
+        return computing_device(self.model.get_submodule(site.module) if layer is None else layer)
+
+    @_alone
+    @outside_inference_mode
+    def _settle(self) -> None:
+        """Brings vectors, and what is worn, to where the layers are."""
+        were_moved = not self._bank.is_settled
+        if self._bank.settle():
+            were_moved = True
+            self._drop_ins.settle()
             self._routing.refresh()
-        self._tie()
+            self._routing.leave_graphs()
+            self._routing.rebind()
+        if were_moved:
+            self._tie()
 
     def _sync(self) -> None:
         if self._routing.trained is not None:
@@ -877,13 +990,23 @@ class Runtime:
             raise ValueError(f"adapter {name!r} does not fit: {error}") from None
         self._check_unshared(name, path, site.module)
         self._targets.check(self.model, site, name)
-        device = computing_device(self.model.get_submodule(site.module))
-        if self.sites and device != self._bank.table.device:
-            raise ValueError(
-                f"adapter {name!r} acts at {site}, which lies on {device}, and the model's other sites on "
-                f"{self._bank.table.device}: ia3rt needs them on one"
-            )
+        self._check_worn_by(name, site)
         return site
+
+    def _check_worn_by(self, name: str, site: Site) -> None:
+        """Raises ValueError where what applies the vectors cannot do it where a new site lies."""
+        device = computing_device(self.model.get_submodule(site.module))
+        if device.type == "meta" and not all(each.type == "meta" for each in self._bank.devices.values()):
+            raise ValueError(
+                f"adapter {name!r} acts at {site}, whose weights are on the meta device, and no hook of accelerate's "
+                "brings them elsewhere: load them first"
+            )
+        runs = device.type == "meta" or ops.backend(torch.empty(0, device=device)) == "triton"
+        if self.backend == "triton" and not runs:
+            raise ValueError(
+                f"adapter {name!r} acts at {site}, which lies on {device}, where the triton backend does not run: "
+                "patch(model, backend='torch')"
+            )
 
     def _check_unshared(self, name: str, path: str, module: str) -> None:
         if module in self._shared:

@@ -384,7 +384,32 @@ def test_experts_that_share_a_vector_and_experts_that_have_one_each(tmp_path: Pa
     runtime.add_weighted_adapter(["each", "one"], None, "both", "max_abs")
     runtime.add_weighted_adapter(["one"], None, "minus", "negate")
     right = 1 + _stronger(each - 1, (one - 1).expand(3, 12))
-    torch.testing.assert_close(runtime.get_adapter("both").vectors[key], right.flatten())
+    torch.testing.assert_close(runtime.get_adapter("both").vectors[key], right)
     torch.testing.assert_close(runtime.get_adapter("minus").vectors[key], 2 - one)
+    runtime.add_weighted_adapter({"one": 0.5, "minus": 0.2}, None, "sum", "delta")
+    torch.testing.assert_close(runtime.get_adapter("sum").vectors[key], 1 + 0.3 * (one - 1))
     runtime.save_adapter("minus", tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "IA3"
+
+
+def test_a_mapping_gives_weights() -> None:
+    runtime = patched(a=[2.0, 1.5, 0.0, 3.0], b=[1.0, 1.0, 3.0, -2.0])
+    made(runtime, ["a", "b"], [0.1, 0.9], "one", "max_abs")
+    runtime.add_weighted_adapter({"a": 0.1, "b": 0.9}, None, "other", "max_abs")
+    one, other = (runtime.get_adapter(name).vectors for name in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ValueError, match="have weights already"):
+        runtime.add_weighted_adapter({"a": 0.1, "b": 0.9}, [1.0, 1.0], "third", "max_abs")
+
+
+def test_the_task_is_what_all_say_or_those_with_a_head() -> None:
+    runtime = patched()
+    ones = {("0", "out"): torch.ones(4)}
+    for name, task in {"x": "CAUSAL_LM", "y": "CAUSAL_LM", "z": None}.items():
+        runtime.add_adapter(name, ones, {"task_type": task, "target_modules": ["0"]})
+    runtime.add_adapter("h", ones, {"task_type": "SEQ_CLS"}, modules={"1": _head()})
+    for names, task in ((["x", "y"], "CAUSAL_LM"), (["x", "z"], None), (["x", "h"], "SEQ_CLS")):
+        runtime.add_weighted_adapter(names, None, "made", "max_abs")
+        config = runtime.get_adapter("made").config
+        assert config.get("task_type") == task and "target_modules" not in config
+        runtime.delete_adapter("made")

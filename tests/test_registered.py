@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import random
 import shutil
 import threading
@@ -22,7 +23,8 @@ from tiny import logits, peft_model, save_each, tiny_model, token_ids
 from where import home
 
 import ia3rt
-from ia3rt.adapters import bank, tiers
+from ia3rt.adapters import bank, device_table, registry, tiers
+from ia3rt.routing import worn
 
 NAMES = "abcdef"
 IDS = token_ids(rows=4)
@@ -78,9 +80,9 @@ def patched(folder: Path, rows: int = 2, **settings: object) -> ia3rt.Runtime:
 def check(runtime: ia3rt.Runtime, truth: dict[str | None, torch.Tensor], rows: list[str | None]) -> None:
     """Compares each row of a batch with PEFT's."""
     with runtime.route(rows):
-        worn = logits(runtime.model, IDS)
+        given = logits(runtime.model, IDS)
     for row, name in enumerate(rows):
-        assert torch.equal(worn[row], truth[name][row]), (row, name)
+        assert torch.equal(given[row], truth[name][row]), (row, name)
 
 
 def replace(folder: Path, scale: float) -> None:
@@ -297,6 +299,31 @@ def test_a_mapping_and_a_function_know_names(folder, truth, source):
         runtime.set_adapter("a")
 
 
+def test_a_function_that_names_a_folder_for_any_text_leaves_mixes_alone(folder, truth):
+    runtime = ia3rt.patch(tiny_model(), capacity=3, grow=False)
+    runtime.register(lambda name: folder / name)
+    runtime.set_adapter("a*b")
+    assert runtime.active_adapters == ["a", "b"]
+    runtime.set_adapter("mix:a*0.5+b*0.5")
+    check(runtime, truth, ["a", None, "b", "a"])
+    with pytest.raises(FileNotFoundError, match="adapter 'z' is not where the function says that was registered"):
+        runtime.set_adapter("z")
+
+
+def test_what_only_garbage_holds_makes_room(folder, truth):
+    """As what an error in compiled code leaves behind, until Python looks for it; it may have grown old."""
+    runtime = patched(folder, 1)
+    runtime.set_adapter("a")
+    cycle: list[object] = [runtime._routing.now()]
+    cycle.append(cycle)
+    for _ in range(3):
+        gc.collect(1)  # the oldest generation is not looked at
+    del cycle
+    runtime.set_adapter(None)
+    runtime.set_adapter("b")
+    assert torch.equal(logits(runtime.model, IDS), truth["b"])
+
+
 def test_what_cannot_be_registered_is_refused(folder, tmp_path):
     runtime = patched(folder)
     for source, error, message in (
@@ -307,6 +334,8 @@ def test_what_cannot_be_registered_is_refused(folder, tmp_path):
         ({"x": folder / "a", "": folder / "a"}, ValueError, "must be a string that is not empty"),
         ({"x": folder / "a", "b": folder / "a"}, ValueError, "'b' is registered already, as"),
         (7, TypeError, "7 is no source"),
+        ({"x": None}, TypeError, "adapter 'x' is to be in None, which is no path"),
+        ({}, ValueError, "an empty mapping"),
     ):
         with pytest.raises(error, match=message):
             runtime.register(source)
@@ -366,8 +395,10 @@ def test_a_bank_that_grows_keeps_all_of_them(folder, truth):
 
 def test_what_a_batch_needs_is_not_evicted_for_the_rest_of_it(folder, truth):
     runtime = patched(folder, rows=3)
-    with pytest.raises(ValueError, match=r"1 more row of the bank wanted, 0 can be had.*\('a', 'b', 'c'\)"):
+    runtime.prefetch("d").result()
+    with pytest.raises(ValueError, match=r"3 adapters are worn at once, and 1 more rows for .* the bank has 3 rows"):
         runtime.route([{"a": 0.5, "b": 0.25}, "c", None, None])
+    assert runtime.adapters == ["d"]
     check(runtime, truth, ["a", "b", "c", None])
 
 
@@ -482,31 +513,323 @@ def test_a_copy_of_the_model_has_registered_adapters_of_its_own(folder, truth):
     assert other.adapters == ["a", "b"] and runtime.adapters == ["a"]
 
 
-def test_a_slow_disk_stops_nobody_else(folder, truth, monkeypatch):
-    runtime = patched(folder)
+@pytest.mark.parametrize(
+    "want",
+    [
+        lambda runtime, folder: runtime.set_adapter("b"),
+        lambda runtime, folder: runtime.route(["b", {"a": 0.5}]),
+        lambda runtime, folder: runtime.pin("b"),
+        lambda runtime, folder: runtime.prefetch("b").result(),
+        lambda runtime, folder: runtime.get_adapter("b"),
+        lambda runtime, folder: runtime.save_adapter("b", folder / "saved"),
+        lambda runtime, folder: runtime.add_weighted_adapter(["a", "b"], [0.5, 0.5], "sum", "linear"),
+        lambda runtime, folder: runtime.train_adapter("b"),
+        lambda runtime, folder: runtime.merge_adapter("b"),
+        lambda runtime, folder: runtime.merge_and_unload("b"),
+        lambda runtime, folder: runtime.register(folder),
+    ],
+    ids=["set", "route", "pin", "prefetch", "get", "save", "combine", "train", "merge", "unload", "register"],
+)
+def test_a_slow_disk_stops_nobody_else(folder, truth, monkeypatch, want):
+    runtime = patched(folder, rows=4)
     runtime.set_adapter("a")
-    reads, goes_on = threading.Event(), threading.Event()
-    read = runtime._tiers._read
+    reads, goes_on, failed = threading.Event(), threading.Event(), []
+    read, inside = runtime._tiers._read, registry._inside
 
-    def slow(name: str, path: Path) -> object:
+    def slow(*given: object) -> object:
         reads.set()
         assert goes_on.wait(10)
-        return read(name, path)
+        return read(*given) if len(given) == 2 else inside(*given)
+
+    def work() -> None:
+        try:
+            want(runtime, folder)
+        except BaseException as error:
+            failed.append(error)
 
     monkeypatch.setattr(runtime._tiers, "_read", slow)
-    others = [threading.Thread(target=runtime.pin, args="b") for _ in range(2)]
-    for thread in others:
-        thread.start()
+    monkeypatch.setattr(registry, "_inside", slow)
+    others = [threading.Thread(target=work)]
+    others[0].start()
     assert reads.wait(10)
     begun = time.perf_counter()
     runtime.set_adapter(None)
     runtime.set_adapter("a")
+    assert torch.equal(logits(runtime.model, IDS), truth["a"])
     assert time.perf_counter() - begun < 5 and not goes_on.is_set()
     goes_on.set()
-    for thread in others:
+    others[0].join()
+    assert not failed
+
+
+def test_one_file_is_read_once_for_all_who_want_it_now(folder, truth, monkeypatch):
+    runtime = patched(folder)
+    goes_on, asked = threading.Event(), []
+    read = runtime._tiers._read
+
+    def slow(name: str, path: Path) -> object:
+        asked.append(name)
+        assert goes_on.wait(10)
+        return read(name, path)
+
+    monkeypatch.setattr(runtime._tiers, "_read", slow)
+    threads = [threading.Thread(target=runtime.pin, args="b") for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    goes_on.set()
+    for thread in threads:
         thread.join()
-    assert runtime.stats().disk_loads - 1 <= 2 and set(runtime.adapters) == {"a", "b"}
+    assert asked == ["b"] and runtime.adapters == ["b"]
+
+
+def test_who_waits_for_anothers_read_is_not_stopped_by_its_ctrl_c(folder, truth, monkeypatch):
+    runtime = patched(folder)
+    read, begun, waits = runtime._tiers._read, [], threading.Event()
+
+    def interrupted(name: str, path: Path) -> object:
+        begun.append(name)
+        if len(begun) == 1:
+            assert waits.wait(10)
+            raise KeyboardInterrupt
+        return read(name, path)
+
+    monkeypatch.setattr(runtime._tiers, "_read", interrupted)
+    failed = []
+
+    def first() -> None:
+        try:
+            runtime.pin("b")
+        except KeyboardInterrupt as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=runtime.pin, args="b")]
+    threads[0].start()
+    while not begun:
+        time.sleep(0.01)
+    threads[1].start()
+    time.sleep(0.1)
+    waits.set()
+    for thread in threads:
+        thread.join()
+    assert len(failed) == 1 and begun == ["b", "b"] and runtime.adapters == ["b"] and not runtime._tiers._reading
+
+
+def paused_read(runtime: ia3rt.Runtime, monkeypatch: pytest.MonkeyPatch, name: str, work: object) -> threading.Event:
+    """Does `work` in a thread that has read `name` once this returns, and brings it in once the event is set."""
+    done, goes_on = threading.Event(), threading.Event()
+    put, thread = runtime._tiers._host.put, threading.Thread(target=work)
+
+    def paused(read: str, row: object) -> None:
+        put(read, row)
+        if threading.current_thread() is thread and read == name:
+            done.set()
+            assert goes_on.wait(10)
+
+    monkeypatch.setattr(runtime._tiers._host, "put", paused)
+    thread.start()
+    assert done.wait(10)
+    goes_on.joins = thread.join
+    return goes_on
+
+
+def test_what_was_read_before_does_not_take_the_place_of_what_is_newer(folder, truth, monkeypatch):
+    runtime = patched(folder)
+    goes_on = paused_read(runtime, monkeypatch, "b", lambda: runtime.route(["b", None, None, None]))
+    shutil.rmtree(folder / "b")
+    shutil.copytree(folder / "c", folder / "b")
+    runtime.set_adapter("b")
+    goes_on.set()
+    goes_on.joins()
+    runtime.set_adapter(None)
+    runtime.set_adapter("b")
+    assert torch.equal(logits(runtime.model, IDS), truth["c"])
+
+
+def test_who_sees_new_files_does_not_wait_for_a_read_of_the_old_ones(folder, truth, monkeypatch):
+    runtime = patched(folder)
+    goes_on = paused_read(runtime, monkeypatch, "b", lambda: runtime.set_adapter(None) or runtime.pin("b"))
+    shutil.rmtree(folder / "b")
+    shutil.copytree(folder / "c", folder / "b")
+    runtime.set_adapter("b")
+    assert torch.equal(logits(runtime.model, IDS), truth["c"])
+    goes_on.set()
+    goes_on.joins()
+
+
+def test_who_found_an_adapter_wears_it_whatever_became_of_it_before_it_was_worn(folder, truth, every_time):
+    """Its files changed, the newer one was brought in and evicted; or somebody deleted it."""
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("b")
+    runtime.set_adapter(None)
+    found = runtime._tiers.fetch(["b"])
+    replace(folder / "b", 0.5)
+    for name in "bacd":
+        runtime.set_adapter(name)
+    assert "b" not in runtime.adapters
+    runtime._wear_everywhere([ia3rt.Mix(("b",))], found)
+    assert torch.equal(logits(runtime.model, IDS), truth["b"])
+    runtime.set_adapter("b")
+    assert not torch.equal(logits(runtime.model, IDS), truth["b"]), "and from then on the newer one"
+    found = runtime._tiers.fetch(["b"])
+    runtime.set_adapter(None)
+    runtime.delete_adapter("b")
+    for wear in (lambda: runtime._pin("b", found), lambda: runtime._wear_everywhere([ia3rt.Mix(("b",))], found)):
+        with pytest.raises(ValueError, match="unknown adapter 'b'"):
+            wear()
+
+
+def test_what_is_pinned_meanwhile_stays(folder, truth, monkeypatch, every_time):
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("b")
+    runtime.set_adapter("a")
+    replace(folder / "b", 0.5)
+    goes_on = paused_read(runtime, monkeypatch, "b", lambda: runtime.route(["b", None, None, None]))
+    monkeypatch.setattr(tiers, "_FRESH", 1000.0)
+    runtime.pin("b")
+    goes_on.set()
+    goes_on.joins()
+    runtime.set_adapter("b")
+    assert torch.equal(logits(runtime.model, IDS), truth["b"])
+
+
+def test_files_that_are_written_over_within_a_tick_of_their_clock(folder, truth, every_time):
+    """In place, as long as before: only the time says that they are others, and it goes in steps."""
+    runtime = patched(folder)
+    file, tick = folder / "c" / "adapter_model.safetensors", 25 * 10**6
+    written = {name: (folder / name / "adapter_model.safetensors").read_bytes() for name in "ab"}
+    for _ in range(20):
+        for name, content in written.items():
+            file.write_bytes(content)
+            now = time.time_ns() // tick * tick
+            os.utime(file, ns=(now, now))
+            runtime.set_adapter("c")
+            assert torch.equal(logits(runtime.model, IDS), truth[name])
+
+
+def test_where_there_is_no_room_for_a_changed_adapter_the_one_of_before_stays(folder, truth, every_time):
+    runtime = patched(folder, rows=2)
+    runtime.set_adapter("b")
+    with runtime.route(["a", "b", None, None]):
+        replace(folder / "b", 0.5)
+        with pytest.raises(ValueError, match="1 more row of the bank wanted, 0 can be had"):
+            runtime.route(["b", None, None, None])
+        assert runtime.adapters == ["b", "a"]
+    runtime.set_adapter(None)
+    runtime.set_adapter("b")
+    assert not torch.equal(logits(runtime.model, IDS), truth["b"])
+
+
+def test_a_row_that_cannot_be_written_is_free_again(folder, truth, monkeypatch):
+    runtime = patched(folder)
+    runtime.set_adapter("a")
+    runtime._tiers.fetch(["b"])  # into the host's memory
+
+    def fails(_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_table, "pieces", fails)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                runtime.set_adapter("b")
     assert torch.equal(logits(runtime.model, IDS), truth["a"])
+    check(runtime, truth, ["a", "b", "a", None])
+
+
+def test_what_is_merged_is_what_is_worn_and_not_what_its_files_are_now(folder, truth, every_time):
+    runtime = patched(folder)
+    runtime.set_adapter("b")
+    replace(folder / "b", 0.5)
+    runtime.merge_adapter()
+    torch.testing.assert_close(logits(runtime.model, IDS), truth["b"])
+    runtime.unmerge_adapter()
+    runtime.merge_adapter("b")
+    assert not torch.allclose(logits(runtime.model, IDS), truth["b"])
+
+
+def test_a_copy_has_the_numbers_of_its_adapters_whatever_is_brought_in_meanwhile(folder, truth):
+    runtime = patched(folder, rows=4)
+    threads = []
+
+    class Meanwhile:
+        """Lets another thread bring an adapter in while this is copied."""
+
+        def __deepcopy__(self, memo: object) -> None:
+            threads.append(threading.Thread(target=runtime.route, args=(["c", "d", None, "b"],)))
+            threads[-1].start()
+            threads[-1].join(0.3)
+
+    for name in "ab":
+        runtime.set_adapter(name)
+    runtime._bank.adapters["a"].config["meanwhile"] = Meanwhile()
+    copied = copy.deepcopy(runtime.model)
+    other = ia3rt.patch(copied)
+    threads[0].join()
+    assert other.adapters == ["a", "b"]
+    for name in "ab":
+        other.set_adapter(name)
+        assert torch.equal(logits(copied, IDS), truth[name])
+    assert set(runtime.adapters) == set("abcd")
+
+
+def test_a_load_that_fails_leaves_no_columns_to_what_is_read_meanwhile(folder, truth, monkeypatch):
+    runtime = ia3rt.patch(tiny_model(), capacity=4)
+    runtime.register(folder)
+    file = folder / "b" / "adapter_model.safetensors"
+    path = "model.layers.0.mlp.up_proj"
+    save_file({**load_file(file), f"base_model.model.{path}.ia3_l": torch.full((96, 1), 3.0)}, file)
+    reads, begun, failed = threading.Event(), threading.Event(), []
+    read = runtime._tiers._read
+
+    def late(name: str, folder: Path) -> object:
+        reads.set()
+        assert begun.wait(10)
+        return read(name, folder)
+
+    def fails(*_: object) -> None:
+        begun.set()
+        time.sleep(0.5)
+        raise MemoryError
+
+    def meanwhile() -> None:
+        try:
+            runtime.pin("b")
+        except Exception as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=meanwhile)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(runtime._tiers, "_read", late)
+        patch.setattr(runtime._own, "keep", fails)
+        thread.start()
+        assert reads.wait(10)
+        runtime.add_adapter("x", {(path, "out"): torch.ones(96)})
+    thread.join()
+    assert len(failed) == 1 and "where the model has no site" in failed[0]
+    runtime.add_adapter("y", {("model.layers.1.mlp.up_proj", "out"): torch.ones(96)})
+    check(runtime, truth, ["a", "c", None, "a"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_is_worn_is_laid_by_who_holds_the_lock(folder, monkeypatch, backend):
+    """Or a load that lays everything anew could put back what was worn before, or replace the table meanwhile."""
+    runtime = ia3rt.patch(tiny_model().to(home(backend)), backend=backend, capacity=2, grow=False)
+    runtime.register(folder)
+    lay = worn.Shelf.lay
+
+    def checked(self: worn.Shelf, route: object) -> object:
+        assert runtime._bank.lock._is_owned()
+        return lay(self, route)
+
+    monkeypatch.setattr(worn.Shelf, "lay", checked)
+    ids = IDS[:1, :2].to(runtime.model.device)
+    with runtime.route(["a"]), runtime.disable_adapter():
+        pass
+    with runtime.route(["a"]):
+        runtime.model.generate(input_ids=ids, max_new_tokens=2, do_sample=True, num_return_sequences=2)
 
 
 def test_threads_that_route_and_bring_in_at_random(folder, truth):
@@ -549,6 +872,90 @@ def test_threads_that_route_and_bring_in_at_random(folder, truth):
     assert stats.evictions > 5 and held(runtime) == stats.host_bytes <= 3 * ROW and stats.resident <= 4
 
 
+def other_model(folder: Path, layer: int, width: int) -> None:
+    """Makes b an adapter of another model."""
+    vectors = {f"base_model.model.model.layers.{layer}.self_attn.k_proj.ia3_l": torch.ones(width, 1)}
+    save_file(vectors, folder / "b" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder / "b")
+
+
+def damaged(folder: Path) -> None:
+    (folder / "b" / "adapter_model.safetensors").write_bytes(b"{}")
+
+
+def nothing(folder: Path) -> None:
+    """All is well."""
+
+
+REFUSED = {
+    "gone": (gone, ["d", "b"], "its files are gone"),
+    "damaged": (damaged, {"d": 0.5, "b": 0.5}, "is damaged"),
+    "of a model of another size": (lambda folder: other_model(folder, 0, 48), ["d", "b"], "'b' has a vector of shape"),
+    "of a model of more layers": (lambda folder: other_model(folder, 7, 32), {"d": 1.0, "b": 2.0}, "'b' acts at"),
+    "more than there are rows": (nothing, ["a", "b", "c", "d"], "4 adapters are worn at once"),
+    "and for the rest of a sum": (nothing, {"b": 0.5, "c": 0.1, "d": 0.1}, "and 1 more rows for what weighted sums"),
+    "unknown": (nothing, ["d", "x"], "unknown adapter 'x'"),
+    "weights that do not fit": (nothing, {"adapters": ["d", "b"], "weights": [0.5]}, "1 weights for 2 adapters"),
+    "no weights": (nothing, {"adapters": ["d", "b"], "combination_type": "linear"}, "needs weights"),
+    "a weight that is no number": (nothing, {"d": float("nan")}, "finite"),
+    "text that is no mix": (nothing, "mix:d*half", "is no finite number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("door", ["set", "route", "merge"])
+def test_what_is_refused_leaves_everything_as_it_was(folder, truth, case, door):
+    runtime = patched(folder, rows=3)
+    runtime.pin("e")
+    runtime.set_adapter("f")
+    runtime.set_adapter("a")
+    damage, spec, message = REFUSED[case]
+    damage(folder)
+    wear = {
+        "set": runtime.set_adapter,
+        "route": lambda spec: runtime.route([None, spec, None, None]),
+        "merge": runtime.merge_adapter,
+    }
+
+    def state() -> tuple[object, ...]:
+        own, told = runtime._bank, runtime.stats()
+        return runtime.adapters, list(own.evictable), sorted(own.pinned), list(own._free), told.evictions, told.resident
+
+    before, table = state(), runtime._bank.table.clone()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        wear[door](spec)
+    assert state() == before and torch.equal(runtime._bank.table, table)
+    assert runtime.active_adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
+    check(runtime, truth, ["c", "e", None, "c"])
+
+
+@pytest.mark.parametrize("density", [0.0, -0.5, 1.5, float("nan")])
+def test_a_density_outside_of_its_bounds_brings_nothing_in(folder, truth, density):
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("a")
+    with pytest.raises(ValueError, match=r"density is .* lies in \(0, 1\]"):
+        runtime.add_weighted_adapter(["a", "b"], [1.0, 1.0], "n", "ties", density=density)
+    assert runtime.adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_graph_that_was_captured_has_to_be_captured_again_where_the_bank_grows(folder, recwarn, backend):
+    runtime = ia3rt.patch(tiny_model().to(home(backend)), backend=backend, capacity=2)
+    runtime.register(folder)
+    runtime.set_adapter("a")
+    runtime.set_adapter("b")
+    runtime._routing.capture(runtime._routing.now())
+    with pytest.warns(UserWarning, match=r"must not be replayed. Capture them again; patch\(capacity=…, grow=False\)"):
+        runtime.set_adapter("c")
+    recwarn.clear()
+    for name in NAMES:  # it grows again, and no graph is left that reads it
+        runtime.set_adapter(name)
+    assert not [each for each in recwarn if "Capture them again" in str(each.message)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -556,6 +963,8 @@ def test_threads_that_route_and_bring_in_at_random(folder, truth):
         ({"capacity": "1KB"}, "has no room for an adapter: one takes"),
         ({"host_memory": -1}, "host_memory is -1"),
         ({"capacity": 0}, "at least 1 adapter"),
+        ({"capacity": 1.5}, "capacity is 1.5: give a number of adapters, or text"),
+        ({"capacity": None}, "capacity is None: give a number of adapters, or text"),
     ],
 )
 def test_what_is_no_capacity_is_refused(settings, message):

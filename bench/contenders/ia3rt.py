@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import ia3rt
 from ia3rt.adapters.site import SiteKey
 from ia3rt.bench.adapters import DISTINCT
+from ia3rt.bench.contenders.answering import answer, read
+from ia3rt.bench.contenders.questions import Questions
 from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.machine import free_memory
 from ia3rt.bench.models import clone
@@ -32,6 +34,22 @@ class Ia3rt(Subject):  # type: ignore[misc]
         """One forward; saying what the rows wear is measured too."""
         return Way.computing(lambda: self._logits(ids), first=lambda: self._runtime.route(worn))
 
+    def document(self, questions: Questions) -> Way:
+        """All rows in one batch: from the document's end on each wears its adapter, or from the first token."""
+        rows, start = len(questions.asked), questions.document.shape[1]
+
+        def answers(tokens: int) -> Tensor:
+            cache = None
+            if questions.once:
+                with self._runtime.disable_adapter():
+                    cache = read(self.model, questions.document)
+                cache.batch_repeat_interleave(rows)
+            with self._runtime.route(questions.worn, start=start if questions.once else None):
+                logits: Tensor = answer(self.model, questions.prompts, tokens, cache)
+            return logits
+
+        return Way(lambda _: answers(questions.tokens), lambda: answers(1))
+
     def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
         """add_adapter."""
         return lambda name: self._runtime.add_adapter(name, vectors)
@@ -50,8 +68,7 @@ class Ia3rt(Subject):  # type: ignore[misc]
 
     def resident_bytes(self) -> int:
         """The bytes of the whole bank, with the rows that are still free."""
-        table = self._runtime._bank.table
-        return table.numel() * table.element_size()
+        return self._runtime.stats().device_bytes
 
 
 def build(

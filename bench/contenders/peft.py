@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import SiteKey
+from ia3rt.bench.contenders.answering import answer, read
+from ia3rt.bench.contenders.questions import Questions
 from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
 from ia3rt.bench.models import clone
 from ia3rt.bench.workshop import Workshop
@@ -44,6 +46,26 @@ class Peft(Subject):  # type: ignore[misc]
 
         note = f"cannot mix rows: its {len(parts)} adapters run one after another"
         return Way.computing(each_in_turn, note=note)
+
+    def document(self, questions: Questions) -> Way:
+        """One row after another; where the base model reads the document, each goes on with the same cache."""
+
+        def answers(tokens: int) -> Tensor:
+            cache, kept = None, []
+            if questions.once:
+                with self.model.disable_adapter():
+                    cache = read(self.model, questions.document)
+                kept = [(layer.keys, layer.values) for layer in cache.layers]
+            pieces = []
+            for name, prompt in zip(questions.worn, questions.prompts.split(1), strict=True):
+                for layer, (keys, values) in zip(cache.layers if cache else (), kept, strict=True):
+                    layer.keys, layer.values = keys, values
+                self.wear((name,))
+                pieces.append(answer(self.model, prompt, tokens, cache))
+            return torch.cat(pieces)
+
+        note = f"its {len(questions.worn)} adapters answer one after another"
+        return Way(lambda _: answers(questions.tokens), lambda: answers(1), note=note)
 
     def adder(self, vectors: dict[SiteKey, Tensor]) -> Callable[[str], object]:
         """add_adapter with the configuration of the first, and set_peft_model_state_dict."""

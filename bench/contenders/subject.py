@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:  # AdapterHub's worker runs this file in an environment without ia3rt
     from ia3rt.adapters.site import SiteKey
+    from ia3rt.bench.contenders.questions import Questions
 
 
 class LeftOut(Exception):  # noqa: N818  (nothing is wrong: a contender does not do this)
@@ -106,6 +107,10 @@ class Subject:
         """A forward over prompts [rows, length] in which row i wears worn[i]."""
         raise LeftOut(self.does_no_more)
 
+    def document(self, questions: Questions) -> Way:
+        """Answers to questions about one document; compared by the logits of their first tokens."""
+        raise LeftOut(self.does_no_more)
+
     def close(self) -> None:
         """Ends what was started for it."""
         return
@@ -121,7 +126,7 @@ class Subject:
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()
-        with_cache = {_cache_argument(): cache, "use_cache": True}
+        with_cache = {cache_argument(): cache, "use_cache": True}
         token = ids[:, -1:].contiguous()
         with torch.inference_mode():
             self.model(input_ids=ids, logits_to_keep=1, **with_cache)
@@ -192,6 +197,14 @@ class Subject:
     def load(self, folder: Path) -> Way:
         """Loading a checkpoint from the disk."""
         return self._then_removed(self.loader(folder))
+
+    def from_host(self) -> Way:
+        """Wearing an adapter that is in the host's memory only."""
+        raise LeftOut("an adapter is loaded, or it is on the disk")
+
+    def from_disk(self, folder: Path) -> Way:
+        """Wearing an adapter that is on the disk only; where it has to be loaded, loading it."""
+        return self.load(folder)
 
     def delete(self, vectors: dict[SiteKey, Tensor]) -> Way:
         """Deleting an adapter that was added before the measurement."""
@@ -265,7 +278,7 @@ def compile_each_model() -> None:
     config.fail_on_recompile_limit_hit = True
 
 
-def _cache_argument() -> str:
+def cache_argument() -> str:
     """What transformers' models call their cache: newer ones warn of the older name."""
     from transformers import LlamaForCausalLM
 

@@ -86,6 +86,26 @@ def write_switching(file: Path, result: Result) -> None:
     markdown.replace(file, "switching", times_table(result))
 
 
+def write_scale(file: Path, result: Result) -> None:
+    """Writes the table of a run of the suite scale."""
+    markdown.replace(file, "scale", scale_table(result))
+
+
+def scale_table(result: Result) -> str:
+    """A run's machine, and a row for each case: the contenders' times or bytes, and ia3rt's ratio to the reference."""
+    head = readable.ran(f"{result.model}, {result.dtype}: `{result.command}`", result.machine, result.versions)
+    rows = []
+    for case in result.cases:
+        measured = {each.contender: each for each in case.measurements}
+        show = (lambda taken: readable.size(taken.p50)) if case.unit == "bytes" else _spread
+        shown = (show(measured[name].taken) if name in measured else "" for name in result.contenders)
+        ratio = readable.cell(measured["ia3rt"], case.control) if "ia3rt" in measured else ""
+        to = f"{ratio} × {case.reference}" if ratio and ratio != readable.NOISY else ratio
+        rows.append((case.name, *shown, to, readable.control(case.control)))
+    header = ("case", *result.contenders, "ia3rt", "control")
+    return "\n\n".join((head, str(markdown.table(header, rows))))
+
+
 def write_launching(file: Path) -> None:
     """Times launches, and writes the table."""
     markdown.replace(file, "launching", launching_table(*host_times()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ia3rt.bench.contenders.subject import LeftOut, Subject, Way
-from ia3rt.bench.workshop import Workshop
+from ia3rt.bench.workshop import Maker, Workshop
 from ia3rt.cli.errors import first_line
 
 UNADAPTED_FIRST = ("base", "base-compiled", "merged", "peft", "adapterhub", "ia3rt", "peft-compiled", "ia3rt-compiled")
@@ -50,6 +50,7 @@ class Case:
         work: how many of `unit` one run does; None where a rate says nothing.
         unit: what they are; "bytes" where the ways are values.
         beside: the context in which the ways are timed, with what else the machine does meanwhile.
+        rounds: how often at most it is timed, where a round takes minutes; None as often as the settings say.
     """
 
     what: str
@@ -59,6 +60,7 @@ class Case:
     work: int | None = None
     unit: str = "s"
     beside: Callable[[], AbstractContextManager[object]] = nullcontext
+    rounds: int | None = None
 
     @property
     def name(self) -> str:
@@ -92,6 +94,7 @@ def by_subject(
     adapters: int = 4,
     purpose: str = "",
     without: Mapping[str, str] | None = None,
+    makers: Mapping[str, Maker] | None = None,
 ) -> Callable[[Workshop, Sequence[str]], Ways]:
     """The ways of contenders that all do it on a subject with so many adapters.
 
@@ -100,12 +103,16 @@ def by_subject(
         adapters: how many the subject holds.
         purpose: see `Workshop.subject`.
         without: contenders that are left out, and why.
+        makers: of contenders whose model is made in another way than elsewhere.
     """
-    reasons = without or {}
+    reasons, others = without or {}, makers or {}
+
+    def made_for(workshop: Workshop, name: str, again: bool = False) -> Subject:
+        return workshop.subject(name, adapters, purpose, again, others.get(name))
 
     def ways(workshop: Workshop, contenders: Sequence[str]) -> Ways:
         def again(name: str) -> Way | Value:
-            return way(workshop, workshop.subject(name, adapters, purpose, again=True))
+            return way(workshop, made_for(workshop, name, again=True))
 
         made = Ways(again=again)
         for name in contenders:
@@ -113,7 +120,7 @@ def by_subject(
                 made.left_out[name] = reasons[name]
                 continue
             try:
-                made.ways[name] = way(workshop, workshop.subject(name, adapters, purpose))
+                made.ways[name] = way(workshop, made_for(workshop, name))
             except LeftOut as reason:
                 made.left_out[name] = str(reason)
             except Exception as error:  # one contender's error must not end the others' run; it is named

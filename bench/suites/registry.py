@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from ia3rt.bench.options import matching
 from ia3rt.bench.settings import Settings
-from ia3rt.bench.suites import combine, forward, generate, kernels, load, memory, mixed, scale, switch, train
+from ia3rt.bench.suites import combine, document, forward, generate, kernels, load, memory, mixed, scale, switch, train
 from ia3rt.bench.suites.case import Case, Suite
 
-_MODULES = (forward, generate, switch, mixed, combine, load, train, memory, scale, kernels)
+_MODULES = (forward, generate, switch, mixed, combine, load, train, memory, document, scale, kernels)
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in _MODULES}
 
 

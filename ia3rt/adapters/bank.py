@@ -1,4 +1,4 @@
-"""The bank: the vectors of all resident adapters in one table, a row an adapter, a column slice a site."""
+"""The bank: the vectors of all resident adapters, a row an adapter, a column slice a site, a table a device."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import gc
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.pieces import pieces
@@ -25,6 +26,7 @@ from ia3rt.adapters.site import Site, SiteKey
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 """An adapter's files: name, inode, size and the nanosecond of the last change, each."""
 _MOST_TOLD = 12
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -111,10 +113,24 @@ def _collect() -> None:
     gc.collect(1)
 
 
+def _collect_all() -> None:
+    """The same of all that there is, as a last resort: what an error in compiled code held may have grown old."""
+    gc.collect()
+
+
 def some(names: Collection[str]) -> str:
     """Names as an error tells them; not all of thousands."""
     told = ", ".join(map(repr, islice(names, _MOST_TOLD))) or "none"
     return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
+
+
+def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
+    return frozenset().union(*of_each)
+
+
+def leaves_a_rest(mix: Mix) -> bool:
+    """Whether a mix is a weighted sum that needs a row for what its adapters leave as it is."""
+    return mix.weights is not None and mix.combination_type != "delta" and sum(mix.weights) != 1.0
 
 
 def _is_within(path: str, module: str) -> bool:
@@ -150,38 +166,54 @@ class ResolvedMix(NamedTuple):
     weights: tuple[float, ...] | None
     complement: Adapter | None = None
 
+    def without_others(self, mix: Mix) -> ResolvedMix:
+        """The same of the adapters that are left in `mix`, which is this mix, or a product of some of its adapters."""
+        if mix == self.mix:
+            return self
+        left = tuple(adapter for adapter in self.adapters if adapter.name in mix.adapters)
+        return ResolvedMix(mix, left, tuple(adapter.row for adapter in left), None)
+
 
 class NoRowError(ValueError):
     """The bank does not grow, and every row of it is pinned, worn or an adapter's that was not registered."""
 
 
 class Bank:
-    """The table [capacity, total_width] of all resident adapters; row 0 is the identity, and so is a site that an
-    adapter lacks.
+    """The vectors [rows, total_width] of all resident adapters; row 0 is the identity, and so is a site that an adapter
+    lacks.
+
+    Where sites lie on several devices, each has a table with its sites' columns. A row has the same number in all.
 
     Args:
         sites: the columns, in this order.
-        device: where the table lives.
+        where: the device that a site lies on, or that all of them do.
         dtype: float32, or bfloat16 / float16 to halve the memory.
         capacity: rows to begin with, besides the identity's.
         grows: whether the table doubles when they are used up, and gets columns for new sites. Else it stays where it
             is and as large as it is, and adapters that were registered make room for others.
 
     Attributes:
-        table: the vectors, [capacity, total_width].
-        columns: the same by site, [capacity, width] each.
+        where: as given; asked again where sites are added, or moved.
+        tables: the vectors, a table a device; others once a row or a column was added, or a site lies elsewhere.
+        places: which of them each site is in, in the order of the sites.
+        is_settled: whether each site's columns are where it lies; not while modules are moved one after another.
+        is_cuda: whether any table is on a CUDA device.
+        dtype: of the vectors.
         evictable: the names of those that may make room, the one used least recently first.
         pinned: the names of registered adapters that may not.
         evictions: how many made room so far.
         lock: of all that changes the bank or what is worn.
         release: lets go of what is held in case it is wanted again; called before a row is refused.
-        stream: of a CUDA device, the one that forwards run in.
-        is_read_by_streams: whether forwards ran in several streams of a CUDA device.
     """
 
     @outside_inference_mode
     def __init__(
-        self, sites: Iterable[Site], device: torch.device, dtype: torch.dtype, capacity: int, grows: bool = True
+        self,
+        sites: Iterable[Site],
+        where: torch.device | Callable[[Site], torch.device],
+        dtype: torch.dtype,
+        capacity: int,
+        grows: bool = True,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the bank's dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -190,28 +222,49 @@ class Bank:
         self.sites: dict[SiteKey, Site] = {site.key: site for site in sites}
         self.adapters: dict[str, Adapter] = {}
         self.grows = grows
+        self.dtype = dtype
         self.evictable: OrderedDict[str, None] = OrderedDict()
         self.pinned: set[str] = set()
         self.evictions = 0
         self.lock = threading.RLock()
         self.release: Callable[[], object] = _nothing
-        self.stream: torch.cuda.Stream | None = None
+        self.where = where
+        self._noted: list[torch.device] = []  # where sites lie as far as is known, by position
         self._singles: dict[str, ResolvedMix] = {}
-        self._arriving: dict[int, torch.cuda.Event] = {}
-        self._place(torch.ones(capacity + 1, self.total_width, device=device, dtype=dtype))
+        self._arriving: dict[int, list[torch.cuda.Event]] = {}
+        self._placed: list[str] | None = None  # what `all_or_nothing` takes back
+        self._place(self._laid(self.sites, self._devices(self.sites), capacity + 1))
         self._free = list(range(capacity, 0, -1))
-        self.is_read_by_streams = False
         self._complements: dict[frozenset[Site], Adapter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
         """The same adapters in a table of their own; locks and streams are no part of it."""
-        if self._arriving:
-            torch.cuda.synchronize(self.table.device)
         made = memo[id(self)] = Bank.__new__(Bank)
-        left = {"lock", "release", "stream", "_arriving"}
-        vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
-        made.lock, made.release, made.stream, made._arriving = threading.RLock(), _nothing, None, {}
+        left = {"lock", "release", "tables", "_arriving"}
+        with self.lock:  # or a row might be copied before it is written, and its adapter after that
+            for event in (each for events in self._arriving.values() for each in events):
+                event.synchronize()
+            vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
+            made.lock, made.release, made._arriving = threading.RLock(), _nothing, {}
+            whole = self.widths
+            made._place(tuple(DeviceTable(each.table.clone(), each.widths, whole) for each in self.tables))
         return made
+
+    @property
+    def table(self) -> Tensor:
+        """The vectors, [rows, total_width], where all sites lie on one device."""
+        (only,) = self.tables
+        return only.table
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, the identity's included."""
+        return len(self.tables[0].table)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the vectors, on all devices together."""
+        return sum(each.table.numel() for each in self.tables) * self.dtype.itemsize
 
     @property
     def widths(self) -> list[int]:
@@ -222,6 +275,16 @@ class Bank:
     def total_width(self) -> int:
         """The length of a row: the sum of all sites' widths."""
         return sum(self.widths)
+
+    @property
+    def devices(self) -> dict[Site, torch.device]:
+        """Where each site's vectors lie."""
+        return {site: self.tables[at].device for site, at in zip(self.sites.values(), self.places, strict=True)}
+
+    def by_site(self, of: Callable[[DeviceTable], Sequence[T]]) -> Sequence[T]:
+        """What `of` gives by site for a table, of each site from the table that it is in."""
+        given = [of(table) for table in self.tables]
+        return given[0] if len(given) == 1 else [given[at][i] for i, at in enumerate(self.places)]
 
     def resolve(self, mix: Mix) -> ResolvedMix:
         """Looks the mix's adapters up.
@@ -244,14 +307,14 @@ class Bank:
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         complement = None
-        if self._arriving:
-            self._await(rows)
         if weights is not None and (rest := 1.0 - sum(weights)):
             if mix.combination_type == "delta":
                 rows, weights = (0, *rows), (rest, *weights)
             else:
-                complement = self._complement(adapters)
+                complement = self._complement(_all_sites(adapter.sites for adapter in adapters))
                 rows, weights = (*rows, complement.row), (*weights, rest)
+        if self._arriving:
+            self._await(rows)
         return ResolvedMix(mix, adapters, rows, weights, complement)
 
     def check_name(self, name: str) -> None:
@@ -290,13 +353,13 @@ class Bank:
                 columns.view(site.experts or 1, -1).copy_(vectors[site].detach().reshape(-1, site.width_of_one))
             else:
                 columns.fill_(1.0)
-        if not all(piece.to(self.table.dtype).isfinite().all() for piece in pieces(row)):
+        if not all(piece.to(self.dtype).isfinite().all() for piece in pieces(row)):
             for site, vector in vectors.items():
                 if not vector.isfinite().all():
                     raise ValueError(
                         f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged"
                     )
-            raise ValueError(f"adapter {name!r} has values too large for the bank's {self.table.dtype}: use float32")
+            raise ValueError(f"adapter {name!r} has values too large for the bank's {self.dtype}: use float32")
         return row
 
     def all_sites(self, vectors: Mapping[Site, Tensor]) -> list[Site]:
@@ -343,29 +406,34 @@ class Bank:
             adapter: it, of no row yet.
             row: its numbers, as `pack` laid them out when the bank had no more columns than now.
         """
-        index = self._free.pop()
-        out = self.table[index]
-        known, rest = out[: len(row)], out[len(row) :]
-        if self.table.is_cpu:
-            for piece, numbers in zip(pieces(known), pieces(row), strict=True):
-                piece.copy_(numbers)
-        else:
-            here = torch.cuda.current_stream(self.table.device)
-            if self.is_read_by_streams:  # a kernel of another one may still read what was in this row
-                torch.cuda.synchronize(self.table.device)
-            elif self.stream is not None and self.stream != here:
-                here.wait_stream(self.stream)
-            self._await((index,))
-            is_pinned = row.is_pinned()
-            known.copy_(row, non_blocking=is_pinned)
-            if is_pinned:
-                event = self._arriving[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(here)
-        if len(rest):
-            rest.fill_(1.0)
+        with self._writing() as index:
+            for table in self.tables:
+                table.write(index, row)
         adapter.row, adapter.free = index, self._free
         self._hold(adapter)
+        if self._placed is not None:
+            self._placed.append(adapter.name)
         return adapter
+
+    @contextmanager
+    def _writing(self) -> Iterator[int]:
+        """A context in which a free row is written, which is free again if that fails.
+
+        On a CUDA device the current stream waits for those that may still read what was in it, and who resolves a mix
+        with it waits for what is written.
+        """
+        index = self._free.pop()
+        try:
+            for table in self.tables:
+                table.wait_for_readers()
+            self._await((index,))
+            yield index
+            arriving = [event for table in self.tables if (event := table.written()) is not None]
+            if arriving:
+                self._arriving[index] = arriving
+        except BaseException:
+            self._free.append(index)
+            raise
 
     def make_room(self, count: int) -> None:
         """Sees that so many rows are free: grows, or lets go of registered adapters that nobody wears.
@@ -378,7 +446,7 @@ class Bank:
         if len(self._free) >= count:
             return
         gone: list[dict[str, Any]] = []
-        for release in (_nothing, self.release, _collect):
+        for release in (_nothing, self.release, _collect, _collect_all):
             release()
             for acts in list(self._complements):
                 if len(self._free) < count:
@@ -426,7 +494,7 @@ class Bank:
 
     def _all_held(self, count: int) -> str:
         """Why no more rows can be had, and what to do."""
-        rows = len(self.table) - 1
+        rows = self.rows - 1
         worn = set(self.evictable)
         kinds = {
             "worn by set_adapter, a route, a running forward, a result with gradients or a captured CUDA graph": worn,
@@ -448,29 +516,32 @@ class Bank:
         )
 
     def _await(self, rows: Iterable[int]) -> None:
-        """Lets the current stream of a CUDA device wait for rows that are being copied."""
+        """Lets the current streams of CUDA devices wait for rows that are being copied."""
         for row in rows:
-            event = self._arriving.get(row)
-            if event is not None:
-                event.wait(torch.cuda.current_stream(self.table.device))
-                if event.query():  # type: ignore[no-untyped-call]
-                    self._arriving.pop(row, None)
+            events = self._arriving.get(row)
+            for event in events or ():
+                event.wait(torch.cuda.current_stream(event.device))
+            if events and all(event.query() for event in events):  # type: ignore[no-untyped-call]
+                self._arriving.pop(row, None)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """A context that takes back what was added in it, rows and columns too, if it ends with an exception."""
-        table, sites, names = self.table, self.sites, set(self.adapters)
+        tables, sites = self.tables, self.sites
+        placed = self._placed = []  # a copy of all names would take longer the more there are
         try:
             yield
         except BaseException:
-            for name in set(self.adapters) - names:
+            for name in placed:
                 adapter = self._forget(name)
                 self._free.append(adapter.row)
                 adapter.free = []  # whenever it dies, its row was freed here
             self.sites = sites
-            self._place(table)
-            self._free[:] = [row for row in self._free if row < len(table)]
+            self._place(tables)
+            self._free[:] = [row for row in self._free if row < self.rows]
             raise
+        finally:
+            self._placed = None
 
     def remove(self, name: str) -> Adapter:
         """Deletes an adapter. Its row is free, and its numbers are overwritten, once nobody holds it."""
@@ -482,6 +553,10 @@ class Bank:
     def retire(self, name: str) -> None:
         """Makes room for another adapter of this name, as its files changed; whoever wears the old one goes on."""
         self._forget(name)
+
+    def restore(self, adapter: Adapter) -> None:
+        """Makes an adapter resident again that was retired, and is held."""
+        self._hold(adapter)
 
     def keep(self, name: str) -> None:
         """Lets a registered adapter be one of its own, that is no more what its files are."""
@@ -495,7 +570,7 @@ class Bank:
 
     def vectors(self, adapter: Adapter) -> dict[Site, Tensor]:
         """A resident adapter's vectors, [width] each, one a site for all experts there: views of its row."""
-        columns = torch.split(self.table[adapter.row], self.widths)
+        columns = self.by_site(lambda here: torch.split(here.table[adapter.row], here.widths))
         return {
             site: column for site, column in zip(self.sites.values(), columns, strict=True) if site in adapter.sites
         }
@@ -505,41 +580,107 @@ class Bank:
         vectors = self.vectors(adapter).items()
         return {site: vector[: site.width_of_one] if site in adapter.shared else vector for site, vector in vectors}
 
-    def read_in(self, stream: torch.cuda.Stream) -> None:
-        """Says that forwards run in this stream of a CUDA device."""
-        if self.stream is not stream:
-            self.is_read_by_streams = self.is_read_by_streams or self.stream is not None
-            self.stream = stream
+    def moved(self, position: int, device: torch.device) -> bool:
+        """Says that a site lies on a device now. Whether all lie there now, and are to be settled.
 
-    def to(self, device: torch.device) -> None:
-        """Moves the table."""
-        self._await([*self._arriving])
-        self._place(self.table.to(device))
+        So a model that moves module by module moves its table once. What moves in part is settled by the next forward.
+        """
+        if self._noted[position] == device:
+            return False
+        self._noted[position] = device
+        self.is_settled = False
+        return all(each == device for each in self._noted)
 
     @outside_inference_mode
-    def _complement(self, adapters: Iterable[Adapter]) -> Adapter:
-        """The row that is 0 where any of `adapters` acts and 1 elsewhere, also at sites that the bank gets later."""
-        acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in adapters))
+    def settle(self) -> bool:
+        """Brings each site's columns to where it lies. Whether any were elsewhere.
+
+        Those of a site whose weights are away stay where they are, unless all are.
+        """
+        devices = self._devices(self.sites)
+        if not all(each.type == "meta" for each in devices):
+            known = (self.tables[at].device for at in self.places)
+            devices = [at if each.type == "meta" else each for each, at in zip(devices, known, strict=True)]
+        self.is_settled, self._noted = True, devices
+        if all(self.tables[at].device == each for at, each in zip(self.places, devices, strict=True)):
+            return False
+        self._await([*self._arriving])
+        columns = self.by_site(lambda here: here.columns)
+        if len(self.tables) == 1 and len(set(devices)) == 1:
+            self._place((DeviceTable(self.table.to(devices[0]), self.widths, self.widths),))
+            return True
+        tables = self._laid(self.sites, devices, self.rows)
+        for table in tables:
+            for column, width, before in zip(table.columns, table.widths, columns, strict=True):
+                if width:
+                    column.copy_(before)
+        self._place(tables)
+        return True
+
+    def _devices(self, sites: Mapping[SiteKey, Site]) -> list[torch.device]:
+        """Where each of these sites lies."""
+        where = self.where
+        return [where if isinstance(where, torch.device) else where(site) for site in sites.values()]
+
+    def _laid(
+        self, sites: Mapping[SiteKey, Site], devices: Sequence[torch.device], rows: int
+    ) -> tuple[DeviceTable, ...]:
+        """Tables of ones, with these sites' columns where they lie."""
+        whole, tables = [site.width for site in sites.values()], []
+        anywhere = self.where if isinstance(self.where, torch.device) else torch.device("cpu")
+        for device in dict.fromkeys(devices) or [anywhere]:
+            widths = [width if at == device else 0 for at, width in zip(devices, whole, strict=True)]
+            table = torch.ones(rows, sum(widths), device=device, dtype=self.dtype)
+            tables.append(DeviceTable(table, widths, whole))
+        return tuple(tables)
+
+    def complements(self, sums: Iterable[Iterable[frozenset[Site]]]) -> tuple[list[Adapter], int]:
+        """The rows of what weighted sums leave as it is: those that are there, and how many have to be made.
+
+        Args:
+            sums: of each sum, where each of its adapters acts.
+        """
+        wanted = set(map(_all_sites, sums))
+        there = [self._complements[acts] for acts in wanted & self._complements.keys()]
+        return there, len(wanted) - len(there)
+
+    @outside_inference_mode
+    def _complement(self, acts: frozenset[Site]) -> Adapter:
+        """The row that is 0 at these sites and 1 elsewhere, also at sites that the bank gets later."""
         if acts not in self._complements:
             self.make_room(1)
-            row = self._free.pop()
+            with self._writing() as row:
+                for here in self.tables:
+                    here.table[row].fill_(1.0)
+                rows = self.by_site(lambda here: torch.split(here.table[row], here.widths))
+                for site, columns in zip(self.sites.values(), rows, strict=True):
+                    if site in acts:  # of a fused layer, in its slices only
+                        columns[... if site.slices is None else site.slices.inside(columns.device)] = 0.0
             self._complements[acts] = Adapter("", row, frozenset(), free=self._free)
-            self.table[row].fill_(1.0)
-            for site, columns in zip(self.sites.values(), torch.split(self.table[row], self.widths), strict=True):
-                if site in acts:  # of a fused layer, in its slices only
-                    columns[... if site.slices is None else site.slices.inside(columns.device)] = 0.0
         return self._complements[acts]
 
     def _grow(self, sites: dict[SiteKey, Site]) -> None:
+        """Doubles the rows where none is free, and adds the columns of the sites that it lacks."""
         self._await([*self._arriving])
-        capacity, width = self.table.shape
+        capacity, before = self.rows, {each.device: each for each in self.tables}
         rows = capacity if self._free else 2 * capacity
-        table = self.table.new_ones(rows, sum(site.width for site in sites.values()))
-        table[:capacity, :width] = self.table
+        known = [self.tables[at].device for at in self.places]
+        added = dict(islice(sites.items(), len(known), None))
+        tables = self._laid(sites, [*known, *self._devices(added)], rows)
+        for each in tables:
+            if each.device in before:
+                old = before[each.device]
+                each.table[:capacity, : old.table.shape[1]] = old.table
+                if each.table.is_cuda:  # whoever reads it next may do so in another stream
+                    torch.cuda.current_stream(each.device).synchronize()
         self.sites = sites
-        self._place(table)
+        self._place(tuple(each.as_read(before[each.device]) if each.device in before else each for each in tables))
         self._free[:0] = range(rows - 1, capacity - 1, -1)
 
-    def _place(self, table: Tensor) -> None:
-        self.table = table
-        self.columns = torch.split(table, self.widths, dim=1)
+    def _place(self, tables: tuple[DeviceTable, ...]) -> None:
+        self.tables = tables
+        places = range(len(self.sites))
+        self.places = [next((at for at, each in enumerate(tables) if each.widths[i]), 0) for i in places]
+        self._noted = [tables[at].device for at in self.places]
+        self.is_settled = True
+        self.is_cuda = any(each.table.is_cuda for each in tables)

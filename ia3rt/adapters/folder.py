@@ -120,6 +120,13 @@ def _here(folder: Path, subfolder: str | None) -> Iterator[str]:
         yield from (file.relative_to(folder).as_posix() for file in sorted(folder.glob(pattern)))
 
 
+def _how(given: str, inside: str) -> str:
+    """How one that is inside is given, to a function as to a command."""
+    if os.path.isdir(given):
+        return f"Give {os.path.join(given, inside)!r}"
+    return f"Give it as the subfolder {inside!r}"
+
+
 def _without_adapter(given: str, subfolder: str | None, files: list[str]) -> str:
     """What to say of a folder or repository without an adapter_config.json where it should be."""
     where = f"{given}/{subfolder}" if subfolder else given
@@ -131,7 +138,7 @@ def _without_adapter(given: str, subfolder: str | None, files: list[str]) -> str
     if inside:
         named = ", ".join(repr(name) for name in inside[:_MOST_NAMED]) + (", …" if len(inside) > _MOST_NAMED else "")
         which = "this folder inside does" if len(inside) == 1 else "these folders inside do"
-        return f"{says}, but {which} hold one: {named}. Load it with load_adapter({given!r}, subfolder={inside[0]!r})"
+        return f"{says}, but {which} hold one: {named}. {_how(given, inside[0])}"
     beside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
     weights = [name for name in FILE_NAMES if name in beside]
     if weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -12,6 +13,9 @@ from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES
 
 AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
 """A folder of adapters' folders, a mapping of names to folders, or a function of a name that gives one or None."""
+
+_SETTLED = 0.03
+"""Seconds after which a file that changes has another time: more than the steps that file systems tell time in."""
 
 
 class Registry:
@@ -26,22 +30,29 @@ class Registry:
         self.folders: dict[str, Path] = {}
         self.finders: list[Callable[[str], str | Path | None]] = []
 
-    def read(self, source: AdapterSource) -> dict[str, Path]:
-        """The names that a source makes known, none of a function; nothing is kept yet.
+    @staticmethod
+    def read(source: AdapterSource) -> dict[str, Path]:
+        """The names that a source makes known, none of a function. It looks for each adapter's files.
 
         Raises:
             FileNotFoundError: it is no folder, or an adapter is not where it says.
-            ValueError: a name is another folder's.
+            ValueError: a name is none, or the folder is an adapter's.
             TypeError: it is no source.
         """
         if isinstance(source, str | Path):
             found = _inside(Path(source).absolute())
         elif isinstance(source, Mapping):
             found = {name: _checked(name, folder) for name, folder in source.items()}
+            if not found:
+                raise ValueError("an empty mapping: there is no adapter to register")
         elif callable(source):
             return {}
         else:
             raise TypeError(f"{source!r} is no source of adapters: give a folder, a mapping or a function of a name")
+        return found
+
+    def check(self, found: Mapping[str, Path]) -> None:
+        """Raises ValueError where a name is registered already, with another folder."""
         for name, folder in found.items():
             known = self.folders.get(name, folder)
             if known != folder:
@@ -49,7 +60,13 @@ class Registry:
                     f"an adapter named {name!r} is registered already, as {known}: delete_adapter it first, or give "
                     f"{folder} another name"
                 )
-        return found
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a name of an adapter: a function may give a folder for any text, a mix's too."""
+        if name in self.folders:
+            return True
+        folder = self.find(name)
+        return folder is not None and (folder / CONFIG_NAME).is_file()
 
     def find(self, name: str) -> Path | None:
         """An adapter's folder; None where nobody knows it."""
@@ -79,6 +96,28 @@ def stamp_of(folder: Path) -> Stamp:
     return tuple(found)
 
 
+def gone(name: str, error: FileNotFoundError, is_registered: bool) -> FileNotFoundError:
+    """What an adapter's user is told where its files are missing, and a function knows it or it was registered."""
+    if not is_registered:
+        return FileNotFoundError(f"adapter {name!r} is not where the function says that was registered: {error}")
+    return FileNotFoundError(
+        f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
+    )
+
+
+def settled_stamp_of(folder: Path) -> Stamp:
+    """The same, once it was a while ago that they changed: what is written later has another time then.
+
+    File systems tell time in steps of some milliseconds, within which a file can change and be as long as before.
+    """
+    stamp = stamp_of(folder)
+    young = _SETTLED - (time.time_ns() - max(changed for *_, changed in stamp)) / 1e9
+    if not 0 < young <= _SETTLED:  # a clock that is ahead of ours says nothing
+        return stamp
+    time.sleep(young)
+    return stamp_of(folder)
+
+
 def _inside(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{str(root)!r} is no folder: give the one that holds the adapters' folders")
@@ -94,6 +133,8 @@ def _inside(root: Path) -> dict[str, Path]:
 def _checked(name: object, folder: str | Path) -> Path:
     if not isinstance(name, str) or not name:
         raise ValueError(f"an adapter's name must be a string that is not empty, got {name!r}")
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"adapter {name!r} is to be in {folder!r}, which is no path of a folder")
     if not (Path(folder) / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"adapter {name!r} is not in {str(folder)!r}: there is no {CONFIG_NAME}")
     return Path(folder).absolute()

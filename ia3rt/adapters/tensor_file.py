@@ -149,7 +149,6 @@ def _pickle(file: Path, stream: BinaryIO, device: str) -> dict[str, Tensor]:
         _check_stored(stream)
         tensors = torch.load(stream, map_location=device, weights_only=True)
     except (
-        pickle.UnpicklingError,
         zipfile.BadZipFile,
         EOFError,
         RuntimeError,
@@ -161,6 +160,10 @@ def _pickle(file: Path, stream: BinaryIO, device: str) -> dict[str, Tensor]:
         OverflowError,
     ) as error:
         raise ValueError(f"{file} is damaged or is no {file.suffix} file of tensors: {error}") from error
+    except pickle.UnpicklingError as error:  # whose text advises to load it with code and all
+        raise ValueError(
+            f"{file} is damaged or is no {file.suffix} file of tensors alone: what would run code is not loaded"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f"{file} holds no mapping of names to tensors, but a {type(tensors).__name__}")
     for name, tensor in tensors.items():

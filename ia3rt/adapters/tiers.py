@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, some
+from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, Stamp, leaves_a_rest, some
 from ia3rt.adapters.host import HostRow, HostTier
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.registry import AdapterSource, Registry, stamp_of
+from ia3rt.adapters.registry import AdapterSource, Registry, gone, stamp_of
+from ia3rt.adapters.site import Site
 
 
 @dataclass(eq=False, slots=True)
@@ -31,13 +32,15 @@ class Fetched:
     Attributes:
         adapters: those that are resident, by name.
         rows: the rows that others are to have, by name.
+        looked: when their files were looked at, by name.
     """
 
-    adapters: dict[str, Adapter]
-    rows: dict[str, HostRow]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    rows: dict[str, HostRow] = field(default_factory=dict)
+    looked: dict[str, float] = field(default_factory=dict)
 
 
-NOTHING = Fetched({}, {})
+NOTHING = Fetched()
 _FRESH = 1.0
 """Seconds in which the files of a resident adapter are not looked at again: a look takes longer than a switch."""
 
@@ -58,7 +61,7 @@ class TierStats:
         evictions: how many went from the bank.
         host_evictions: how many went from the host's memory.
         changed: how often files were other ones than those that had been read.
-        device_bytes: what the bank takes.
+        device_bytes: what the bank takes, on all devices together.
         host_bytes: what rows in the host's memory take.
         load_seconds: the time in which adapters were copied into the bank, all together.
         read_seconds: the time in which files were read, all together.
@@ -102,22 +105,30 @@ class Tiers:
         self._grown = grown
         self._host = HostTier(host_bytes)
         self._registry = Registry()
-        self._reading: dict[tuple[str, Path], Future[HostRow]] = {}
-        self._looked: dict[str, float] = {}
+        self._reading: dict[tuple[str, Path, Stamp], Future[HostRow]] = {}
+        self._looked: dict[str, float] = {}  # when the files of a resident adapter were last seen to be what it is
         self._hits = self._host_loads = self._disk_loads = self._changed = 0
         self._load_seconds = self._read_seconds = 0.0
         self.is_empty = True
         self._pool: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def names(self) -> list[str]:
         """The names that were registered, without those that functions know."""
         return list(self._registry.folders)
 
-    def register(self, source: AdapterSource) -> list[str]:
-        """Makes names known; all of a source or none. Raises what `Registry.read` does, and where one is loaded."""
-        found = self._registry.read(source)
+    def register(self, source: AdapterSource, found: dict[str, Path]) -> list[str]:
+        """Makes names known; all of a source or none. Called with the lock.
+
+        Args:
+            source: what knows them.
+            found: what `Registry.read` found in it, without the lock.
+
+        Raises:
+            ValueError: a name is another folder's, or a loaded adapter's.
+        """
+        self._registry.check(found)
         for name in found:
             if name in self._bank.adapters and name not in self._registry.folders:
                 raise ValueError(f"an adapter named {name!r} is loaded already: delete_adapter it first")
@@ -129,7 +140,7 @@ class Tiers:
 
     def knows(self, name: str) -> bool:
         """Whether a name is an adapter's: a resident or a registered one."""
-        return name in self._bank.adapters or self._registry.find(name) is not None
+        return name in self._bank.adapters or self._registry.knows(name)
 
     def is_registered(self, name: str) -> bool:
         """Whether a name was registered, by no function."""
@@ -153,10 +164,14 @@ class Tiers:
         Raises:
             ValueError: one is unknown, or its files are damaged or not for this model. Nothing has changed then.
             FileNotFoundError: its files are gone.
+            NoRowError: they are more than the bank has rows.
         """
-        bank, fetched, stale = self._bank, Fetched({}, {}), []
+        bank, fetched, stale = self._bank, Fetched(), []
+        wanted = dict.fromkeys(names)
         with bank.lock:
-            for name in dict.fromkeys(names):
+            if len(wanted) > 1:
+                self._check_capacity(len(wanted))
+            for name in wanted:
                 adapter = bank.adapters.get(name)
                 if adapter is None:
                     stale.append(name)
@@ -170,10 +185,13 @@ class Tiers:
             folder = self._registry.find(name)
             if folder is None:
                 raise self._unknown(name)
+            looked = time.monotonic()
             stamp = self._stamp(name, folder)
-            self._looked[name] = time.monotonic()
             resident = fetched.adapters.get(name)
             if resident is not None and resident.stamp in (stamp, None):
+                with bank.lock:
+                    if bank.adapters.get(name) is resident:
+                        self._looked[name] = looked
                 continue
             fetched.adapters.pop(name, None)  # the one of now takes its place
             row = self._host.get(name)
@@ -182,54 +200,65 @@ class Tiers:
                 self._changed += resident is not None or (row is not None and not is_known)
                 self._host_loads += counts and is_known
                 self._disk_loads += not is_known
-            fetched.rows[name] = row if row is not None and is_known else self._read_once(name, folder)
+            fetched.rows[name] = row if row is not None and is_known else self._read_once(name, folder, stamp)
+            fetched.looked[name] = looked
         return fetched
 
-    def resolve(self, mixes: Iterable[Mix], fetched: Fetched) -> list[ResolvedMix]:
+    def resolve(self, mixes: Sequence[Mix], fetched: Fetched) -> list[ResolvedMix]:
         """Looks the adapters of mixes up, of which `fetched` are registered; called with the lock.
 
         Raises:
             NoRowError: as `bring`.
             ValueError: as `Bank.resolve`.
         """
-        held = self.bring(fetched) if fetched.rows else None
+        for name, adapter in fetched.adapters.items():
+            known = name in self._registry.folders or self._registry.finders
+            if name not in self._bank.adapters and known and not adapter.is_deleted:
+                self._bank.restore(adapter)  # it was retired, and the newer one is evicted already
+                self._looked.pop(name, None)
+        sums = self._sums(mixes, fetched)
+        rests, missing = self._bank.complements(sums) if sums else ([], 0)
+        if sums:
+            self._check_capacity(len(fetched.adapters) + len(fetched.rows), len(rests) + missing)
+        held = self.bring(fetched, missing) if fetched.rows or missing else None
         resolved = [self._bank.resolve(mix) for mix in mixes]
-        del held  # what one mix needs was not evicted for what another one leaves as it is
+        del held, rests  # what one mix needs was not evicted for another one
         return resolved
 
-    def bring(self, fetched: Fetched) -> list[Adapter]:
+    def bring(self, fetched: Fetched, more: int = 0) -> list[Adapter]:
         """Makes rows that were fetched resident, and gives their adapters, so that they are held; called with the lock.
+
+        Args:
+            fetched: whose rows.
+            more: how many rows are wanted besides.
 
         Raises:
             ValueError: one was deleted meanwhile.
             NoRowError: there is no room for all of them. Nothing was evicted for them then.
         """
         bank = self._bank
-        absent = {name: row for name, row in fetched.rows.items() if self._is_absent(name, row)}
+        absent = {name: row for name, row in fetched.rows.items() if self._is_absent(name, row, fetched.looked[name])}
         held = [bank.adapters[name] for name in fetched.rows if name not in absent]
-        capacity, wanted = len(bank.table) - 1, len(fetched.adapters) + len(fetched.rows)
-        if not bank.grows and wanted > capacity:
-            raise NoRowError(
-                f"{wanted} adapters are worn at once, and the bank has {capacity} rows and does not grow: "
-                f"patch(capacity=…) with at least {wanted}, or wear fewer in one batch"
-            )
-        begun, table = time.perf_counter(), bank.table
+        begun, tables = time.perf_counter(), bank.tables
         for name in absent:
+            if name in bank.evictable:  # its files are others now, so it goes first
+                bank.evictable.move_to_end(name, last=False)
+        bank.make_room(len(absent) + more)
+        for name, row in absent.items():
             if name in bank.adapters:
                 bank.retire(name)
-        bank.make_room(len(absent))
-        for name, row in absent.items():
             made = Adapter(name, 0, row.sites, row.config, shared=row.shared, stamp=row.stamp)
             held.append(bank.place(made, row.row))
-        if bank.table is not table:
+            self._looked[name] = fetched.looked[name]
+        if bank.tables is not tables:
             self._grown()
         self._load_seconds += time.perf_counter() - begun
         return held
 
     def pin(self, name: str, fetched: Fetched) -> None:
-        """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises what `bring` does."""
-        self.bring(fetched)
-        if self._bank.adapters[name].stamp is not None:
+        """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises as `resolve`."""
+        (adapter,) = self.resolve((Mix((name,)),), fetched)[0].adapters
+        if adapter.stamp is not None:
             self._bank.pinned.add(name)
             self._bank.evictable.pop(name, None)
 
@@ -256,8 +285,9 @@ class Tiers:
         for name in names:
             if not self.knows(name):
                 raise self._unknown(name)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="ia3rt-prefetch")
+        with self._bank.lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="ia3rt-prefetch")
         return self._pool.submit(self._prefetch, names)
 
     def stats(self) -> TierStats:
@@ -267,7 +297,7 @@ class Tiers:
             registered=len(self._registry.folders),
             resident=len(bank.adapters),
             pinned=len(bank.pinned),
-            rows=len(bank.table) - 1,
+            rows=bank.rows - 1,
             hits=self._hits,
             misses=self._host_loads + self._disk_loads,
             host_loads=self._host_loads,
@@ -275,7 +305,7 @@ class Tiers:
             evictions=bank.evictions,
             host_evictions=self._host.evictions,
             changed=self._changed,
-            device_bytes=bank.table.numel() * bank.table.element_size(),
+            device_bytes=bank.nbytes,
             host_bytes=self._host.nbytes,
             load_seconds=self._load_seconds,
             read_seconds=self._read_seconds,
@@ -290,12 +320,41 @@ class Tiers:
         made._registry.finders.extend(self._registry.finders)
         return made
 
-    def _is_absent(self, name: str, row: HostRow) -> bool:
+    def _check_capacity(self, adapters: int, rests: int = 0) -> None:
+        """Raises NoRowError where so many rows cannot be had at once, whatever is evicted.
+
+        Args:
+            adapters: how many are worn.
+            rests: how many rows weighted sums need besides, for what they leave as it is.
+        """
+        capacity, wanted = self._bank.rows - 1, adapters + rests
+        if wanted > capacity and not self._bank.grows:
+            sums = f", and {rests} more rows for what weighted sums leave as it is" if rests else ""
+            raise NoRowError(
+                f"{adapters} adapters are worn at once{sums}, and the bank has {capacity} rows and does not grow: "
+                f"patch(capacity=…) with at least {wanted}, or wear fewer in one batch"
+            )
+
+    def _sums(self, mixes: Iterable[Mix], fetched: Fetched) -> list[list[frozenset[Site]]]:
+        """Of each weighted sum that needs a row for the rest, where each of its adapters acts."""
+        found = []
+        for mix in mixes:
+            if leaves_a_rest(mix):
+                rows = (fetched.rows.get(name) or self._bank.adapters.get(name) for name in mix.adapters)
+                found.append([row.sites for row in rows if row is not None])
+        return found
+
+    def _is_absent(self, name: str, row: HostRow, looked: float) -> bool:
+        """Whether a row is to be brought in that was read after a look at its files."""
         known = self._registry.folders.get(name)
         if known != row.folder and (known is not None or not self._registry.finders):
             raise ValueError(f"unknown adapter {name!r}: it was deleted meanwhile")
         resident = self._bank.adapters.get(name)
-        return resident is None or resident.stamp not in (row.stamp, None)
+        if resident is None:
+            return True
+        if resident.stamp in (row.stamp, None) or name in self._bank.pinned:
+            return False
+        return self._looked.get(name, 0.0) <= looked  # else another thread brought in what is newer
 
     def _unknown(self, name: str) -> ValueError:
         loaded, registered = some(self._bank.adapters), some(self._registry.folders)
@@ -307,33 +366,33 @@ class Tiers:
         try:
             return stamp_of(folder)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
-            ) from None
+            raise gone(name, error, self.is_registered(name)) from None
 
-    def _read_once(self, name: str, folder: Path) -> HostRow:
-        """Reads an adapter, or waits for the thread that does already."""
-        key = name, folder
-        with self._bank.lock:
-            reading = self._reading.get(key)
-            mine: Future[HostRow] = Future()
-            if reading is None:
-                self._reading[key] = mine
-        if reading is not None:
-            return reading.result()
+    def _read_once(self, name: str, folder: Path, stamp: Stamp) -> HostRow:
+        """Reads an adapter, or waits for the thread that does already, since it saw the same files."""
+        key, mine = (name, folder, stamp), Future[HostRow]()
+        while (reading := self._begin_reading(key, mine)) is not mine:
+            with suppress(CancelledError):
+                return reading.result()
         begun = time.perf_counter()
         try:
             row = self._read(name, folder)
             self._host.put(name, row)
             mine.set_result(row)
             return row
-        except BaseException as error:
+        except Exception as error:
             mine.set_exception(error)
             raise
         finally:
+            mine.cancel()  # where Ctrl-C ended it, which is not for those who wait
             with self._bank.lock:
                 self._reading.pop(key)
                 self._read_seconds += time.perf_counter() - begun
+
+    def _begin_reading(self, key: tuple[str, Path, Stamp], mine: Future[HostRow]) -> Future[HostRow]:
+        """Who reads a file: `mine`, unless another does."""
+        with self._bank.lock:
+            return self._reading.setdefault(key, mine)
 
     def _prefetch(self, names: list[str]) -> None:
         bank = self._bank
@@ -342,11 +401,11 @@ class Tiers:
             with bank.lock, suppress(NoRowError), self._beside():
                 self.bring(fetched)
 
-    def _beside(self) -> Any:
-        """A context in a stream of its own."""
-        device = self._bank.table.device
-        if device.type != "cuda":
-            return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._stream)
+    def _beside(self) -> ExitStack:
+        """A context in a stream of its own on each CUDA device."""
+        context = ExitStack()
+        for device in (table.device for table in self._bank.tables if table.table.is_cuda):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            context.enter_context(torch.cuda.stream(self._streams[device]))
+        return context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from rich.console import Console
 from torch import Tensor
 
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.keys import modules_to_save
 from ia3rt.adapters.new_folder import new_folder
 from ia3rt.adapters.site import Site
 from ia3rt.cli.errors import UsageError
 from ia3rt.cli.progress import busy
+from ia3rt.cli.stopping import ended_by_sigterm
 
 
 def read_all(console: Console, paths: Sequence[str]) -> dict[str, Checkpoint]:
@@ -26,9 +29,7 @@ def read_all(console: Console, paths: Sequence[str]) -> dict[str, Checkpoint]:
         FileNotFoundError: there is no such adapter.
         ValueError: one is damaged, or of another kind.
     """
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UsageError("ADAPTER", f"{path!r} is given twice: give each adapter once")
+    _check_each_once(paths)
     with busy(console, "Reading the adapters", len(paths)) as advance:
         read = {}
         for path in paths:
@@ -69,9 +70,8 @@ def write_new(
         ValueError: a module wears an input and an output vector, which PEFT's format cannot say.
     """
     all_of_them = list(checkpoints)
-    first, *others = (checkpoint.config for checkpoint in all_of_them)
-    said = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
-    config: dict[str, Any] = {"task_type": None, **said, "base_model_name_or_path": base_model, "modules_to_save": None}
+    said = combined_config((each.config, bool(each.modules.keys() - each.unnamed)) for each in all_of_them)
+    config: dict[str, Any] = {"task_type": None, **said, "base_model_name_or_path": base_model}
     modules: dict[str, dict[str, Tensor]] = {}
     unnamed: set[str] = set()
     names: dict[str, None] = {}
@@ -82,10 +82,25 @@ def write_new(
             names.update(dict.fromkeys(modules_to_save(checkpoint.config)))
     if names:
         config["modules_to_save"] = list(names)
-    with new_folder(path) as folder:
+    with ended_by_sigterm(), new_folder(path) as folder:
         write_checkpoint(folder, vectors, None, config, modules, unnamed)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
     """Writes a report to standard output, as JSON and nothing else."""
     print(json.dumps(report, indent=2))
+
+
+def _check_each_once(paths: Sequence[str]) -> None:
+    """Refuses a folder that is given twice, by another path too.
+
+    Raises:
+        UsageError: one is.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        place = os.path.realpath(path) if os.path.isdir(path) else path  # what is no folder is a Hub id
+        if place in seen:
+            other = "" if seen[place] == path else f", first as {seen[place]!r}"
+            raise UsageError("ADAPTER", f"{path!r} is given twice{other}: give each adapter once")
+        seen[place] = path

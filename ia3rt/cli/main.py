@@ -15,7 +15,9 @@ from ia3rt.bench.cli import app as bench
 from ia3rt.cli.errors import errors_in_a_line
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-_Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A folder that is not there yet.")]
+_Output = Annotated[
+    Path, typer.Option("-o", "--output", metavar="DIR", help="A folder that is not there yet, or is empty.")
+]
 
 app = typer.Typer(
     help="Many IA³ adapters on one PyTorch model.",
@@ -288,6 +290,7 @@ def merge(
     Several are multiplied. To have them combined otherwise, combine them first and merge what that gives.
     """
     from ia3rt.cli.files import print_json
+    from ia3rt.cli.loading import some
     from ia3rt.cli.merging import merge as merge_files
 
     with errors_in_a_line():
@@ -295,6 +298,13 @@ def merge(
     if as_json:
         print_json({"model": str(output), "adapters": adapters, **asdict(merged)})
     else:
-        processor = "with its tokenizer" if merged.has_processor else "without a tokenizer, as none was found"
-        what = f"{merged.architecture} in {merged.dtype}, {processor}"
+        copied = f"with its {', '.join(merged.copied)}" if merged.copied else "it has no tokenizer's files"
+        cast = f" (its files have {', '.join(merged.cast_from)})" if merged.cast_from else ""
+        what = f"{merged.architecture} in {merged.dtype}{cast}, {copied}"
         Console().print(Text(f"{output}: {what}; merged: {', '.join(adapters)}"), soft_wrap=True)
+        for names, why in (
+            (merged.not_copied, "are code, and not copied"),
+            (merged.left_out, f"have no place in {merged.architecture}, and are left out"),
+        ):
+            if names:
+                Console(stderr=True).print(Text(f"{some(names)} {why}"), soft_wrap=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3rt.modules.channels import CONVOLUTIONS
-from ia3rt.modules.same_code import compiles_to
+from ia3rt.modules.same_code import same_code
 
 _linear_forward = nn.Linear.forward
 _torchs: dict[type, Any] = {cls: cls.forward for cls in (*CONVOLUTIONS, nn.Embedding)}
@@ -55,7 +55,7 @@ def computes_as_linear(cls: type) -> bool:
     """
     if not issubclass(cls, nn.Linear) or cls.__call__ is not nn.Module.__call__:
         return False
-    return cls.forward is _linear_forward or compiles_to(cls.forward, _matmul)
+    return cls.forward is _linear_forward or same_code(cls.forward, _matmul)
 
 
 def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | None:
@@ -66,7 +66,7 @@ def own_forward(cls: type) -> Callable[[nn.Module, Tensor], Tensor | None] | Non
     if cls is nn.Linear:
         return own_linear
     known: Any = getattr(cls, "forward", None)
-    if compiles_to(known, _conv1d):
+    if same_code(known, _conv1d):
         compute = _own_conv1d
     elif computes_as_linear(cls):
         compute = own_linear if known is _linear_forward else _own_matmul

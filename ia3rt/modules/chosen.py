@@ -58,7 +58,7 @@ def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
     modules = [_module(mix, own) for mix in route.mixes]
     if route.index is None:
         return Choice((modules[0],), None)
-    used = [modules[slot] for slot in _used(route.index)]
+    used = [modules[slot] for slot in route.used]
     distinct = list({id(module): module for module in used}.values())
     if len(distinct) == 1:
         return Choice((distinct[0],), None)
@@ -76,7 +76,7 @@ def check_route(route: Route) -> None:
     """
     if route.index is None or not any(adapter.modules for mix in route.mixes for adapter in mix.adapters):
         return
-    mixes = [route.mixes[slot] for slot in _used(route.index)]
+    mixes = [route.mixes[slot] for slot in route.used]
     owners = {path: _owners(path, mixes) for mix in mixes for adapter in mix.adapters for path in adapter.modules}
     for path, by_mix in sorted(owners.items()):
         if len(set(by_mix)) == 1:
@@ -91,10 +91,6 @@ def check_route(route: Route) -> None:
             raise ValueError(_by_token(path))
 
 
-def _used(index: Tensor) -> list[int]:
-    return sorted(set(index.flatten().tolist()))
-
-
 def _owners(path: str, mixes: list[ResolvedMix]) -> list[Adapter | None]:
     return [next((adapter for adapter in mix.adapters if path in adapter.modules), None) for mix in mixes]
 
@@ -106,5 +102,5 @@ def _module(mix: ResolvedMix, own: Mapping[Adapter, nn.Module]) -> nn.Module | N
 def _by_token(path: str) -> str:
     return (
         f"adapters of this route have their own module {path!r}: a row goes through one of them, so it can be routed "
-        "by row and not by token"
+        "by row and not by token, nor from a start on"
     )

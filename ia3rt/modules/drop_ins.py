@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,14 +28,19 @@ class DropIns:
     Args:
         model: the model.
         routing: what its rows wear.
-        follow: what a drop-in calls when it was moved to another device.
+        follow: what a drop-in calls, with itself, when it may have been moved to another device.
+
+    Attributes:
+        layers: the drop-in at each site, wherever that stands in the model by now.
     """
 
-    def __init__(self, model: nn.Module, routing: Routing, follow: Callable[[torch.device], None]) -> None:
+    def __init__(self, model: nn.Module, routing: Routing, follow: Callable[[nn.Module], None]) -> None:
         self._model = model
         self._routing = routing
         self._follow = follow
+        self.layers: dict[Site, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
+        self._applied: dict[nn.Module, int] = {}  # the position of a site that a drop-in applies
 
     def place(self, sites: Iterable[Site]) -> None:
         """Makes the modules that apply `sites` drop-ins, and no others, whatever was there before.
@@ -48,10 +53,13 @@ class DropIns:
         sites = list(sites)
         modules = dict(self._model.named_modules())
         wearing: dict[nn.Module, dict[Side, int]] = {}
+        self._applied = {}
+        self.layers = {site: modules[site.module] for site in sites}
         for position, site in enumerate(sites):
             for module, mixin in wearers_of(modules, site, self._routing.backend):
                 self._wrap(module, mixin, site)
                 wearing.setdefault(module, {})
+                self._applied[module] = position
             wearing[modules[site.module]][site.side] = position
             self._routing.composes |= not IA3Layer.is_fused(modules[site.module])
         for module in modules.values():
@@ -60,10 +68,21 @@ class DropIns:
         for module, positions in wearing.items():
             for side in _SIDES if isinstance(module, (IA3Layer, IA3Experts)) else ():
                 place(module, side, positions.get(side))
-        paths = [site.module for site in sites]
-        if self._routing.backend == "triton":
-            pair_layers(modules, paths)
-        self._see_that_they_are_reached(modules, paths)
+        self.settle()
+        self._see_that_they_are_reached(modules, [site.module for site in sites])
+
+    def settle(self) -> None:
+        """Lets each drop-in read what is worn where its vectors lie: looked up here, and not at each call.
+
+        And pairs those that lie together, for kernels that compute two of them.
+        """
+        routing, bank = self._routing, self._routing.bank
+        for module, position in self._applied.items():
+            here = routing.now if len(bank.tables) == 1 else partial(routing.now_on, bank.places[position])
+            vars(module)["ia3_now"] = here
+        if routing.backend == "triton":
+            layers = {site.module: layer for site, layer in self.layers.items()}
+            pair_layers(layers, layers)
 
     def _wrap(self, module: nn.Module, mixin: type[Wearer], site: Site) -> None:
         if not isinstance(module, Wearer):

@@ -37,7 +37,7 @@ class IA3Experts(Wearer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """down(s_in ∘ act(s_out ∘ (gate_up x + bias))) + bias of each expert, weighted and summed for each token."""
         given = (*args, *(kwargs[name] for name in type(self).ia3_names[len(args) :])) if kwargs else args
-        worn, tokens = self.ia3_routing.now(), self._ia3_tokens(given[0])
+        worn, tokens = self.ia3_now(), self._ia3_tokens(given[0])
         up, down = (self._ia3_scales(position, tokens, worn) for position in (self.ia3_out, self.ia3_in))
         if up is None and down is None:
             y = super().forward(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from ia3rt.adapters.site import Side, Site
-from ia3rt.modules.same_code import compiles_to
+from ia3rt.modules.same_code import same_code
 from ia3rt.modules.wearer import original_class
 
 Form: TypeAlias = Literal["by implementation", "flat", "sorted"]
@@ -97,7 +97,7 @@ def interface_of(cls: Any) -> Any:
 
     They stand in what the decorator made the class's forward.
     """
-    if not compiles_to(cls.forward, _dispatched(None, None)):
+    if not same_code(cls.forward, _dispatched(None, None)):
         return None
     names, cells = cls.forward.__code__.co_freevars, cls.forward.__closure__ or ()
     held: dict[str, Any] = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}

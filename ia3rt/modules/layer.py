@@ -68,8 +68,8 @@ class IA3Layer(Wearer):
         if x is None:
             x = kwargs.pop(type(self).ia3_input)
         if args or kwargs:  # of a layer with more to it: by its own forward alone
-            return self.ia3_forward(self.ia3_routing.now(), self.ia3_in, self.ia3_out, x, (args, kwargs))
-        return self.ia3_forward(self.ia3_routing.now(), self.ia3_in, self.ia3_out, x)
+            return self.ia3_forward(self.ia3_now(), self.ia3_in, self.ia3_out, x, (args, kwargs))
+        return self.ia3_forward(self.ia3_now(), self.ia3_in, self.ia3_out, x)
 
     def ia3_forward(
         self,
@@ -204,7 +204,7 @@ class IA3Layer(Wearer):
     def _per_row(self, rows: int) -> bool:
         from ia3rt.kernels.mixes import Routing  # not before: Triton may not be installed
 
-        tables = self.ia3_routing.now().tables
+        tables = self.ia3_now().tables
         return bool(Routing.of(tables.mixes, tables.route, rows).per_row)
 
 

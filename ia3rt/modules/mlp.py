@@ -50,7 +50,7 @@ class IA3MLP(Wearer):
         down = self._ia3_layer(routing)
         if down is None or kwargs or len(args) != 1:
             return super().forward(*args, **kwargs)
-        form, worn = self.ia3_form, routing.now()
+        form, worn = self.ia3_form, self.ia3_now()
         assert form is not None
         h = self._ia3_product(worn, form, down, args[0])
         y = down.ia3_forward(worn, None, down.ia3_out, h)
@@ -119,7 +119,7 @@ class IA3MLP(Wearer):
 
             gate, _, up, _ = matrices
             assert gate is not None
-            tables = routing.now().tables
+            tables = self.ia3_now().tables
             x, y = weight.new_empty(rows, gate.shape[1]), weight.new_empty(rows, gate.shape[0])
             config = plan(x, gate, up, y, Routing.of(tables.mixes, tables.route, rows))
             words = "torch, then the activation" if config is None else config.in_words()

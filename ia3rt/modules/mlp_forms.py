@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.modules import bare
-from ia3rt.modules.same_code import compiles_to
+from ia3rt.modules.same_code import same_code
 from ia3rt.modules.wearer import Wearer, original_class
 from ia3rt.modules.weights import dense_weight
 
@@ -148,4 +148,4 @@ def form_of(mlp: nn.Module) -> Form | None:
 def form_of_class(cls: type) -> Form | None:
     """The form of an MLP's class; None where it has none of these forms."""
     forward: object = getattr(cls, "forward", None)
-    return next((form for form in FORMS if compiles_to(forward, form.forward)), None)
+    return next((form for form in FORMS if same_code(forward, form.forward)), None)

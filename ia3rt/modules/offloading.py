@@ -13,5 +13,5 @@ def execution_device(module: nn.Module) -> torch.device | None:
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):  # SequentialHook has several
         if getattr(each, "offload", False) and each.execution_device is not None:
-            return torch.device(each.execution_device)
+            return torch.empty(0, device=each.execution_device).device  # "cuda" is the current one
     return None

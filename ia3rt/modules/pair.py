@@ -112,5 +112,8 @@ def _fit(first: IA3Layer, second: IA3Layer) -> bool:
     weights = [dense_weight(layer)[0] for layer in (first, second)]
     if any(weight is None for weight in weights):
         return False
-    only_outputs = all(layer.ia3_in is None and layer.ia3_out is not None for layer in (first, second))
-    return only_outputs and weights[0].shape[1] == weights[1].shape[1]  # type: ignore[union-attr]
+    if first.ia3_out is None or second.ia3_out is None or first.ia3_in is not None or second.ia3_in is not None:
+        return False
+    places = first.ia3_routing.bank.places
+    are_together = places[first.ia3_out] == places[second.ia3_out]  # on one device
+    return are_together and weights[0].shape[1] == weights[1].shape[1]  # type: ignore[union-attr]

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
 import sys
 from collections.abc import Callable
 from types import FunctionType
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.modules.qkv_written import IN_ONE, IN_THREE, LLAMA, MISTRAL, QWEN2, forwards
+from ia3rt.modules.same_code import same_function
 from ia3rt.modules.wearer import original_class
 
 # The forwards below are only compared with others, which find these names in their own modules.
@@ -183,8 +182,8 @@ def form_of_class(cls: type) -> Form | None:
         return None
     rotary: Any = forward.__globals__.get("apply_rotary_pos_emb")
     for form in FORMS:
-        if _same(forward, form.forward) and _same(rotary, form.rotary):
-            return form if _same(rotary.__globals__.get("rotate_half"), rotate_half) else None
+        if same_function(forward, form.forward) and same_function(rotary, form.rotary):
+            return form if same_function(rotary.__globals__.get("rotate_half"), rotate_half) else None
     return None
 
 
@@ -202,15 +201,3 @@ def original_forward(cls: type) -> FunctionType | None:
         return None
     module = sys.modules.get(forward.__module__)
     return forward if module is not None and vars(module) is forward.__globals__ else None
-
-
-def _same(function: Any, expected: Any) -> bool:
-    return isinstance(function, FunctionType) and _program(function) == _program(expected)
-
-
-def _program(function: FunctionType) -> list[Any]:
-    """What a function takes and does, whatever its docstring and its annotations are."""
-    code = function.__code__
-    takes_rest = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    takes = code.co_varnames, code.co_argcount, takes_rest, function.__defaults__, function.__kwdefaults__
-    return [takes, *((step.opname, step.argval) for step in dis.get_instructions(code))]

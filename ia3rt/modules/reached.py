@@ -15,6 +15,7 @@ from ia3rt.modules.places import Places
 from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.watch import Watch
+from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.traced import is_traced
 
 
@@ -82,6 +83,10 @@ class Reached:
         self._places.check()
         if is_compiled:
             _check_as_read(self._places)
+        for layer in self._places.layers.values():
+            if isinstance(layer, Wearer):
+                layer.ia3_routing.settle()  # accelerate's dispatch_model puts weights elsewhere, and moves no module
+                break
         self._places.note()
         self._watched = set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,14 +41,14 @@ class OwnOfOne:
         self.in_training: list[tuple[str, nn.Module, str]] = []
         self.runs_whole = False
         self._routing = routing
-        self._chosen: tuple[Route, Choice] | None = None
+        self._chosen: tuple[weakref.ref[Route], Choice] | None = None  # what is worn no more holds no rows
 
     def choice(self) -> Choice:
         """What the rows of the forward at hand go through."""
         route = self._routing.now().route
         chosen = self._chosen
-        if chosen is None or chosen[0] is not route:
-            chosen = self._chosen = route, choose(route, self.path, self.own)
+        if chosen is None or chosen[0]() is not route:
+            chosen = self._chosen = weakref.ref(route), choose(route, self.path, self.own)
         return chosen[1]
 
     def add(self, adapter: Adapter, own: nn.Module) -> None:
@@ -115,8 +116,9 @@ class Swapping(nn.Module):
         return self._models(*args, **kwargs) if own is None else own.forward(*args, **kwargs)
 
     def _models(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, which reads its own parts."""
-        return plain(self).forward(*args, **kwargs)
+        """The model's own, which reads its own parts; past a forward set on it, as accelerate's, which called this."""
+        own = plain(self)
+        return type(own).forward(own, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """A part of what the rows go through, to whoever uses it without calling the module, as in PEFT.

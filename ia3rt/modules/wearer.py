@@ -39,22 +39,24 @@ class Wearer(nn.Module):
 
     Attributes:
         ia3_routing: what the model's rows wear, shared by all its patched modules.
+        ia3_now: gives what they wear now, as it is read on the device of the module's vectors.
         ia3_in, ia3_out: the positions in the bank of the sites that act here; None where there is none.
         ia3_layouts: where the rows of a batch are in what is scaled here, by its number of dimensions.
-        ia3_follow: moves the bank after this module moved to another device.
+        ia3_follow: lets the vectors at the module follow it, after it may have moved to another device.
     """
 
     ia3_routing: Routing
     ia3_in: int | None
     ia3_out: int | None
     ia3_layouts: dict[int, Layout | Unknown]
-    ia3_follow: Callable[[torch.device], None]
+    ia3_now: Callable[[], Worn]
+    ia3_follow: Callable[[nn.Module], None]
     ia3_original: ClassVar[type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the bank follow `model.to(device)`."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.ia3_follow(computing_device(self))
+        self.ia3_follow(self)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -168,10 +170,11 @@ def _mixin_in_front(metaclass: type[type]) -> type[type]:
     return type(f"MixinInFrontOf{metaclass.__name__}", (metaclass,), {"mro": mro})
 
 
-def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[torch.device], None]) -> None:
+def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[nn.Module], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
     become(module, patched_class(mixin, type(module)))
-    vars(module).update(ia3_routing=routing, ia3_follow=follow, ia3_in=None, ia3_out=None, ia3_layouts={})
+    vars(module).update(ia3_routing=routing, ia3_now=routing.now, ia3_follow=follow)
+    vars(module).update(ia3_in=None, ia3_out=None, ia3_layouts={})
     module.ia3_begin()  # type: ignore[operator]
 
 

@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 _MAIN = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _CACHES = ("cache", "past_key_values", "cache_params", "past_bucket_states", "mems")
+# What a model keeps of the tokens before, and where their number can be read.
+_COUNTED = ("cache", "past_key_values")
+_KEPT = (*_COUNTED, "cache_params", "state", "mems", "past_buckets_states")
 # What belongs to the tokens and not to the rows, or says where the rows are and not what is in them.
 _NOT_MARKED = ("mask", "position", "cache")
 # Beside text, these are counted in images or clips, of which a row has as many as it has.
@@ -88,10 +91,24 @@ def is_media(name: str) -> bool:
     return any(part in name for part in _MEDIA) and not name.startswith(("decoder_", "encoder_"))
 
 
-def cached(arguments: Mapping[str, Any]) -> int:
-    """How many tokens of each row the forward's key-value cache holds."""
-    cache = next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
-    return 0 if cache is None else int(cache.get_seq_length())
+def cached(arguments: Mapping[str, Any]) -> int | None:
+    """How many tokens of each row came before a forward; None where what the model keeps of them does not say."""
+    name, kept = next(((name, arguments[name]) for name in _KEPT if arguments.get(name) is not None), ("", None))
+    if kept is None:
+        return 0
+    if name not in _COUNTED or not hasattr(kept, "get_seq_length"):
+        return None
+    are_linear = getattr(kept, "is_linear", ())
+    if are_linear and all(are_linear):  # Mamba's: a state of each layer, and no token
+        return None if kept.has_previous_state() else 0
+    return int(kept.get_seq_length())
+
+
+def is_text(batch: Tensor, arguments: Mapping[str, Any]) -> bool:
+    """Whether a main input is one of tokens: their ids [rows, tokens], or a vector of each [rows, tokens, width]."""
+    if not has_text(arguments) and any(is_media(name) for name in arguments):
+        return False
+    return batch.dim() == (3 if batch.is_floating_point() else 2)
 
 
 def parameter_names(model: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.bank import Bank, ResolvedMix
 from ia3rt.adapters.combining.combination import Combination
 from ia3rt.adapters.combining.derive import Importances, derived_vectors
 from ia3rt.adapters.mix import Mix
@@ -33,8 +33,14 @@ def combined_vectors(
     elif importances is not None:
         raise ValueError(f"{combination.combination_type!r} takes no importances, which are for 'fisher'")
     else:
-        vectors = composed_vectors(bank, resolved)
+        vectors = {site: _distinct(site, each, resolved) for site, each in composed_vectors(bank, resolved).items()}
     for site, vector in vectors.items():
         if not vector.isfinite().all():
             raise ValueError(f"{combination} is too large for float32 at {site}: give smaller weights")
     return vectors
+
+
+def _distinct(site: Site, vector: Tensor, mix: ResolvedMix) -> Tensor:
+    """A composed vector without repeating: [width_of_one] at experts where each adapter that acts has one for all."""
+    is_shared = all(site in adapter.shared for adapter in mix.adapters if site in adapter.sites)
+    return vector[: site.width_of_one] if site.experts and is_shared else vector

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site
 from ia3rt.routing.staging import Staging
@@ -28,29 +29,32 @@ class Scales(Protocol):
 
 
 class ComposedMixes:
-    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are."""
+    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are.
+
+    Attributes:
+        is_written: whether what is worn was written here.
+    """
 
     def __init__(self) -> None:
-        self._scales: tuple[Tensor, ...] = ()
-        self._whole = torch.empty(0)
-        self._starts: tuple[int, ...] = ()
-        self._ends: tuple[int, ...] = ()
-        self._buffer = torch.empty(0, 0)
-        self._rows: list[tuple[Tensor, ...]] = []
-        self._columns: tuple[Tensor, ...] = ()
-        self._table: Tensor | None = None
-        self._index = torch.empty(0, dtype=torch.int32)
-        self._staging: Staging | None = None
+        self.is_written = False
+        self._scales: Sequence[Tensor] = ()
+        self._wholes: tuple[Tensor, ...] = ()
+        self._places: Sequence[int] = ()
+        self._starts: Sequence[int] = ()
+        self._ends: Sequence[int] = ()
+        self._buffers: list[_Buffer] = []
+        self._count = 0
+        self._tables: tuple[DeviceTable, ...] = ()
 
     def scale(self, position: int) -> Tensor:
         """As `Scales.scale`; ones at a site that the model got since, as none of these mixes acts there."""
         if torch.compiler.is_compiling():
-            # One input to the graph and not one a site: each costs its checks at every call.
-            return self._whole[..., self._starts[position] : self._ends[position]]
+            # One input to the graph for each device and not one a site: each costs its checks at every call.
+            return self._wholes[self._places[position]][..., self._starts[position] : self._ends[position]]
         try:
             return self._scales[position]
         except IndexError:
-            return self._whole.new_ones(())
+            return torch.ones(())  # which multiplies on any device
 
     def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: list[int] | None) -> None:
         """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.
@@ -61,27 +65,50 @@ class ComposedMixes:
             rows: the mix of each row; None keeps one row a mix.
         """
         count = len(mixes) if rows is None else len(rows)
-        if bank.table is not self._table or count != len(self._buffer):
-            self._table = bank.table
-            self._columns = pieces(bank.table)
-            self._buffer = torch.empty(count, bank.total_width, device=bank.table.device)
-            self._rows = [pieces(row) for row in self._buffer]
-            self._index = torch.empty(count, dtype=torch.int32, device=bank.table.device)
-            self._staging = None if bank.table.is_cpu else Staging(self._index)
-            self._whole = self._buffer[0] if count == 1 else self._buffer
-            self._starts = tuple(accumulate(bank.widths[:-1], initial=0))
-            self._ends = tuple(accumulate(bank.widths))
-            self._scales = torch.split(self._whole, bank.widths, dim=-1)
+        if bank.tables is not self._tables or count != self._count:
+            self._tables, self._count, self._places = bank.tables, count, tuple(bank.places)
+            self._buffers = [_Buffer(table, count) for table in bank.tables]
+            of = dict(zip(bank.tables, self._buffers, strict=True))
+            self._wholes = tuple(buffer.whole for buffer in self._buffers)
+            self._scales = bank.by_site(lambda here: torch.split(of[here].whole, here.widths, dim=-1))
+            self._ends = bank.by_site(lambda here: tuple(accumulate(here.widths)))
+            self._starts = tuple(end - width for end, width in zip(self._ends, bank.widths, strict=True))
+        for buffer in self._buffers:
+            buffer.write(mixes, rows)
+        self.is_written = True
+
+
+class _Buffer:
+    """What is composed on one device.
+
+    Args:
+        table: the bank's vectors there.
+        count: how many rows are composed.
+
+    Attributes:
+        whole: [width] where that is one, else [count, width].
+    """
+
+    def __init__(self, table: DeviceTable, count: int) -> None:
+        self._columns = pieces(table.table)
+        self._buffer = torch.empty(count, table.table.shape[1], device=table.device)
+        self._rows = [pieces(row) for row in self._buffer]
+        self._index = torch.empty(count, dtype=torch.int32, device=table.device)
+        self._staging = None if table.table.is_cpu else Staging(self._index)
+        self.whole = self._buffer[0] if count == 1 else self._buffer
+
+    def write(self, mixes: Sequence[ResolvedMix], rows: list[int] | None) -> None:
+        """As `ComposedMixes.write`."""
         if rows is None:
             for out, mix in zip(self._rows, mixes, strict=True):
                 _compose_into(out, self._columns, mix)
             return
-        composed = self._buffer.new_empty(len(mixes), bank.total_width)
+        composed = self._buffer.new_empty(len(mixes), self._buffer.shape[1])
         distinct = [pieces(row) for row in composed]
         for out, mix in zip(distinct, mixes, strict=True):
             _compose_into(out, self._columns, mix)
         if self._staging is not None:
-            turn = self._staging.turn()
+            turn, count = self._staging.turn(), len(rows)
             turn.ints[:count] = [*rows]
             turn.copy(count)
             torch.index_select(composed, 0, self._index, out=self._buffer)
@@ -114,10 +141,14 @@ def _compose_into(out: Sequence[Tensor], columns: Sequence[Tensor], mix: Resolve
 
 def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
     """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
-    row = torch.empty(bank.total_width, device=bank.table.device)
-    _compose_into(pieces(row), pieces(bank.table), mix)
+
+    def composed(here: DeviceTable) -> Sequence[Tensor]:
+        row = torch.empty(here.table.shape[1], device=here.device)
+        _compose_into(pieces(row), pieces(here.table), mix)
+        return torch.split(row, here.widths)
+
     acts: frozenset[Site] = frozenset().union(*(adapter.sites for adapter in mix.adapters))
-    vectors = list(zip(bank.sites.values(), torch.split(row, bank.widths), strict=True))
+    vectors = list(zip(bank.sites.values(), bank.by_site(composed), strict=True))
     for site, vector in vectors:
         if site.slices is not None:  # where no adapter acts a weighted sum is 1, and not 1 but for rounding
             vector[site.slices.outside(site.width).to(vector.device)] = 1.0

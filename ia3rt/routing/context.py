@@ -105,6 +105,13 @@ class Context:
         captured = self._captured.get()
         return next((memory for of, memory in captured.memories if of == rows), None) if captured else None
 
+    def forget_captured(self) -> bool:
+        """Leaves memory that CUDA graphs read as it is from now on; says whether there was any."""
+        were_captured = any(captured.memories for captured in self._all_captured)
+        for captured in self._all_captured:
+            captured.memories.clear()
+        return were_captured
+
     def rewrite(self, wearing: Wearing) -> None:
         """Writes what is worn into the memory that CUDA graphs read, in each context that wears it."""
         for captured in self._all_captured:

@@ -26,10 +26,12 @@ class Forward:
         tokens: of each row of its batch; None where that has none.
         calls: how many calls of the owner are running, one inside another.
         task: the backward pass that it runs in; -1 where in none.
+        most: how many tokens its batch has, where all come after a route's start and a cache holds those before.
         kind: what it has in common with others that lay out their rows as it does; where marks follow it.
         marks: what follows one row of the batch through it, where it is not known yet how the model lays rows out.
         image_marks: the same for one of the images beside the text.
         watch: what sees which layers it reaches, where that is not known yet.
+        placed: `worn` as layers on each device of the bank read it; None where they have not asked yet.
         ahead: what was computed for a layer before it was called; by whoever computed it.
     """
 
@@ -43,10 +45,12 @@ class Forward:
         self.token: Token[Forward | None] | None = None
         self.tokens: int | None = None
         self.calls = 1
+        self.most: int | None = None
         self.kind: object = None
         self.marks: Marks | None = None
         self.image_marks: Marks | None = None
         self.watch: Watch | None = None
+        self.placed: list[Worn] | None = None
         self.ahead: dict[object, object] = {}
 
     def is_running(self, frame: FrameType | None) -> bool:

@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ia3rt.routing.batch import cached, main_input, named_arguments
@@ -51,14 +50,14 @@ class Generation:
         _generation.set(self._outer)
         self.routing.wear_again(self._before)
 
-    def begin_with(self, batch: Tensor | None, past: int) -> None:
+    def begin_with(self, batch: Tensor | None, past: int | None) -> None:
         """Checks the tokens of a route by token, which generation goes on from.
 
         Raises:
             ValueError: they are not the prompt's.
         """
         index = self._route.index
-        if index is None or index.dim() < 2 or batch is None or batch.dim() < 2 or past:
+        if index is None or index.dim() < 2 or batch is None or batch.dim() < 2 or past != 0:
             return
         if batch.shape[1] != index.shape[1]:
             raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {batch.shape[1]}")
@@ -112,7 +111,7 @@ class Generation:
                 f"the route has {len(index)} rows, but generate() goes on with row {max(rows)}: "
                 "route() takes one mix for each row of the batch, set_adapter() one for all"
             )
-        self._expanded = Route(self._route.mixes, index[torch.tensor(rows)])
+        self._expanded = self._route.of(rows)
         self.routing.wear_pinned(self._expanded)
 
     def _is_switched(self) -> bool:
@@ -186,12 +185,23 @@ def _need_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
     return answer
 
 
+def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.ia3_generation.is_entered:
+        raise ValueError(
+            "a route is entered here, or disable_adapter(), and transformers' continuous batching (generate_batch) "
+            "runs in a thread of its own, which wears what set_adapter() says: leave the route and set_adapter() one "
+            "mix for all requests, or call generate()"
+        )
+    return _original(self, "init_continuous_batching")(*args, **kwargs)
+
+
 _METHODS = {
     "generate": _generate,
     "_expand_inputs_for_generation": _expand_inputs_for_generation,
     "_expand_variables_for_generation": _expand_variables_for_generation,
     "generate_with_fallback": _generate_with_fallback,
     "_need_fallback": _need_fallback,
+    "init_continuous_batching": _init_continuous_batching,
 }
 
 

@@ -86,11 +86,13 @@ class PastForwards:
             wrapped = [numbers[number] for numbers in self._wrapped.values() if number in numbers]
             if len({id(worn) for worn in wrapped}) == 1:
                 return wrapped[0]
+        here = threading.get_ident()  # of a device's own thread, which numbers what it records by itself
         found = {
             id(worn): worn
-            for stretches in list(self._stretches.values())
+            for thread, stretches in list(self._stretches.items())
             for stretch in list(stretches)
-            if stretch.begin <= number < min(stretch.end, _next_number()) and (worn := stretch.worn()) is not None
+            if stretch.begin <= number < (min(stretch.end, _next_number()) if thread == here else stretch.end)
+            and (worn := stretch.worn()) is not None
         }
         if len(found) == 1:
             return next(iter(found.values()))

@@ -18,7 +18,7 @@ from ia3rt.routing.worn import Worn
 _ROW = 1  # the one that is followed: its place differs in every order of the rows
 
 Layouts: TypeAlias = "dict[int, Layout | Unknown]"
-"""By the number of dimensions of an input."""
+"""By the number of dimensions of an input; by minus that, of a batch of one row, whose tokens wear different mixes."""
 
 
 class Probing:
@@ -37,16 +37,20 @@ class Probing:
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
-        if rows is None or rows < 2 or len(forward.worn.route.mixes) < 2 or batch is None or batch.is_meta:
+        if rows is None or batch is None or batch.is_meta:
             return
-        kind = _kind(model, arguments, batch, forward.worn.images), batch.shape[1:] if self._by_shape else None
+        are_alike = len(forward.worn.route.mixes) < 2 or (rows == 1 and forward.worn.tokens is None)
+        if are_alike and forward.most is None:
+            return
+        shape = batch.shape[1:] if self._by_shape else None
+        kind = _kind(model, arguments, batch, forward.worn.images), shape, rows == 1, forward.most is not None
         if kind in self._kinds:
             return
         forward.kind = kind
         self.seen += 1
         forward.marks = Marks(rows)
         for x in row_inputs(arguments, rows):
-            forward.marks.mark(x, _ROW)
+            forward.marks.mark(x, min(_ROW, rows - 1))
         forward.marks.__enter__()  # type: ignore[no-untyped-call]
         images = forward.worn.images
         if images and has_text(arguments):
@@ -84,9 +88,11 @@ class Probing:
         layouts: Layouts = layer.ia3_layouts  # type: ignore[assignment]
         if forward is not None and forward.marks is not None and not is_traced():
             _see(layouts, x, worn, forward)
-            seen = layouts[x.dim()]
+            seen = layouts[_key(x, worn)]
             self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated > 0)
-        layout = layouts.get(x.dim())
+        layout = layouts.get(_key(x, worn))
+        if isinstance(layout, Layout) and worn.rows == 1:
+            return layout
         if isinstance(layout, Layout):
             assert worn.route.index is not None
             # The index's size and not `worn.rows`: a compiler takes that for the size of a tensor, which may change.
@@ -128,6 +134,11 @@ class Probing:
 def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
     """Notes what the marks say of an input; what differs from what was seen before is not known."""
     assert worn.rows is not None and forward.marks is not None
+    if worn.rows == 1:  # what depends on the text has its tokens, and what does not has others, as of an image
+        text: Layout | Unknown = Layout(0, TOKENS) if forward.marks.marked(x).any() else NOTHING
+        known = layouts.setdefault(_key(x, worn), text)
+        layouts[_key(x, worn)] = text if known == text else NOTHING
+        return
     seen: Layout | Unknown = layout_of(forward.marks.marked(x), _ROW, worn.rows, forward.tokens or 0)
     if isinstance(seen, Unknown) and forward.image_marks is not None and worn.images is not None:
         marked, count = forward.image_marks.marked(x), len(worn.images)
@@ -136,6 +147,10 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
             seen = of_images._replace(images=True)
     before = layouts.get(x.dim(), seen)
     layouts[x.dim()] = seen if before == seen else _both(before, seen, forward.tokens)
+
+
+def _key(x: Tensor, worn: Worn) -> int:
+    return -x.dim() if worn.rows == 1 else x.dim()
 
 
 def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) -> Layout | Unknown:

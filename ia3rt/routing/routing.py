@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ia3rt.adapters.bank import Adapter, Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, main_input, named_arguments, parameter_names
+from ia3rt.routing.batch import cached, is_text, main_input, named_arguments, parameter_names
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
@@ -27,6 +28,7 @@ from ia3rt.routing.past import PastForwards
 from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.rows import RowScales
+from ia3rt.routing.start import check_one_sequence
 from ia3rt.routing.traced import is_traced
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
@@ -45,6 +47,7 @@ class Routing:
         trained: the adapters in training, if any.
         probing: how the model lays out its rows.
         rows: scales for rows that wear different mixes.
+        settle: brings what is worn to where layers are that were moved to other devices since.
         guard: what sees to it that a forward reaches the layers that wear vectors, if there are any.
     """
 
@@ -54,6 +57,7 @@ class Routing:
         self.fuses_gate_up = fuses_gate_up
         self.trained: TrainedAdapters | None = None
         self.guard: Guard | None = None
+        self.settle: Callable[[], object] = bank.settle
         self._covering: Wearing | None = None
         self._merging: Wearing | None = None
         self.probing = Probing(bank)
@@ -94,6 +98,11 @@ class Routing:
         """The same as if no adapters were in the weights."""
         return self._context.wearing.worn.route
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether this context wears something of its own, of which other threads know nothing."""
+        return self._context.wearing is not self._context.everywhere
+
     def now(self) -> Worn:
         """What a layer wears that is called now."""
         if is_traced():
@@ -108,6 +117,26 @@ class Routing:
             return forward.worn
         return self._outside()
 
+    def now_on(self, place: int) -> Worn:
+        """The same for a layer on one of several devices, as that reads it.
+
+        Args:
+            place: of the device, among the bank's tables.
+        """
+        if is_traced():
+            if self.backend == "triton":
+                raise RuntimeError(
+                    "the model's sites lie on several devices, and the Triton backend compiles on one: "
+                    "patch(model, backend='torch'), or call the model uncompiled"
+                )
+            return self.now()  # composed mixes are found by position, wherever they lie
+        forward = self._context.forward()
+        if forward is not None and forward.task == _current_task():
+            if forward.placed is None:
+                forward.placed = [forward.worn.on(each) for each in range(len(forward.worn.placed))]
+            return forward.placed[place]
+        return self._outside().on(place)
+
     def forward(self) -> Forward | None:
         """The forward that this context is in."""
         return None if is_traced() else self._context.forward()
@@ -115,6 +144,13 @@ class Routing:
     @outside_inference_mode
     def lay(self, route: Route) -> Worn:
         """What rows wear by `route`; gradients of it reach the vectors that are trained."""
+        worn = self._laid(route)
+        if route.start is not None:
+            worn.before_start, worn.after_start = self._laid(route.before_start), self._laid(route.after_start)
+            worn.after_start.is_behind = True
+        return worn
+
+    def _laid(self, route: Route) -> Worn:
         if self.trained is not None and self.trained.are_worn(route.mixes):
             return self.trained.worn(route, self.backend)
         return self._shelf.lay(route)
@@ -133,6 +169,7 @@ class Routing:
         """Makes `route` what this context wears; gives what it wore before."""
         before = self._context.wearing
         with self.lock:
+            self._check_captured(route)
             worn = self.lay(route)
             worn.images = images
             own = Wearing(worn)
@@ -155,7 +192,8 @@ class Routing:
     def wear_pinned(self, route: Route) -> None:
         """Makes `route` what this context wears that was pinned."""
         wearing = self._context.wearing
-        self._replace(wearing, self.lay(route))
+        with self.lock:  # or a load that lays everything anew would put back what was worn before
+            self._replace(wearing, self.lay(route))
 
     def hold(self) -> None:
         """Says that what this context wears is the content of a `with`."""
@@ -198,26 +236,58 @@ class Routing:
                 stacklevel=3,
             )
 
+    def _again(self, worn: Worn) -> Worn:
+        """The same, laid anew."""
+        laid = self.lay(worn.route)
+        if worn.tokens is not None and worn.length is not None:
+            laid = laid.by_token(worn.tokens, worn.length, self.bank)
+        laid = laid if worn.images is None else laid.with_images(worn.images)
+        laid.is_behind = worn.is_behind
+        return laid
+
+    def rebind(self) -> None:
+        """Lays what the forwards wear anew that this context is in: accelerate moves a model when it is called."""
+        forward = self._context.forward()
+        while forward is not None:
+            forward.worn = forward.wearing.worn = self._again(forward.worn)
+            forward.placed = None
+            forward = forward.outer
+
     def refresh(self) -> None:
         """Lays everything anew, after the bank's table was replaced or training began or ended."""
         with self.lock:
-            for wearing in list(self._wearings):
+            for wearing in [*self._wearings, *filter(None, [self._covering])]:
                 worn = self.lay(wearing.worn.route)
                 worn.images = wearing.worn.images
                 self._replace(wearing, worn)
+
+    def leave_graphs(self) -> None:
+        """Says, after the bank's table was replaced, that what a CUDA graph captured is no more what is worn."""
+        if self._context.forget_captured():
+            warnings.warn(
+                "the bank is another table now, as an adapter needed room or acts at other sites, or the model was "
+                "moved: CUDA graphs that were captured before read the one of then and must not be replayed. Capture "
+                "them again; patch(capacity=…, grow=False) keeps the bank where it is",
+                stacklevel=5,
+            )
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 
         Raises:
-            ValueError: the route's rows are not the batch's, or the forward would not reach a layer.
+            ValueError: the route's rows or tokens are not the batch's, or the forward would not reach a layer.
         """
         if is_traced():
+            if not self.bank.is_settled:
+                raise RuntimeError(
+                    "layers were moved to other devices since the last forward: call the model once by itself, not "
+                    "compiled, so that their vectors follow"
+                )
             worn = self.now()
             if worn.route.by_token:
                 raise ValueError(
                     "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
-                    "given to torch.compile, or route rows"
+                    "given to torch.compile (of generate(), disable_compile=True), or route rows"
                 )
             if worn.by_row:
                 given = named_arguments(self._names, args, kwargs)
@@ -232,6 +302,8 @@ class Routing:
             self._start(model, args, kwargs, sys._getframe(2))  # past the hook
 
     def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType) -> None:
+        if not self.bank.is_settled:
+            self.settle()
         self._leave_ended(caller)
         task, outer = _current_task(), self._context.forward()
         if outer is not None and outer.task == task:
@@ -250,6 +322,8 @@ class Routing:
         forward = Forward(self._bound(worn), model, task, outer, caller)
         if arguments is not None:
             forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
+            if worn.is_behind and worn.rows is not None and forward.tokens is not None:
+                forward.most = worn.rows * forward.tokens
             self.probing.begin(forward, model, arguments, batch)
         self._context.enter(forward)
         if watch is not None:
@@ -286,6 +360,9 @@ class Routing:
 
     def capture(self, worn: Worn) -> Worn:
         """`worn` for a forward that a CUDA graph captures: in memory that each switch of this context writes."""
+        if len(self.bank.tables) > 1:
+            devices = sorted(str(table.device) for table in self.bank.tables)
+            raise RuntimeError(f"the model's sites lie on several devices, {devices}, and a CUDA graph is of one")
         whole = worn.of or worn
         if worn is self._context.wearing.worn:
             written = self._context.captured(worn.rows)
@@ -310,6 +387,8 @@ class Routing:
 
     def _outside(self) -> Worn:
         """What a layer wears that is called outside of any forward, or again for a gradient."""
+        if not self.bank.is_settled:
+            self.settle()
         again = self._past.find() if _current_task() != -1 else None
         return self._bound(self._here() if again is None else again)
 
@@ -319,8 +398,8 @@ class Routing:
             self.trained.adopt()
             if not self.trained.is_replaced():
                 self.refresh()
-            worn = self.lay(worn.route)
-        if self.bank.table.is_cuda:
+            worn = self._again(worn)
+        if self.bank.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 worn = self.capture(worn)
             else:
@@ -336,12 +415,8 @@ class Routing:
         if batch is None:
             return worn
         if worn.route.by_token:
-            if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-                raise ValueError(
-                    f"each token wears a mix of its own, and {type(model).__name__} has two sequences of tokens, an "
-                    "encoder's and a decoder's: route rows"
-                )
-            worn = self._over_tokens(worn, batch, cached(arguments))
+            check_one_sequence(model)
+            worn = self._over_tokens(model, worn, batch, arguments)
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)
 
@@ -354,16 +429,56 @@ class Routing:
             )
 
     @outside_inference_mode
-    def _over_tokens(self, worn: Worn, batch: Tensor, past: int) -> Worn:
-        index = worn.route.index
-        assert index is not None
+    def _over_tokens(self, model: nn.Module, worn: Worn, batch: Tensor, arguments: Mapping[str, Any]) -> Worn:
+        route = worn.route
+        assert route.index is not None
+        if route.start is not None and not is_text(batch, arguments):
+            if model is not self._model():
+                return worn  # the part that sees, as generate() runs it ahead: an error where a vector acts in it
+            raise ValueError(
+                f"the route has a start, and the batch {tuple(batch.shape)} of {batch.dtype} is no text, of which "
+                "tokens can be counted: ids [rows, tokens], or vectors [rows, tokens, width]. Route rows without start"
+            )
         length = batch.shape[1]
-        if past == 0 and length != index.shape[1] and not self._context.wearing.generates:
-            raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {length}")
-        # What a row generates wears the mix of its last token.
-        columns = torch.arange(past, past + length).clamp_(max=index.shape[1] - 1)
-        tokens = index[:, columns].reshape(-1).to(self.bank.table.device)
-        return worn.by_token(tokens, length)
+        past = self._tokens_before(arguments, length)
+        if route.start is None:
+            width = route.index.shape[1]
+            if past == 0 and length != width and not self._context.wearing.generates:
+                raise ValueError(f"the route has {width} tokens a row, but the batch has {length}")
+        elif self.bank.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "the route has a start, and a captured CUDA graph does not know at which tokens it is replayed: "
+                "capture it under a route without start, for tokens that come after it"
+            )
+        elif past + length <= int(route.start.min()):
+            assert worn.before_start is not None
+            return worn.before_start
+        elif past >= int(route.start.max()):
+            assert worn.after_start is not None
+            return worn.after_start
+        return worn.by_token(route.tokens(past, length).reshape(-1), length, self.bank)
+
+    def _tokens_before(self, arguments: Mapping[str, Any], length: int) -> int:
+        """How many tokens of each row came before the forward's, of which there are `length`."""
+        past, wearing = cached(arguments), self._context.wearing
+        if past is None and wearing.generates and arguments.get("mems") is None:
+            past = wearing.seen  # XLNet alone goes over the last tokens twice
+        if past is None:
+            raise ValueError(
+                "each token wears a mix of its own, and what the model keeps of the tokens before this forward does "
+                "not say how many they were: for those that come after the start of all rows, route rows (route(…) "
+                "without start or index)"
+            )
+        if wearing.generates:
+            wearing.seen = past + length
+        return past
+
+    def _check_captured(self, route: Route) -> None:
+        if route.start is not None and self._context.captured(len(route.start)) is not None:
+            raise ValueError(
+                f"a CUDA graph of {len(route.start)} rows was captured here, and does not know at which tokens it is "
+                "replayed: enter a route without start for what it computes, and the start in another thread"
+            )
 
     def _replace(self, wearing: Wearing, worn: Worn) -> None:
         wearing.worn = worn
@@ -371,7 +486,8 @@ class Routing:
 
     def _without(self, route: Route, gone: set[Adapter]) -> Route:
         base = self.bank.resolve(BASE)
-        return Route(tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes), route.index)
+        mixes = tuple(mix if gone.isdisjoint(mix.adapters) else base for mix in route.mixes)
+        return dataclasses.replace(route, mixes=mixes)
 
     def is_copied(self, memo: dict[int, Any]) -> bool:
         """Whether a deep copy that is being made has the whole model."""
@@ -394,11 +510,13 @@ class Routing:
         if not self.is_copied(memo):
             return self
         made = memo[id(self)] = Routing.__new__(Routing)
-        made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
-        made.composes = self.composes
-        made.guard = copy.deepcopy(self.guard, memo)
-        made.trained = copy.deepcopy(self.trained, memo)
-        made.wear_everywhere(copy.deepcopy(self.route, memo))
+        with self.lock:  # what is worn is of the adapters that are copied
+            made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]
+            made.composes = self.composes
+            made.guard = copy.deepcopy(self.guard, memo)
+            made.settle = copy.deepcopy(self.settle, memo)
+            made.trained = copy.deepcopy(self.trained, memo)
+            made.wear_everywhere(copy.deepcopy(self.route, memo))
         model = self._model()
         if model is not None:
             made.attach(memo.get(id(model), model))

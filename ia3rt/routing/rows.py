@@ -146,18 +146,39 @@ class RowScales:
     def _is_scaled(self, layer: nn.Module, position: int, x: Tensor, worn: Worn, forward: Forward | None) -> bool:
         """Whether an adapter of the route acts; what x says of the rows is seen before that."""
         if worn.route.by_token and worn.tokens is None:
+            if not worn.acts_at(position, self._bank):
+                return False
             site = list(self._bank.sites.values())[position]
             raise ValueError(
-                f"each token wears a mix of its own, and {site} is called outside of a forward of the model, so that "
-                "it is not known which tokens these are: call the model, or route rows"
+                f"each token wears a mix of its own, and {site} is called outside of a forward of the model over text, "
+                "so that it is not known which tokens these are: call the model, or route rows"
             )
         self.see(layer, position, x, worn)
+        if forward is not None and forward.most is not None and forward.marks is not None:
+            self._check_places(position, x, worn, forward)
         # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
         return (is_traced() and self._probing.is_known(layer, x)) or worn.acts_at(position, self._bank)
 
+    def _check_places(self, position: int, x: Tensor, worn: Worn, forward: Forward) -> None:
+        """Raises ValueError where a layer computes on tokens of the cache again, which came before the rows' starts."""
+        if forward.most is None or x.shape[:-1].numel() <= forward.most:
+            return
+        if not worn.acts_at(position, self._bank):
+            forward.kind = object()  # another adapter may act there: the next forward is looked at again
+            return
+        site = list(self._bank.sites.values())[position]
+        raise ValueError(
+            f"the rows wear their mixes from a start on, and {site} got {tuple(x.shape[:-1])} where the batch has "
+            f"{forward.most} tokens: the model computes there on the tokens of its cache again, which would wear the "
+            "mixes too. Run the whole prompt without a cache (use_cache=False), route rows without start, or leave the "
+            "module out with patch(exclude_modules=…)"
+        )
+
     def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
         """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
-        return not (is_traced() and self._probing.is_known(layer, x)) and len(worn.route.mixes) == 1
+        if is_traced() and self._probing.is_known(layer, x):
+            return False
+        return len(worn.route.mixes) == 1 or (worn.rows == 1 and worn.tokens is None)
 
 
 def _numbers(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
@@ -185,12 +206,17 @@ def spread(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:
     shape[-1] = scale.shape[-1]
     if worn.tokens is not None:
         rows, length = worn.rows or 0, worn.length or 0
-        if layout.images or x.shape[:-1].numel() != rows * length:
-            raise ValueError(f"the route is for {rows} × {length} tokens, but a layer got {tuple(x.shape[:-1])}")
-        by_token = scale.index_select(0, worn.tokens).view(rows, length, -1)
-        if layout.dim == 0:
-            return by_token.view(*x.shape[:-1], -1) if layout.repeated else by_token
-        return by_token.transpose(0, 1)
+        is_major = layout.dim == 0 and x.shape[:-1].numel() == rows * length
+        if layout.images or not (is_major or (layout.dim == 1 and x.shape[:-1] == (length, rows))):
+            raise ValueError(
+                f"the tokens of a row wear different mixes, and a layer got {tuple(x.shape[:-1])} where the batch has "
+                f"{rows} × {length}: in an image, or where there are more or fewer, no token is known. Route rows, or "
+                "leave the module out with patch(exclude_modules=…)"
+            )
+        by_token = scale.index_select(0, worn.tokens)
+        if is_major:  # token by token, whatever stands between: [rows, 1, length, width] too
+            return by_token.view(*x.shape[:-1], -1)
+        return by_token.view(rows, length, -1).transpose(0, 1)
     if layout.images:
         scale = scale[list(worn.images or ())]
         if len(scale) == 1:

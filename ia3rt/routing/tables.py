@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.bank import ResolvedMix
+from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.routing.staging import Staging, Turn
 
 PRODUCT, LINEAR = 0, 1
@@ -16,13 +17,14 @@ _MIX_SIZE = 8  # up to this, mixes of any size find one table
 
 
 class MixTables:
-    """What the kernels read beside the bank.
+    """What the kernels read beside the bank, on one device.
 
     Attributes:
-        bank: by site, its column slice of the bank, [capacity, width].
+        bank: by site, its column slice of the bank, [capacity, width]; without a column for a site that lies elsewhere.
         mixes: int32 [slots, 2 + 2 K], a mix a row: mode (0 product, 1 linear), count, K bank rows, K float32 weights
             as raw bits. K is the longest mix there is room for.
         route: int32 [R], the slot each row of the batch wears; R = 1 where all wear one.
+        tokens: int64 [R], the same as `route`, where each token of the batch has a mix of its own; None elsewhere.
         layout: the shapes of `mixes` and `route`: R, slots, and the numbers of a slot.
         stays: whether `bank` is the bank's own table, and not made anew for each forward.
     """
@@ -31,6 +33,7 @@ class MixTables:
         self.bank: Sequence[Tensor] = ()
         self.mixes = torch.zeros(0, 2, dtype=torch.int32)
         self.route = torch.zeros(0, dtype=torch.int32)
+        self.tokens: Tensor | None = None
         self.layout, self.stays = (0, 0, 0), True
         self._table: Tensor | None = None
         self._slots: list[int] | None = None  # what the route holds; None where that is on the device only
@@ -46,19 +49,20 @@ class MixTables:
         tables._lay_out()
         return tables
 
-    def routed(self, slots: Tensor) -> MixTables:
-        """The same bank and mixes with another route, [R]."""
+    def by_token(self, tokens: Tensor) -> MixTables:
+        """The same bank and mixes, and the mix of each token, [R]."""
         tables = MixTables()
-        tables.bank, tables.mixes, tables.route, tables.stays = self.bank, self.mixes, slots.int(), self.stays
+        tables.bank, tables.mixes, tables.route, tables.stays = self.bank, self.mixes, tokens.int(), self.stays
+        tables.tokens = tokens
         tables._lay_out()
         return tables
 
-    def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: int) -> None:
+    def write(self, bank: DeviceTable, mixes: Sequence[ResolvedMix], rows: int) -> None:
         """Writes the distinct mixes in use, in place where they fit into what was there before.
 
         There is room for a mix a row of the batch, so that a captured forward of so many rows holds under any route.
         """
-        device = bank.table.device
+        device = bank.device
         if bank.table is not self._table:
             self._table, self.bank = bank.table, bank.columns
         size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))

@@ -33,8 +33,8 @@ class TrainedAdapters:
         self._modules = dict(model.named_modules())
         self._parameters: dict[Adapter, dict[Site, nn.Parameter]] = {}
         self._float32: dict[nn.Parameter, Tensor] = {}
-        device = bank.table.device
-        self._columns = {site: site.slices.inside(device) for site in bank.sites.values() if site.slices is not None}
+        devices = bank.devices.items()
+        self._columns = {site: site.slices.inside(device) for site, device in devices if site.slices is not None}
         self._frozen: list[tuple[nn.Module, str]] = []
         self._check()
         for module in self._modules.values():
@@ -70,12 +70,13 @@ class TrainedAdapters:
         used, mixes = used_rows(route.mixes)
         by_row = route.of_rows
         scales = TrainedScales(self._vectors(used), mixes, by_row, keeps=route.by_token)
-        tables, device = MixTables(), self._bank.table.device
+        placed = tuple(MixTables() for _ in self._bank.tables)
         if backend == "triton":
-            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(device)
-            index = torch.zeros(1, dtype=torch.int64) if by_row is None else by_row
-            tables = MixTables.over(Stacked(scales.vectors), packed, index.to(device, torch.int32))
-        return Worn(route, None if route.index is None else len(route.index), scales, tables)
+            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes)))
+            index = torch.zeros(1, dtype=torch.int32) if by_row is None else by_row.int()
+            vectors, devices = Stacked(scales.vectors), [here.device for here in self._bank.tables]
+            placed = tuple(MixTables.over(vectors, packed.to(device), index.to(device)) for device in devices)
+        return Worn(route, None if route.index is None else len(route.index), scales, placed)
 
     def is_replaced(self) -> bool:
         """Whether other code registered something in the place of a parameter."""
@@ -103,15 +104,16 @@ class TrainedAdapters:
         self.keep_float32()
 
     def keep_float32(self) -> None:
-        """Gives the parameters their float32 numbers back after the model was cast, and follows it to its device."""
+        """Gives the parameters their float32 numbers back after the model was cast, and follows it to its devices."""
         if self._averaging is not None:
             self._averaging.watch(self.parameters)
-        device, kept = self._bank.table.device, {}
-        for parameter in self.parameters:
+        devices, kept = self._bank.devices, {}
+        by_site = [(site, each) for held in self._parameters.values() for site, each in held.items()]
+        for site, parameter in by_site:
             own = self._float32.get(parameter)
             if own is None or parameter.dtype == torch.float32:
                 own = parameter.data
-            kept[parameter] = own = own.to(device, torch.float32)
+            kept[parameter] = own = own.to(devices[site], torch.float32)
             if parameter.data_ptr() != own.data_ptr() or parameter.dtype != own.dtype:
                 parameter.data = own
                 if parameter.grad is not None:
@@ -152,12 +154,15 @@ class TrainedAdapters:
             registered = module._parameters.get(_attribute(site, adapter))
             own = self._parameters[adapter][site] if registered is None else registered
             trained[adapter.row][site] = _repeated(own, site)
-        frozen = {row: torch.split(self._bank.table[row].float().clone(), self._bank.widths) for row in used}
+        frozen = {
+            row: self._bank.by_site(lambda on: torch.split(on.table[row].float().clone(), on.widths))  # noqa: B023
+            for row in used
+        }
         vectors: list[list[Tensor | _Part]] = []
-        for position, site in enumerate(self._bank.sites.values()):
+        for position, (site, device) in enumerate(self._bank.devices.items()):
             here = [(trained.get(row, {}).get(site), frozen[row][position]) for row in used]
             if site in self._columns:
-                columns = self._columns[site] = self._columns[site].to(self._bank.table.device)
+                columns = self._columns[site] = self._columns[site].to(device)
                 vectors.append([row if own is None else _Part(own, row, columns) for own, row in here])
             else:
                 vectors.append([row if own is None else own for own, row in here])
@@ -206,7 +211,9 @@ class TrainedScales:
     ) -> None:
         self.vectors = vectors
         self._mixes = [(mix.rows, mix.weights) for mix in mixes]
-        self._index = index if index is None else index.to(_laid(vectors[0][0]).device)
+        devices = dict.fromkeys((each.row if isinstance(each, _Part) else each).device for each, *_ in vectors)
+        self._index = index
+        self._indices = {} if index is None else {device: index.to(device) for device in devices}
         self._keeps = keeps
 
     def scale(self, position: int) -> Tensor:
@@ -218,7 +225,7 @@ class TrainedScales:
         if (self._index is None and not self._keeps) or len(self._index if self._index is not None else mixed) == 1:
             return mixed[0]
         stacked = torch.stack(mixed)
-        return stacked if self._index is None else stacked[self._index]
+        return stacked if self._index is None else stacked[self._indices[stacked.device]]
 
 
 class Stacked(Sequence[Tensor]):

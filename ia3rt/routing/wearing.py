@@ -14,10 +14,12 @@ class Wearing:
         worn: what that is; a switch puts another one there.
         holds: whether it is the content of a `with`, which says itself when it ends.
         generates: whether that is a call of `generate`.
+        seen: how many tokens of each row that has seen, where its tokens wear mixes of their own.
         token: what takes it back that the context wears something of its own.
     """
 
     def __init__(self, worn: Worn) -> None:
         self.worn = worn
         self.holds = self.generates = False
+        self.seen: int | None = None
         self.token: Token[Wearing] | None = None

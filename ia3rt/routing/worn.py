@@ -24,14 +24,14 @@ class Memory:
 
     Attributes:
         composed: the mixes as torch applies them; nothing is in it where no module needs them.
-        tables: the mixes as the kernels read them; nothing is in it on the torch backend.
+        placed: the mixes as the kernels read them, on each device of the bank; nothing is in it on the torch backend.
         holder: the Worn whose numbers CUDA graphs read here; None once a switch has written others for them.
         route: what was written last; it holds the rows that it names, which a CUDA graph may read.
     """
 
     def __init__(self) -> None:
         self.composed = ComposedMixes()
-        self.tables = MixTables()
+        self.placed: tuple[MixTables, ...] = (MixTables(),)
         self.holder: weakref.ref[Worn] | None = None
         self.route: Route | None = None
 
@@ -40,11 +40,16 @@ class Memory:
         """Writes a route; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
         self.route = route
+        self.composed.is_written = False
         if composes:
             self.composed.write(bank, route.mixes, by_row)
+        if len(self.placed) != len(bank.tables):
+            self.placed = tuple(MixTables() for _ in bank.tables)
         if backend == "triton":
-            self.tables.write(bank, route.mixes, 1 if route.index is None else route.index.numel())
-            self.tables.write_route([0] if by_row is None else by_row)
+            rows = 1 if route.index is None else route.index.numel()
+            for tables, here in zip(self.placed, bank.tables, strict=True):
+                tables.write(here, route.mixes, rows)
+                tables.write_route([0] if by_row is None else by_row)
 
 
 class Worn:
@@ -57,45 +62,49 @@ class Worn:
         rows: of the batch that it is for; None where all rows of any batch wear one mix.
         by_row: whether its rows may wear different mixes.
         length: of these rows, in tokens; None unless each token has a mix of its own.
-        tokens: int64 [rows * length], the mix of each token; None unless each has one.
+        tokens: int64 [rows * length], the mix of each token, on the device of `tables`; None unless each has one.
         images: the row of each image of the batch, where the route or the batch says so.
+        before_start: what is worn by a forward of tokens that all come before the route's start; None without one.
+        after_start: the same of tokens that all come after it.
+        is_behind: whether it is such a one.
         composed: the mixes as torch applies them.
-        tables: the mixes as the kernels read them.
-        is_composed: whether that was written.
+        placed: the mixes as the kernels read them, on each device of the bank.
+        tables: the first of these.
         spread: scales as they are multiplied to inputs, by what `RowScales.scale` looks them up, with the dimension of
             the rows.
         major: sites whose tensors lie row by row, by what `RowScales.are_major` looks them up.
-        stream: of a CUDA device, the one that the numbers were written in.
+        streams: of CUDA devices, those that the numbers were written in, by the device's place in the bank.
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
     """
 
-    def __init__(self, route: Route, rows: int | None, composed: Scales, tables: MixTables) -> None:
+    def __init__(self, route: Route, rows: int | None, composed: Scales, placed: tuple[MixTables, ...]) -> None:
         self.route = route
         self.rows = rows
         self.by_row = rows is not None
         self.composed = composed
-        self.tables = tables
+        self.placed = placed
+        self.tables = placed[0]
         self.length: int | None = None
-        self.tokens: Tensor | None = None
+        self.tokens = self.tables.tokens
         self.images: Sequence[int] | None = None
+        self.before_start: Worn | None = None
+        self.after_start: Worn | None = None
+        self.is_behind = False
         self.lent = False
         self.memory: Memory | None = None
         self.shelf: Shelf | None = None
         self.of: Worn | None = None  # whose numbers these are
-        self.is_composed = True
         self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         self.major: set[tuple[int, int, int]] = set()
         self._acts: frozenset[int] | None = None
         self._kept: weakref.ref[Worn] | None = None  # it holds this one
-        self.stream: torch.cuda.Stream | None = None
+        self.streams: tuple[torch.cuda.Stream | None, ...] = ()
 
     def compose(self, bank: Bank) -> None:
         """Composes the mixes where only the kernels' tables were written."""
-        written = self.of or self
-        if isinstance(written.composed, ComposedMixes) and not written.is_composed:
+        if isinstance(self.composed, ComposedMixes) and not self.composed.is_written:
             by_row = self.route.of_rows
-            written.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
-            written.is_composed = True
+            self.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
 
     def acts_at(self, position: int, bank: Bank) -> bool:
         """Whether any adapter of the route acts at a site."""
@@ -104,16 +113,26 @@ class Worn:
             self._acts = frozenset(place for place, key in enumerate(bank.sites) if key in sites)
         return position in self._acts
 
-    def by_token(self, tokens: Tensor, length: int) -> Worn:
-        """The same mixes over tokens [rows * length]."""
-        made = self._over(self.tables.routed(tokens))
-        made.tokens, made.length = tokens, length
+    def by_token(self, tokens: Tensor, length: int, bank: Bank) -> Worn:
+        """The same mixes over tokens [rows * length], which are brought to each device of `bank`."""
+        made = self._over(
+            tuple(
+                tables.by_token(tokens.to(here.device)) for tables, here in zip(self.placed, bank.tables, strict=True)
+            )
+        )
+        made.length = length
         return made
 
     def with_images(self, images: Sequence[int]) -> Worn:
         """The same for a batch with images, of which these are the rows."""
-        made = self._over(self.tables)
+        made = self._over(self.placed)
         made.images = images
+        return made
+
+    def on(self, place: int) -> Worn:
+        """The same as layers on one of several devices read it."""
+        made = self._over((self.placed[place],))
+        made.memory, made.spread, made.major = self.memory, self.spread, self.major
         return made
 
     def kept(self, bank: Bank) -> Worn:
@@ -124,31 +143,42 @@ class Worn:
         kept = None if self._kept is None else self._kept()
         if kept is None:
             used, mixes = used_rows(self.route.mixes)
-            rows = bank.table[torch.tensor(used, device=bank.table.device)]
-            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes))).to(rows.device)
-            tables = MixTables.over(torch.split(rows, bank.widths, dim=1), packed, self.tables.route.clone())
-            kept = self._over(tables)
+            packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes)))
+            placed = []
+            with bank.lock:  # its tables and its sites belong together
+                for tables, here in zip(self.placed, bank.tables, strict=True):
+                    rows = here.table[torch.tensor(used, device=here.device)]
+                    columns, numbers = torch.split(rows, here.widths, dim=1), packed.to(rows.device)
+                    placed.append(MixTables.over(columns, numbers, tables.route.clone()))
+                    placed[-1].tokens = tables.tokens
+            kept = self._over(tuple(placed))
             self._kept = weakref.ref(kept)
         return kept
 
-    def _over(self, tables: MixTables) -> Worn:
+    def _over(self, placed: tuple[MixTables, ...]) -> Worn:
         """The same numbers, with other tables for the kernels."""
-        made = Worn(self.route, self.rows, self.composed, tables)
+        made = Worn(self.route, self.rows, self.composed, placed)
         made.of = self.of or self
-        made.length, made.tokens, made.images, made._acts = self.length, self.tokens, self.images, self._acts
+        made.length, made.images, made._acts = self.length, self.images, self._acts
+        made.is_behind = self.is_behind
         return made
 
     def order(self, bank: Bank) -> None:
-        """Lets the current stream of a CUDA device wait for the one that this was written in."""
-        written, here = (self.of or self).stream, current_stream(bank.table.device)
-        if written is None or here == written:
-            return
-        here.wait_stream(written)
-        bank.is_read_by_streams = True
-        (self.of or self).lent = True  # memory that several streams read is left to torch's allocator
-        for table in (self.tables.mixes, self.tables.route, self.composed.scale(0)):
-            if table.is_cuda:
-                table.record_stream(here)
+        """Lets the current stream of each CUDA device wait for the one that this was written in."""
+        of = self.of or self
+        for place, (written, table) in enumerate(zip(of.streams, bank.tables, strict=False)):
+            if written is None:
+                continue
+            here = current_stream(table.device)
+            if here == written:
+                continue
+            here.wait_stream(written)
+            table.is_read_by_streams = True
+            of.lent = True  # memory that several streams read is left to torch's allocator
+            tables, site = self.placed[place], bank.places.index(place) if bank.places else 0
+            for written_there in (tables.mixes, tables.route, self.composed.scale(site)):
+                if written_there.is_cuda:
+                    written_there.record_stream(here)
 
     def write_to(self, memory: Memory, rows: int | None) -> None:
         """Writes the same into memory for a batch of so many rows; not what no such batch can wear."""
@@ -175,15 +205,15 @@ class Worn:
 
     def within(self, memory: Memory) -> Worn:
         """The same numbers in memory that holds them already."""
-        made = Worn(self.route, self.rows, memory.composed, memory.tables)
-        made.images, made.stream, made.is_composed, made.lent = self.images, self.stream, self.is_composed, True
+        made = Worn(self.route, self.rows, memory.composed, memory.placed)
+        made.images, made.streams, made.lent = self.images, self.streams, True
         return made
 
     def _move(self, shelf: Shelf) -> None:
         """Takes other memory, and leaves the one that it has to CUDA graphs."""
         memory = shelf.written(self.route, self.rows)
-        self.memory, self.composed, self.tables = memory, memory.composed, memory.tables
-        self.spread, self.is_composed = {}, shelf.composes
+        self.memory, self.composed, self.placed, self.tables = memory, memory.composed, memory.placed, memory.placed[0]
+        self.spread = {}
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copy of the model has a bank of its own, and lays its own tables."""
@@ -207,11 +237,14 @@ class Shelf:
         """What `route` is over the rows that it has."""
         rows = None if route.index is None else len(route.index)
         memory = self.written(route, rows)
-        worn = Worn(route, rows, memory.composed, memory.tables)
-        worn.memory, worn.shelf, worn.is_composed = memory, self, self.composes
-        if self.bank.table.is_cuda:
-            worn.stream = current_stream(self.bank.table.device)
-            self.bank.read_in(worn.stream)
+        worn = Worn(route, rows, memory.composed, memory.placed)
+        worn.memory, worn.shelf = memory, self
+        if self.bank.is_cuda:
+            tables = self.bank.tables
+            worn.streams = tuple(current_stream(here.device) if here.table.is_cuda else None for here in tables)
+            for here, stream in zip(tables, worn.streams, strict=True):
+                if stream is not None:
+                    here.read_in(stream)
         return worn
 
     def written(self, route: Route, rows: int | None) -> Memory:

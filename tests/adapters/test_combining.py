@@ -13,6 +13,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from ia3rt.adapters.combining.arithmetic import analogy, negate
+from ia3rt.adapters.combining.combination import Combination
 from ia3rt.adapters.combining.fisher import fisher
 from ia3rt.adapters.combining.max_abs import max_abs
 from ia3rt.adapters.combining.power import power
@@ -254,3 +255,32 @@ def test_pefts_dare_with_the_same_draw(density: float, monkeypatch: pytest.Monke
             right = 1 + theirs([vector.double() - 1 for vector in vectors], weights, density)
         monkeypatch.undo()
         torch.testing.assert_close(ours, right.float(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("width", [3, 64, 128, 192, 256, 320, 576, 768, 1280, 1536, 4096, 8192, 14336])
+def test_the_density_that_an_error_names_is_enough(width):
+    with pytest.raises(ValueError, match="give .* or more") as caught:
+        keep_largest(torch.ones(width, dtype=torch.float64), 1e-6)
+    named = float(str(caught.value).split("give ")[1].split(" ")[0])
+    assert int(keep_largest(torch.ones(width, dtype=torch.float64), named).sum()) == 1
+    assert named <= 1.1 / width
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"adapters": {"a", "b"}}, "adapters must be a list of names"),
+        ({"adapters": {"a": 0.5}}, "adapters must be a list of names"),
+        ({"weights": 0.5}, "weights are 0.5: give a list"),
+        ({"seed": 1.5, "combination_type": "dare_ties", "density": 0.5}, "seed is 1.5: it is an integer"),
+        ({"density": "0.2"}, "density is '0.2': it is a number"),
+    ],
+)
+def test_what_is_of_another_type_is_named(given, words):
+    with pytest.raises(TypeError, match=words):
+        Combination(**{"adapters": ["a", "b"], "combination_type": "ties", **given})
+
+
+def test_weights_that_sum_to_infinity_are_not_normalized():
+    with pytest.raises(ValueError, match="sum to inf, and cannot be normalized"):
+        Combination(["a", "b"], [1e308, 1e308], "delta", normalize=True)

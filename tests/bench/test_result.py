@@ -21,7 +21,7 @@ from ia3rt.bench import budget as budgets
 from ia3rt.bench import readable, terminal
 from ia3rt.bench.budget import Rule, check, read_budget
 from ia3rt.bench.compare import compare
-from ia3rt.bench.profile.document import measured_table, times_table
+from ia3rt.bench.profile.document import measured_table, scale_table, times_table
 from ia3rt.bench.report import svg, write_html
 from ia3rt.bench.result import CaseResult, Measurement, Result, read_json, write_csv, write_json
 from ia3rt.bench.suites.registry import SUITES
@@ -292,6 +292,16 @@ def test_a_table_of_times_has_the_ratios_beside_them() -> None:
     assert "| case | base | peft | ia3rt | peft × base | ia3rt × base | control |" in table
     row = table.splitlines()[-1]
     assert row.startswith("| decode rows=1 length=8 | 1.00 s (") and row.endswith("| 2.00 | 1.20 | 1.040 (± 0.040) |")
+
+
+def test_a_table_of_many_adapters_says_what_a_ratio_is_to() -> None:
+    timed, told = controlled(1.2, 1.04), dataclasses.replace(case(0.5), unit="bytes")
+    table = scale_table(result(timed, told, command="ia3rt bench scale"))
+    first, second = table.splitlines()[-2:]
+    assert first.startswith("| decode rows=1 length=8 | 1.00 s (") and first.endswith(
+        "| 1.20 × base | 1.040 (± 0.040) |"
+    )
+    assert second == "| decode rows=1 length=8 | 1 B | 2 B | 0 B | 0.5 × base |  |"
 
 
 def test_a_result_without_controls_is_read(tmp_path) -> None:

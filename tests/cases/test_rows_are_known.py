@@ -251,6 +251,39 @@ def test_tokens_behind_one_another() -> None:
         assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x))  # noqa: B023
 
 
+class Between(Embedded):
+    """With a dimension of one between rows and tokens, as of heads that share what they read."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.v_proj(self.embed(input_ids)[:, None])[:, 0]
+
+
+class TimeFirstBetween(Embedded):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.v_proj(self.embed(input_ids).transpose(0, 1)[None])[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("make", [Between, TimeFirstBetween], ids=lambda make: make.__name__)
+def test_tokens_behind_another_dimension(make, side) -> None:
+    """Right, or refused by name: as many rows as tokens, so that anything broadcasts."""
+    model, x = make(), ids(4, 4)
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=["v_proj"] if side == "in" else [])
+    index = torch.arange(16).view(4, 4) % 3
+    with torch.no_grad():
+        worn = []
+        for name in NAMES[:3]:
+            runtime.set_adapter(name)
+            worn.append(model(x))
+        expected = torch.stack(worn).gather(0, index[None, :, :, None].expand(1, 4, 4, 16))[0]
+        with runtime.route(NAMES[:3], index=index):
+            if make is Between:
+                torch.testing.assert_close(model(x), expected)
+            else:
+                with pytest.raises(ValueError, match="v_proj|a layer got"):
+                    model(x)
+
+
 @pytest.mark.parametrize("make", [Unpadded, Sorted], ids=lambda make: make.__name__)
 def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
     model = make()

@@ -345,3 +345,27 @@ def test_nothing_of_a_model_stays_in_its_thread() -> None:
     del runtime, model
     gc.collect()
     assert worn() is None
+
+
+def test_a_forward_wears_its_own_head_while_the_bank_grows(monkeypatch) -> None:
+    """For a row more no module is touched, which a forward of another thread may be about to call."""
+    runtime = ia3rt.patch(tiny_model(), capacity=1)
+    head = {"lm_head": {"weight": torch.randn(128, 64)}}
+    runtime.add_adapter("h", {site.key: torch.full((site.width,), 0.5) for site in runtime.sites}, modules=head)
+    runtime.set_adapter("h")
+    right, seen, place = logits(runtime.model, IDS), [], runtime._drop_ins.place
+
+    def meanwhile(sites) -> None:
+        thread = threading.Thread(target=lambda: seen.append(logits(runtime.model, IDS)))
+        thread.start()
+        thread.join()
+        place(sites)
+
+    monkeypatch.setattr(runtime._drop_ins, "place", meanwhile)
+    for name in "xyz":
+        runtime.add_adapter(name)
+    assert len(runtime._bank.table) > 4
+    for each in (*seen, logits(runtime.model, IDS)):
+        assert torch.equal(each, right)
+    runtime.set_adapter("z")
+    assert not torch.equal(logits(runtime.model, IDS), right)

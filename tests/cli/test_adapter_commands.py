@@ -13,37 +13,17 @@ import numpy as np
 import peft
 import pytest
 import torch
+from commands import done, fails, run
 from safetensors.torch import load_file, save_file
 from tiny import TARGETS, logits, peft_model, save_each, tiny_model, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner, Result
 from words import save_tiny
 
 import ia3rt
 from ia3rt.adapters.checkpoint import read_checkpoint
-from ia3rt.cli.main import app
 
 IDS = token_ids()
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def run(*arguments: str | Path) -> Result:
-    # Wide, so that no message is broken into lines.
-    return CliRunner(env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).invoke(app, [str(a) for a in arguments])
-
-
-def done(*arguments: str | Path) -> dict[str, Any]:
-    """What a command that ends well says with --json."""
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    said: dict[str, Any] = json.loads(result.stdout)
-    return said
-
-
-def fails(result: Result, code: int, *parts: str) -> None:
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert any(all(part in line for part in parts) for line in result.output.splitlines()), result.output
 
 
 @pytest.fixture
@@ -291,7 +271,7 @@ def test_convert_keeps_pefts_numbers_and_dtype(folders: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("names", ["b", "bd"])
 def test_merge_writes_a_plain_model(names: str, folders: dict[str, Path], tmp_path: Path) -> None:
     said = done("merge", folders["model"], *(folders[name] for name in names), "-o", tmp_path / "merged")
-    assert (said["architecture"], said["dtype"], said["has_processor"]) == ("LlamaForCausalLM", "float32", True)
+    assert (said["architecture"], said["dtype"], said["left_out"]) == ("LlamaForCausalLM", "float32", [])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     runtime = ia3rt.patch(model := tiny_model())
     for name in names:

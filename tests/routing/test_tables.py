@@ -10,7 +10,7 @@ from ia3rt.routing.worn import Memory
 
 
 def addresses(memory: Memory) -> tuple[int, ...]:
-    tables, composed = memory.tables, memory.composed
+    (tables,), composed = memory.placed, memory.composed
     return (
         tables.mixes.data_ptr(),
         tables.route.data_ptr(),
@@ -32,7 +32,7 @@ def test_what_a_graph_captured_stays_where_it_is_and_follows_each_switch() -> No
             worn = runtime._routing.now()  # noqa: B023
             if backend == "triton":  # noqa: B023
                 for slot, row in enumerate(worn.tables.route.tolist()):
-                    mine = memory.tables.mixes[memory.tables.route[slot]].tolist()
+                    mine = memory.placed[0].mixes[memory.placed[0].route[slot]].tolist()
                     theirs = worn.tables.mixes[row].tolist()
                     assert mine[: 2 + mine[1]] == theirs[: 2 + theirs[1]]
             else:

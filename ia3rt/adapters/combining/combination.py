@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
@@ -36,7 +37,7 @@ class Combination:
     """How an adapter of its own is made of others.
 
     Attributes:
-        adapters: the adapters' names.
+        adapters: the adapters' names, in order.
         weights: one finite number an adapter; None means 1 each for a `DerivedType`, and what it does for a `Mix`.
         combination_type: see the function of this name in ia3rt.adapters.combining, or `Mix`.
         density: for `ties`, `dare_linear`, `dare_ties` and `magnitude_prune`, which need it: the share of each vector's
@@ -49,7 +50,7 @@ class Combination:
     Raises:
         ValueError: an unknown type, a number of adapters that it does not take, weights that do not fit, a density that
             is missing or outside of (0, 1], or an option that the type does not have.
-        TypeError: a seed that is no integer.
+        TypeError: a seed that is no integer, a density that is no number, or weights or names without an order.
     """
 
     adapters: Sequence[str]
@@ -64,6 +65,8 @@ class Combination:
         """Normalises sequences to tuples and checks what the class promises."""
         if isinstance(self.adapters, str):
             raise ValueError(f"adapters must be a sequence of names, got the string {self.adapters!r}")
+        if not isinstance(self.adapters, Sequence):  # a set has no order, and a mapping would lose its weights
+            raise TypeError(f"adapters must be a list of names: got {self.adapters!r}")
         object.__setattr__(self, "adapters", tuple(self.adapters))
         known = (*get_args(CombinationType), *get_args(DerivedType))
         if self.combination_type not in known:
@@ -76,13 +79,24 @@ class Combination:
             raise ValueError(
                 f"{self.combination_type!r} is of {words}: got {len(self.adapters)}, {list(self.adapters)}"
             )
-        if self.seed is not None:
-            object.__setattr__(self, "seed", index(self.seed))
+        self._check_types()
         self._check_options()
-        if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
         check_weights(self.adapters, self.weights)
         self._check_weights()
+
+    def _check_types(self) -> None:
+        if self.seed is not None:
+            try:
+                object.__setattr__(self, "seed", index(self.seed))
+            except TypeError:
+                raise TypeError(f"seed is {self.seed!r}: it is an integer") from None
+        if self.density is not None and (isinstance(self.density, bool) or not isinstance(self.density, int | float)):
+            raise TypeError(f"density is {self.density!r}: it is a number in (0, 1]")
+        try:
+            if self.weights is not None:
+                object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        except TypeError:
+            raise TypeError(f"weights are {self.weights!r}: give a list with one number for each adapter") from None
 
     def _check_options(self) -> None:
         kind = self.combination_type
@@ -107,8 +121,13 @@ class Combination:
         kind, weights = self.combination_type, self.weights
         if kind in get_args(CombinationType):
             Mix(tuple(self.adapters), weights and tuple(weights), kind)  # type: ignore[arg-type]
-        if self.normalize and weights is not None and not abs(sum(weights)) > 1e-9 * sum(map(abs, weights)):
-            raise ValueError(f"weights {list(weights)} sum to 0, and cannot be normalized: their sum divides them")
+        if self.normalize and weights is not None:
+            total = sum(weights)
+            if not math.isfinite(total) or not abs(total) > 1e-9 * sum(map(abs, weights)):
+                told = total if not math.isfinite(total) else 0
+                raise ValueError(
+                    f"weights {list(weights)} sum to {told}, and cannot be normalized: their sum divides them"
+                )
         if kind == "slerp" and (weights is None or abs(sum(weights) - 1.0) > 1e-6):
             raise ValueError(f"'slerp' needs the weights (1 - t, t), which sum to 1: got {weights and list(weights)}")
         if kind == "fisher" and weights is not None and (min(weights) < 0 or not any(weights)):

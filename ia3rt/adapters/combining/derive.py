@@ -62,8 +62,8 @@ def derived_vectors(
 
 
 def _on_the_cpu(bank: Bank, adapter: Adapter) -> dict[Site, Tensor]:
-    """As `Bank.distinct`, copied in one piece: from a GPU each copy is a wait."""
-    columns = torch.split(bank.table[adapter.row].cpu(), bank.widths)
+    """As `Bank.distinct`, copied in one piece from each device: from a GPU each copy is a wait."""
+    columns = bank.by_site(lambda here: torch.split(here.table[adapter.row].cpu(), here.widths))
     return {
         site: column[: site.width_of_one] if site in adapter.shared else column
         for site, column in zip(bank.sites.values(), columns, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -25,12 +26,19 @@ def keep_largest(change: Tensor, density: float) -> Tensor:
     kept = int(density * change.numel())
     if kept == 0:
         raise ValueError(
-            f"a density of {density:g} keeps none of {change.numel()} numbers: give {1 / change.numel():.2g} or more"
+            f"a density of {density:g} keeps none of {change.numel()} numbers: give {_least(change.numel()):g} or more"
         )
     largest = change.abs().argsort(descending=True, stable=True)[:kept]
     pruned = torch.zeros_like(change)
     pruned[largest] = change[largest]
     return pruned
+
+
+def _least(numbers: int) -> float:
+    """The least density of two digits that keeps one of them."""
+    digits = 1 - math.floor(math.log10(1 / numbers))
+    least: float = math.ceil(10.0**digits / numbers) / 10.0**digits
+    return least if int(least * numbers) else least + 10.0**-digits
 
 
 def keep_random(change: Tensor, density: float, key: str) -> Tensor:
