@@ -13,7 +13,7 @@ from typing import Literal
 
 from ia3rt.bench.study.splits import Split
 
-Phase = Literal["alone", "tuning", "test", "domain", "negate", "analogy", "warning"]
+Phase = Literal["alone", "tuning", "test", "domain", "defaults", "negate", "analogy", "warning"]
 
 OWN, BASE, JOINT = "routing", "base", "joint"
 """What is compared with, as methods are called: each row its own adapter, none, one trained on all tasks."""

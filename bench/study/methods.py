@@ -139,5 +139,17 @@ METHODS = (
 )
 """All that are compared; `product` first, which the others are compared with."""
 
+IN_A_ROW = ("product", "delta", "linear")
+"""What a row can wear as a `Mix`, without an adapter of its own: shown where there is no room for all."""
+
+DEFAULTS: Mapping[str, tuple[Values, Values]] = {
+    "delta": ({"weight": 1.0}, {"weight": 0.85}),
+    "magnitude_prune": ({"density": 0.2, "weight": 1.0}, {"density": 0.4, "weight": 1.0}),
+    "ties": ({"density": 0.2, "weight": 1.0}, {"density": 0.4, "weight": 1.0}),
+    "dare_ties": ({"density": 0.5, "weight": 1.0}, {"density": 0.8, "weight": 1.0}),
+}
+"""Which of two values would be the better default: what is usual, and what was best on validation texts where one value
+serves both models and all numbers of adapters."""
+
 SUM_OF_ONES = Method("linear, weights of 1", lambda given, name, _: weighted("linear")(given, name, {"weight": 1.0}))
 """What goes wrong: Σ l is about n, and not about 1. Once, as a warning."""

@@ -293,6 +293,7 @@ class OneModel:
             "alone": lambda asking: phases.alone(asking, scale),
             "values": lambda asking: phases.tuning(asking, scale),
             "sets": lambda asking: phases.test(asking, scale, chosen()),
+            "defaults": lambda asking: phases.defaults(asking, scale),
             "domains": lambda asking: phases.domain(asking, scale, chosen()),
             "forgetting": lambda asking: phases.forgetting(asking, scale),
         }

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from ia3rt.bench.study.asking import Asking
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, Cell, Phase
-from ia3rt.bench.study.methods import METHODS, SUM_OF_ONES, Combining, Method, Values, weighted
+from ia3rt.bench.study.methods import DEFAULTS, IN_A_ROW, METHODS, SUM_OF_ONES, Combining, Method, Values, weighted
 from ia3rt.bench.study.sets import all_sets, cycle
 from ia3rt.bench.study.settings import Scale
 from ia3rt.bench.study.splits import Split
@@ -90,8 +90,21 @@ def test(asking: Asking, scale: Scale, chosen: Chosen) -> Iterator[Cell]:
     yield from _asked(asking, "warning", SUM_OF_ONES, {}, scale.seeds[0], first, first, "test", scale.test)
 
 
+def defaults(asking: Asking, scale: Scale) -> Iterator[Cell]:
+    """Two values each of some methods, on pairs and on all at once: which a user should get who gives none."""
+    methods = {each.name: each for each in METHODS}
+    chosen = [tasks for tasks in all_sets(scale.main) if len(tasks) in (2, len(scale.main))]
+    for seed in scale.seeds:
+        for tasks in chosen:
+            for name, compared in DEFAULTS.items():
+                for values in compared:
+                    asked = (asking, "defaults", methods[name], values, seed, tasks, tasks, "test", scale.test)
+                    yield from _asked(*asked)
+
+
 def domain(asking: Asking, scale: Scale, chosen: Chosen) -> Iterator[Cell]:
     """The same task in several domains: each adapter and each pair of them, in all the domains."""
+    methods = [each for each in METHODS if each.name in IN_A_ROW]
     tasks = ("movie", *scale.domain)
     for seed in scale.seeds:
         for one in tasks:
@@ -99,7 +112,7 @@ def domain(asking: Asking, scale: Scale, chosen: Chosen) -> Iterator[Cell]:
                 vectors, owner = adapter_name(one, seed), adapter_name(task, seed)
                 yield asking.cell("domain", (one,), OWN, {}, seed, vectors, owner, task, "test", scale.test)
         for pair in combinations(tasks, 2):
-            for method in METHODS:
+            for method in methods:
                 values = chosen[method.name, 2]
                 yield from _asked(asking, "domain", method, values, seed, pair, tasks, "test", scale.test)
 

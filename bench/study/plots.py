@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, read_table
-from ia3rt.bench.study.summary import PRODUCT
-from ia3rt.bench.study.tables import TITLES, best_method, rows_of, sizes_of
+from ia3rt.bench.study.methods import IN_A_ROW
+from ia3rt.bench.study.tables import TITLES, rows_of, sizes_of
 
 Row = Mapping[str, str]
 
-_COLORS = ("#d62728", "#1f77b4", "#7f7f7f")
+_COLORS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c")
 _WORDS = {OWN: "routing (each row its own)", JOINT: "one adapter trained on all", BASE: "no adapter"}
 
 
@@ -47,7 +47,7 @@ def _more(folder: Path) -> bytes:
     by_model = rows_of(folder, "methods")
     figure, axes = _panels(len(by_model), 4.2, 3.4)
     for axis, (model, rows) in zip(axes, by_model.items(), strict=True):
-        shown = dict.fromkeys((OWN, best_method(folder, model), PRODUCT, "linear", BASE))
+        shown = (OWN, *IN_A_ROW, "power", BASE)
         for color, name in zip(("black", *_COLORS, "#bbbbbb"), shown, strict=False):
             found = [row for row in rows if row["method"] == name and row["kept"]]
             found.sort(key=lambda row: int(row["size"]))
@@ -68,12 +68,12 @@ def _pairs(folder: Path) -> bytes:
         by_model.setdefault(row["model"], []).append(row)
     figure, axes = _panels(len(by_model), 4.2, 3.4)
     for axis, (model, rows) in zip(axes, by_model.items(), strict=True):
-        named = {"loss_of_product": PRODUCT, "loss_of_best": best_method(folder, model)}
-        for color, (column, name) in zip(_COLORS[::-1][1:], named.items(), strict=True):
-            xs, ys = [float(row["cosine"]) for row in rows], [100 * float(row[column]) for row in rows]
+        for color, name in zip(_COLORS, ("product", "linear"), strict=False):
+            xs = [float(row["distance"]) for row in rows]
+            ys = [100 * float(row[f"loss_of_{name}"]) for row in rows]
             axis.scatter(xs, ys, s=18, color=color, label=name)
         axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_xlabel("cosine of the two l − 1", fontsize=8)
+        axis.set_xlabel("mean |l − 1| of both", fontsize=8)
         axis.set_ylabel("points lost to routing", fontsize=8)
         _titled(axis, model)
     return _svg(figure)

@@ -46,9 +46,9 @@ def run(scale: Scale, models: Sequence[type[StudyModel]], folder: Path, cache: P
         MissingPackageError: a model's package is missing.
         ValueError: a task has too few texts.
     """
-    begun = datetime.now(timezone.utc)
     store = Store(cache / "results.sqlite")
     try:
+        pieces = store.begins(_now())
         with busy(console, "Reading the texts"):
             texts, left_out = read_texts(scale, fetch)
         scale = replace(scale, main=_without(scale.main, left_out), domain=_without(scale.domain, left_out))
@@ -76,8 +76,10 @@ def run(scale: Scale, models: Sequence[type[StudyModel]], folder: Path, cache: P
                 each.publish(of_model, folder / "adapters" / name)
         write(cells, tables, texts, scale, folder)
         facts = {
-            "begun": begun.isoformat(timespec="minutes"),
-            "ended": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+            "begun": pieces[0],
+            "ended": _now(),
+            "pieces": len(pieces),
+            "minutes": round(sum(_seconds(each, plan) for each, plan in zip(ready, plans, strict=True)) / 60),
             "scale": asdict(scale),
             "left_out": left_out,
             "seconds": {part: round(taken) for part, taken in sorted(store.seconds.items())},
@@ -112,19 +114,28 @@ def write(
     for model in dict.fromkeys(each.model for each in cells):
         answered = summary.Answered(cells, model)
         values = list(summary.by_values(answered))
-        best = summary.best_on_validation(values, 2)
-        pairs = list(summary.by_pair(answered, folder / "adapters" / model, best))
+        pairs = list(summary.by_pair(answered, folder / "adapters" / model))
         for name, rows in {
             "values": values,
             "methods": list(summary.by_method(answered)),
             "tasks": list(summary.by_task(answered)),
             "pairs": pairs,
+            "defaults": list(summary.by_default(answered)),
             "correlations": list(summary.correlations(pairs, model)),
             **{phase: list(summary.of_phase(answered, phase)) for phase in ("domain", "negate", "analogy", "warning")},
         }.items():
             found.setdefault(name, []).extend(rows)
     for name, rows in found.items():
         write_table(rows, folder / f"{name}.csv")
+
+
+def _now() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"
+
+
+def _seconds(model: OneModel, plan: Mapping[str, Part]) -> float:
+    seconds: float = sum(model.seconds(part, part.tokens) for part in plan.values())
+    return seconds
 
 
 def _without(tasks: Sequence[str], left_out: Mapping[str, str]) -> tuple[str, ...]:
@@ -167,9 +178,7 @@ def _shown(
     """A bar over all that is planned, in seconds as estimated; yields what begins a part of each model."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
-    total = sum(
-        each.seconds(part, part.tokens) for each, plan in zip(ready, plans, strict=True) for part in plan.values()
-    )
+    total = sum(_seconds(each, plan) for each, plan in zip(ready, plans, strict=True))
     with Progress(*columns, *times, console=console, speed_estimate_period=600) as progress:
         bar = progress.add_task("", total=total)
         ended = [0.0]

@@ -29,6 +29,7 @@ class Store:
         for setting in ("journal_mode = WAL", "synchronous = NORMAL"):  # a killed process loses nothing by it
             self._database.execute(f"PRAGMA {setting}")
         self._database.execute("CREATE TABLE IF NOT EXISTS seconds (part TEXT PRIMARY KEY, taken REAL NOT NULL)")
+        self._database.execute("CREATE TABLE IF NOT EXISTS pieces (begun TEXT PRIMARY KEY)")
         self._database.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, tensors BLOB NOT NULL)")
 
     def get(self, key: str) -> Tensors | None:
@@ -52,6 +53,11 @@ class Store:
             return {"json": torch.tensor(list(json.dumps(compute()).encode()), dtype=torch.uint8)}
 
         return json.loads(bytes(self.once(key, compute_text)["json"].tolist()))
+
+    def begins(self, now: str) -> list[str]:
+        """Says that a run begins, or goes on; returns when each of them did, by this one's way to say it."""
+        self._database.execute("INSERT OR IGNORE INTO pieces VALUES (?)", (now,))
+        return [begun for (begun,) in self._database.execute("SELECT begun FROM pieces ORDER BY begun")]
 
     def took(self, part: str, seconds: float) -> None:
         """Adds up how long a part took, over all runs that worked at it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ia3rt.adapters.checkpoint import read_checkpoint
 from ia3rt.bench.study import statistics
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, Cell
+from ia3rt.bench.study.methods import DEFAULTS, IN_A_ROW
 from ia3rt.bench.study.phases import adapter_name
 from ia3rt.bench.study.statistics import Answers, Interval
 from ia3rt.bench.study.tasks import TASKS
@@ -139,19 +140,38 @@ def by_values(answered: Answered) -> Iterator[Row]:
         yield row | {"cells": len(tried), "accuracy": sum(tried) / len(tried)}
 
 
-def best_on_validation(rows: Sequence[Mapping[str, object]], size: int) -> str:
-    """The method that was best for a size where values are chosen: what is recommended is not chosen by test texts."""
-    of_size = [row for row in rows if int(str(row["size"])) == size]
-    return str(max(of_size, key=lambda row: float(str(row["accuracy"])))["method"])
+def by_default(answered: Answered, draws: int = statistics.DRAWS) -> Iterator[Row]:
+    """For each size and method with two values to compare: both accuracies, and a paired test of the second's.
+
+    P-values are corrected for all that is compared of the model.
+    """
+    cells = [each for each in answered.cells if each.phase == "defaults"]
+    rows: list[Row] = []
+    for size, method in dict.fromkeys((len(each.adapters), each.method) for each in cells):
+        of_method = [each for each in cells if each.method == method and len(each.adapters) == size]
+
+        def right(values: Mapping[str, float], of_method: Sequence[Cell] = of_method) -> list[Tensor]:
+            found = [each for each in of_method if each.values == values]
+            return [_by_seed([c for c in found if c.task == task], answered.seeds) for task in answered.main]
+
+        one, other = (right(values) for values in DEFAULTS[method])
+        row: Row = {"model": answered.cells[0].model, "size": size, "method": method}
+        for name, values, found in zip(("usual", "other"), DEFAULTS[method], (one, other), strict=True):
+            row[name] = json.dumps(dict(values), sort_keys=True)
+            row[f"accuracy_of_{name}"] = float(torch.stack([each.mean() for each in found]).mean())
+        row |= _columns("difference", statistics.difference(other, one, draws))
+        rows.append(row | {"p": statistics.sign_flip(other, one, draws)})
+    adjusted = statistics.holm({str(place): float(str(row["p"])) for place, row in enumerate(rows)})
+    for place, row in enumerate(rows):
+        yield row | {"p_holm": adjusted[str(place)]}
 
 
-def by_pair(answered: Answered, published: Path, best: str) -> Iterator[Row]:
+def by_pair(answered: Answered, published: Path) -> Iterator[Row]:
     """For each pair of main tasks: what `ia3rt inspect A B` says of it, and what combining costs; means over seeds.
 
     Args:
         answered: a model's cells.
         published: the folder of its adapters.
-        best: the method that is looked at beside the product.
     """
     tested = [each for each in answered.cells if each.phase == "test" and len(each.adapters) == 2]
     for pair in dict.fromkeys(each.adapters for each in tested):
@@ -159,10 +179,9 @@ def by_pair(answered: Answered, published: Path, best: str) -> Iterator[Row]:
         row: Row = {"model": answered.cells[0].model, "pair": "+".join(pair)}
         row |= {name: sum(each[name] for each in seen) / len(seen) for name in seen[0]}
         own = sum(float(answered.right(OWN, 2, task).mean()) for task in pair) / 2
-        for method in dict.fromkeys((PRODUCT, best)):
+        for method in IN_A_ROW:
             scores = [each.accuracy for each in tested if each.adapters == pair and each.method == method]
-            row["loss_of_product" if method == PRODUCT else "loss_of_best"] = own - sum(scores) / len(scores)
-        row.setdefault("loss_of_best", row["loss_of_product"])
+            row[f"loss_of_{method}"] = own - sum(scores) / len(scores)
         yield row
 
 
@@ -173,7 +192,7 @@ def correlations(pairs: Sequence[Mapping[str, object]], model: str) -> Iterator[
     """Spearman's correlation of what is known of a pair beforehand and what combining it costs."""
     of_model = [row for row in pairs if row["model"] == model]
     for feature in FEATURES:
-        for outcome in ("loss_of_product", "loss_of_best"):
+        for outcome in (f"loss_of_{method}" for method in IN_A_ROW):
             xs, ys = ([float(str(row[name])) for row in of_model] for name in (feature, outcome))
             row: Row = {"model": model, "feature": feature, "outcome": outcome, "pairs": len(xs)}
             yield row | _columns("rho", statistics.spearman(xs, ys))

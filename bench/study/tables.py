@@ -9,8 +9,9 @@ from typing import Any
 
 from ia3rt.bench import markdown, readable
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, read_table
+from ia3rt.bench.study.methods import IN_A_ROW
 from ia3rt.bench.study.models import MODELS
-from ia3rt.bench.study.summary import FEATURES, PRODUCT, best_on_validation
+from ia3rt.bench.study.summary import FEATURES
 
 Row = Mapping[str, str]
 
@@ -34,6 +35,7 @@ def tables(folder: Path) -> dict[str, str]:
         "study points": _points,
         "study tasks": _tasks,
         "study values": _values,
+        "study defaults": _defaults,
         "study domains": _domains,
         "study correlations": _correlations,
         "study forgetting": _forgetting,
@@ -57,12 +59,6 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
     return sorted({int(row["size"]) for row in rows})
 
 
-def best_method(folder: Path, model: str, size: int = 2) -> str:
-    """Which was best on validation texts."""
-    best: str = best_on_validation(rows_of(folder, "values")[model], size)
-    return best
-
-
 def facts(folder: Path) -> dict[str, Any]:
     """What run.json says."""
     read: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
@@ -72,10 +68,11 @@ def facts(folder: Path) -> dict[str, Any]:
 def _run(folder: Path) -> str:
     run = facts(folder)
     scale = run["scale"]
-    minutes = sum(run["seconds"].values()) / 60
+    pieces = ", in pieces" if run["pieces"] > 1 else ""
     left = "".join(f" Left out: {name}, as {why}." for name, why in run["left_out"].items())
     asked = (
-        f"Run from {run['begun']} to {run['ended']}, {minutes:.0f} minutes of work: {len(scale['seeds'])} seeds, "
+        f"Run from {run['begun']} to {run['ended']} (UTC){pieces}; it takes about {run['minutes']:.0f} minutes on this "
+        f"machine: {len(scale['seeds'])} seeds, "
         f"{scale['budget']['steps']} steps an adapter, {scale['test']} test texts a task ({scale['test_of_triples']} "
         f"for sets of three), {scale['validation']} for choosing values.{left}"
     )
@@ -123,7 +120,7 @@ def _tasks(folder: Path) -> str:
         size = sizes_of(rows)[-1]
         of_size = [row for row in rows if int(row["size"]) == size]
         names = list(dict.fromkeys(row["task"] for row in of_size))
-        shown = dict.fromkeys((OWN, best_method(folder, model, size), PRODUCT, "linear", JOINT, BASE))
+        shown = (OWN, *IN_A_ROW, "power", "ties", JOINT, BASE)
         lines = []
         for method in shown:
             found = {row["task"]: row for row in of_size if row["method"] == method}
@@ -148,11 +145,35 @@ def _values(folder: Path) -> str:
     return "\n\n".join(written)
 
 
+def _defaults(folder: Path) -> str:
+    written = []
+    for model, rows in rows_of(folder, "defaults").items():
+        sizes = sizes_of(rows)
+        found = {(row["method"], int(row["size"])): row for row in rows}
+
+        def cell(row: Row) -> str:
+            accuracy = " and ".join(f"{100 * float(row[f'accuracy_of_{name}']):.1f}" for name in ("usual", "other"))
+            mark = "**" if float(row["p_holm"]) < SIGNIFICANT else ""
+            difference = f"{mark}{100 * float(row['difference']):+.1f}{mark}"
+            return f"{accuracy}: {difference} (p {_p(row['p_holm'])})"
+
+        header = (f"{TITLES.get(model, model)}: accuracy, %", *(_SIZES.get(size, f"all {size}") for size in sizes))
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            row = found[method, sizes[0]]
+            usual, other = ({**json.loads(row[name])} for name in ("usual", "other"))
+            (option,) = (name for name in usual if usual[name] != other[name])
+            what = f"`{method}`, {option} {usual[option]:g} and {other[option]:g}"
+            lines.append((what, *(cell(found[method, size]) for size in sizes)))
+        written.append(_table(header, lines))
+    return "\n\n".join(written)
+
+
 def _domains(folder: Path) -> str:
     written = []
     for model, rows in rows_of(folder, "domain").items():
         names = list(dict.fromkeys(row["task"] for row in rows))
-        shown = (OWN, *dict.fromkeys((best_method(folder, model), PRODUCT, "linear")))
+        shown = (OWN, *IN_A_ROW)
         lines = []
         for adapters in dict.fromkeys(row["adapters"] for row in rows):
             for method in shown:
@@ -168,8 +189,7 @@ def _domains(folder: Path) -> str:
 def _correlations(folder: Path) -> str:
     written = []
     for model, rows in rows_of(folder, "correlations").items():
-        best = best_method(folder, model)
-        outcomes = {"loss_of_product": "loss of the product", "loss_of_best": f"loss of `{best}`"}
+        outcomes = {f"loss_of_{method}": f"loss of `{method}`" for method in IN_A_ROW}
         found = {(row["feature"], row["outcome"]): row for row in rows}
         lines = [(_FEATURES[name], *(_rho(found[name, outcome]) for outcome in outcomes)) for name in FEATURES]
         header = (f"{TITLES.get(model, model)}: Spearman's ρ over {rows[0]['pairs']} pairs", *outcomes.values())

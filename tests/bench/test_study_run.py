@@ -99,7 +99,7 @@ def test_every_set_is_asked_with_every_method(whole: Path) -> None:
             for task in tasks
         }
     assert {each.split for each in found if each.phase == "tuning"} == {"validation"}
-    assert {each.split for each in found if each.phase in ("alone", "test", "domain", "negate")} == {"test"}
+    assert {each.split for each in found if each.phase in ("alone", "test", "defaults", "domain", "negate")} == {"test"}
 
 
 def test_what_is_written_is_what_was_answered(whole: Path) -> None:
