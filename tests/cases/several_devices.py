@@ -45,10 +45,11 @@ def device_map(model, second):
     """The second half of the layers on the second device, and what comes after them."""
     base = model.base_model_prefix
     names = [f"{base}.{name}" for name, _ in model.base_model.named_children() if name not in ("h", "layers")]
-    layers = "h" if hasattr(model.base_model, "h") else "layers"
+    layers = next((each for each in ("h", "layers") if hasattr(model.base_model, each)), None)
     after = ("norm", "ln_f")
     places = {name: second if name.endswith(after) else FIRST for name in names}
-    places |= {f"{base}.{layers}.0": FIRST, f"{base}.{layers}.1": second}
+    if layers is not None:
+        places |= {f"{base}.{layers}.0": FIRST, f"{base}.{layers}.1": second}
     heads = [name for name, _ in model.named_children() if name != base]
     return places | dict.fromkeys(heads, FIRST if model.config.tie_word_embeddings else second)
 
@@ -373,6 +374,45 @@ def test_heads_of_adapters_are_on_their_modules_device(second):
     rows = ["b", None, "d"]
     with runtime.route(rows), other.route(rows):
         torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["a linear head", "a head of two layers", "embeddings"])
+@pytest.mark.parametrize("is_dispatched", [False, True])
+def test_own_modules_follow_where_the_model_is_put_later(second, kind, is_dispatched):
+    model, alone = model_of(kind), model_of(kind)
+    if is_dispatched:
+        over_devices(model, second)
+    runtime, other = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
+    paths = {"embeddings": ["model.embed_tokens", "lm_head"], "a linear head": ["score"]}.get(kind, ["classifier"])
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+        own = {
+            path: {key: torch.rand_like(x) for key, x in alone.get_submodule(path).state_dict().items()}
+            for path in paths
+        }
+        for each in (runtime, other):
+            each.add_adapter(name, vectors, modules=own)
+    places = device_map(model, second)
+    swapped = {name: second if device == FIRST else FIRST for name, device in places.items()}
+
+    def put(map_):
+        accelerate.hooks.remove_hook_from_submodules(model)
+        accelerate.dispatch_model(model, map_, main_device=main_device(second), force_hooks=True)
+
+    def on_the_cpu():
+        accelerate.hooks.remove_hook_from_submodules(model)
+        model.to("cpu")
+
+    for move in (lambda: None, lambda: put(swapped), lambda: put(places), on_the_cpu, lambda: put(swapped)):
+        move()
+        for row in ("b", "c", None):
+            for each in (runtime, other):
+                each.set_adapter(row)
+            torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
+        if kind != "embeddings":
+            rows = ["b", None, "d"]
+            with runtime.route(rows), other.route(rows):
+                torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
 
 
 def test_transformers_puts_a_model_on_several_devices(second, tmp_path):
