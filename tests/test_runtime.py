@@ -107,6 +107,29 @@ def test_a_request_s_mix_is_worn_as_that_mix(runtime, model, spec, mix):
         assert torch.equal(logits(model, IDS)[1:], expected[1:])
 
 
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ["b*c*d", "d*b*c", ["c", "d", "b"]],
+        ["mix:b*0.7+c*0.2+d*0.1", {"d": 0.1, "b": 0.7, "c": 0.2}, "mix:c*0.2+d*0.1+b*0.7"],
+        ["mix:b*0.5+c*0.3", "mix:c*0.3+b*0.5", "mix:b*0.25+c*0.3+b*0.25"],
+        ["delta:b*0.5+c*-0.3", "delta:c*-0.3+b*0.5"],
+    ],
+)
+def test_equal_mixes_share_a_row_however_they_are_written(model, tmp_path, specs):
+    runtime = ia3rt.patch(model)
+    for folder in save_each(peft_model(tiny_model(), "llama"), tmp_path):
+        runtime.load_adapter(folder)
+    with runtime.route([None, *specs]):
+        assert len(runtime._routing.chosen.mixes) == 2
+    answers = []
+    for spec in specs:
+        runtime.set_adapter(spec)
+        answers.append(logits(model, IDS))
+        assert set(runtime.active_adapters) <= {"b", "c", "d"}
+        assert torch.equal(answers[0], answers[-1])
+
+
 def test_disable_adapter_is_the_base_for_a_while(runtime, model):
     worn = logits(model, IDS)
     with runtime.disable_adapter():

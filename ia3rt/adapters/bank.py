@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -124,13 +125,30 @@ def some(names: Collection[str]) -> str:
     return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
 
 
+def _in_order(
+    rows: tuple[int, ...], weights: tuple[float, ...] | None
+) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    """The same factors or terms, as all ways to write a mix have them: a * b and b * a are one, to the bit."""
+    if weights is None:
+        return tuple(sorted(rows)), None
+    terms: dict[int, float] = {}
+    for row, weight in sorted(zip(rows, weights, strict=True)):
+        terms[row] = terms.get(row, 0.0) + weight
+    return tuple(terms), tuple(terms.values())
+
+
 def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
     return frozenset().union(*of_each)
 
 
 def leaves_a_rest(mix: Mix) -> bool:
     """Whether a mix is a weighted sum that needs a row for what its adapters leave as it is."""
-    return mix.weights is not None and mix.combination_type != "delta" and sum(mix.weights) != 1.0
+    return mix.weights is not None and mix.combination_type != "delta" and bool(_rest(mix))
+
+
+def _rest(mix: Mix) -> float:
+    """What the weights leave of 1, whatever their order: 0.7 + 0.2 + 0.1, added up in turn, is 1 - 1.1e-16."""
+    return 1.0 - math.fsum(mix.weights or ())
 
 
 def _is_within(path: str, module: str) -> bool:
@@ -305,9 +323,9 @@ class Bank:
                 raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
         check_modules(adapters)
-        rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
+        rows, weights = _in_order(tuple(adapter.row for adapter in adapters), mix.weights)
         complement = None
-        if weights is not None and (rest := 1.0 - sum(weights)):
+        if weights is not None and (rest := _rest(mix)):
             if mix.combination_type == "delta":
                 rows, weights = (0, *rows), (rest, *weights)
             else:
