@@ -12,7 +12,7 @@ from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import NOTHING, TOKENS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
-from ia3rt.routing.traced import is_traced
+from ia3rt.routing.traced import is_captured, is_traced
 from ia3rt.routing.worn import Worn
 
 _ROW = 1  # the one that is followed: its place differs in every order of the rows
@@ -37,10 +37,11 @@ class Probing:
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
-        if rows is None or batch is None or batch.is_meta:
+        if rows is None or batch is None or batch.is_meta or is_captured(batch):
             return
-        are_alike = len(forward.worn.route.mixes) < 2 or (rows == 1 and forward.worn.tokens is None)
-        if are_alike and forward.most is None:
+        is_row = rows == 1 and forward.worn.tokens is None
+        # On a GPU, rows that are alike now may be captured next, for others.
+        if (is_row or (len(forward.worn.route.mixes) < 2 and not batch.is_cuda)) and forward.most is None:
             return
         shape = batch.shape[1:] if self._by_shape else None
         kind = _kind(model, arguments, batch, forward.worn.images), shape, rows == 1, forward.most is not None

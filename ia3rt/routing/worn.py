@@ -13,7 +13,7 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.routing.composed import ComposedMixes, Scales
 from ia3rt.routing.route import Backend, Route
-from ia3rt.routing.streams import current_stream
+from ia3rt.routing.streams import Streams, current_stream, current_streams
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 
 _KEPT = 4  # of each size: a switch needs one besides the one that is worn
@@ -27,6 +27,7 @@ class Memory:
         placed: the mixes as the kernels read them, on each device of the bank; nothing is in it on the torch backend.
         holder: the Worn whose numbers CUDA graphs read here; None once a switch has written others for them.
         route: what was written last; it holds the rows that it names, which a CUDA graph may read.
+        streams: of CUDA devices, those that it was written in, by the device's place in the bank.
     """
 
     def __init__(self) -> None:
@@ -34,12 +35,13 @@ class Memory:
         self.placed: tuple[MixTables, ...] = (MixTables(),)
         self.holder: weakref.ref[Worn] | None = None
         self.route: Route | None = None
+        self.streams: Streams = ()
 
     @outside_inference_mode
     def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
-        """Writes a route; in place where one of as many rows was here before."""
+        """Writes a route, in the current streams; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
-        self.route = route
+        self.route, self.streams = route, current_streams(bank)
         self.composed.is_written = False
         if composes:
             self.composed.write(bank, route.mixes, by_row)
@@ -98,7 +100,7 @@ class Worn:
         self.major: set[tuple[int, int, int]] = set()
         self._acts: frozenset[int] | None = None
         self._kept: weakref.ref[Worn] | None = None  # it holds this one
-        self.streams: tuple[torch.cuda.Stream | None, ...] = ()
+        self.streams: Streams = ()
 
     def compose(self, bank: Bank) -> None:
         """Composes the mixes where only the kernels' tables were written."""
@@ -206,14 +208,14 @@ class Worn:
     def within(self, memory: Memory) -> Worn:
         """The same numbers in memory that holds them already."""
         made = Worn(self.route, self.rows, memory.composed, memory.placed)
-        made.images, made.streams, made.lent = self.images, self.streams, True
+        made.images, made.streams, made.lent = self.images, memory.streams, True
         return made
 
     def _move(self, shelf: Shelf) -> None:
         """Takes other memory, and leaves the one that it has to CUDA graphs."""
         memory = shelf.written(self.route, self.rows)
         self.memory, self.composed, self.placed, self.tables = memory, memory.composed, memory.placed, memory.placed[0]
-        self.spread = {}
+        self.spread, self.streams = {}, memory.streams
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copy of the model has a bank of its own, and lays its own tables."""
@@ -225,44 +227,44 @@ class Worn:
 
 
 class Shelf:
-    """Makes what is worn, of memory that is free, or new where there is none."""
+    """Makes what is worn, of memory that is free, or new where there is none.
+
+    Memory is free for who writes in the streams that it was written and read in: what still reads it there comes first.
+    """
 
     def __init__(self, bank: Bank, backend: Backend) -> None:
         self.bank = bank
         self.backend: Backend = backend
         self.composes = backend == "torch"
-        self._free: dict[int | None, list[Memory]] = {}
+        self._free: dict[tuple[int | None, Streams], list[Memory]] = {}
 
     def lay(self, route: Route) -> Worn:
         """What `route` is over the rows that it has."""
         rows = None if route.index is None else len(route.index)
         memory = self.written(route, rows)
         worn = Worn(route, rows, memory.composed, memory.placed)
-        worn.memory, worn.shelf = memory, self
-        if self.bank.is_cuda:
-            tables = self.bank.tables
-            worn.streams = tuple(current_stream(here.device) if here.table.is_cuda else None for here in tables)
-            for here, stream in zip(tables, worn.streams, strict=True):
-                if stream is not None:
-                    here.read_in(stream)
+        worn.memory, worn.shelf, worn.streams = memory, self, memory.streams
         return worn
 
     def written(self, route: Route, rows: int | None) -> Memory:
         """Memory with a route of so many rows in it."""
         memory = self._take(rows)
         memory.write(self.bank, route, self.backend, self.composes)
+        for here, stream in zip(self.bank.tables, memory.streams, strict=False):
+            if stream is not None:
+                here.read_in(stream)
         return memory
 
     def put(self, rows: int | None, memory: Memory) -> None:
         """Takes memory for so many rows that nothing reads any more."""
         memory.route = None
-        free = self._free.setdefault(rows, [])
+        free = self._free.setdefault((rows, memory.streams), [])
         if len(free) < _KEPT:
             free.append(memory)
 
     def _take(self, rows: int | None) -> Memory:
         try:
-            return self._free[rows].pop()
+            return self._free[rows, current_streams(self.bank)].pop()
         except (KeyError, IndexError):
             return Memory()
 
