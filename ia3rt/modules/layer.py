@@ -82,7 +82,8 @@ class IA3Layer(Wearer):
         """`forward` with the vectors at these positions: who applies the other itself says None for it."""
         if x.is_nested:
             return self._by_padding(worn, l_in, l_out, x)
-        if rest is None and self.ia3_routing.backend == "triton" and (l_in is not None or l_out is not None):
+        is_worn = rest is None and (l_in is not None or l_out is not None)
+        if is_worn and not worn.is_left_to_compiler and self.ia3_routing.backend == "triton":
             fused = self._by_kernel(worn, (l_in, l_out), x)
             if fused is not None:
                 return fused

@@ -77,7 +77,8 @@ class IA3MLP(Wearer):
         activation, position, routing = self._modules[form.activation], down.ia3_in, self.ia3_routing
         assert activation is not None and position is not None
         # The rows lie in x as in what becomes of it.
-        if routing.backend == "torch" or (worn.by_row and not down.ia3_is_row_major(position, x, worn)):
+        is_eager = worn.is_left_to_compiler or routing.backend == "torch"
+        if is_eager or (worn.by_row and not down.ia3_is_row_major(position, x, worn)):
             return _scaled_product(form, self, activation, x, down.ia3_scale(position, x, worn))
         kind, tables = kind_of(activation), worn.tables
         assert kind is not None

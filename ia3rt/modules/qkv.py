@@ -98,6 +98,8 @@ class IA3QKV(Wearer):
         if cos.dtype is not x.dtype or (not form.is_partial and cos.shape[-1] != self.head_dim):
             return False  # torch would compute in another dtype, or not at all
         worn = self.ia3_now()
+        if worn.is_left_to_compiler:
+            return False
         return not worn.by_row or all(
             position is None or layer.ia3_is_row_major(position, x, worn)
             for layer, position in zip(self._projections(), positions, strict=True)

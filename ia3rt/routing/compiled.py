@@ -25,17 +25,28 @@ class Compiled:
         probing: what is known of it.
         route: gives what the next forward wears.
         leave_ended: leaves forwards that ended with an error: torch calls no hooks then where a compiler runs.
+        compose: composes what is worn, now and from now on.
     """
 
     def __init__(
-        self, model: nn.Module, probing: Probing, route: Callable[[], Route], leave_ended: Callable[[], None]
+        self,
+        model: nn.Module,
+        probing: Probing,
+        route: Callable[[], Route],
+        leave_ended: Callable[[], None],
+        compose: Callable[[], None],
     ) -> None:
         self._model = weakref.ref(model)
         self._probing = probing
         self._route = route
         self._leave_ended = leave_ended
+        self.composes = compose
         self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
         _compiled[self._key] = self
+
+    def compose(self) -> None:
+        """Has what is worn composed before a compiler reads it."""
+        _compose(self._key)
 
     def see(self, names: tuple[str, ...]) -> None:
         """Lets it be known where the model has its rows, while a compiler reads a forward with these inputs.
@@ -68,10 +79,17 @@ class Compiled:
             ) from error
 
 
+def _compose(key: str) -> bool:
+    """What a compiler takes for a constant, as `_run`."""
+    _compiled[key].composes()
+    return True
+
+
 def _run(key: str, names: tuple[str, ...]) -> bool:
     """What a compiler takes for a constant: it calls it, and does not look into it."""
     _compiled[key].run(names)
     return True
 
 
+_compose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _run._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as its decorator does, which imports the compiler

@@ -17,7 +17,13 @@ from ia3rt.routing.staging import Staging
 
 
 class Scales(Protocol):
-    """What each site wears."""
+    """What each site wears.
+
+    Attributes:
+        is_written: whether what is worn was written here.
+    """
+
+    is_written: bool
 
     def scale(self, position: int) -> Tensor:
         """[width] where all rows wear one mix, else [rows, width], or [mixes, width] where tokens are routed.
@@ -29,11 +35,7 @@ class Scales(Protocol):
 
 
 class ComposedMixes:
-    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are.
-
-    Attributes:
-        is_written: whether what is worn was written here.
-    """
+    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are."""
 
     def __init__(self) -> None:
         self.is_written = False

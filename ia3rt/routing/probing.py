@@ -92,7 +92,7 @@ class Probing:
             seen = layouts[_key(x, worn)]
             self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated > 0)
         layout = layouts.get(_key(x, worn))
-        if isinstance(layout, Layout) and worn.rows == 1:
+        if isinstance(layout, Layout) and worn.is_of_one_row:
             return layout
         if isinstance(layout, Layout):
             assert worn.route.index is not None
@@ -135,7 +135,7 @@ class Probing:
 def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
     """Notes what the marks say of an input; what differs from what was seen before is not known."""
     assert worn.rows is not None and forward.marks is not None
-    if worn.rows == 1:  # what depends on the text has its tokens, and what does not has others, as of an image
+    if worn.is_of_one_row:  # what depends on the text has its tokens, and what does not has others, as of an image
         text: Layout | Unknown = Layout(0, TOKENS) if forward.marks.marked(x).any() else NOTHING
         known = layouts.setdefault(_key(x, worn), text)
         layouts[_key(x, worn)] = text if known == text else NOTHING
@@ -151,7 +151,7 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
 
 
 def _key(x: Tensor, worn: Worn) -> int:
-    return -x.dim() if worn.rows == 1 else x.dim()
+    return -x.dim() if worn.is_of_one_row else x.dim()
 
 
 def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) -> Layout | Unknown:

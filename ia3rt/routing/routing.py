@@ -72,7 +72,9 @@ class Routing:
         """Says which model this is of."""
         self._model = weakref.ref(model)
         self._names = parameter_names(model)  # a compiler does not look them up
-        self._compiled = Compiled(model, self.probing, lambda: self.route, lambda: self._leave_ended(sys._getframe(1)))
+        self._compiled = Compiled(
+            model, self.probing, lambda: self.route, lambda: self._leave_ended(sys._getframe(1)), self._compose
+        )
 
     def _begin(self) -> None:
         base = Wearing(self._shelf.lay(Route((self.bank.resolve(BASE),))))
@@ -261,6 +263,11 @@ class Routing:
                 worn.images = wearing.worn.images
                 self._replace(wearing, worn)
 
+    def _compose(self) -> None:
+        if not self.composes:
+            self.composes = True
+            self.refresh()
+
     def leave_graphs(self) -> None:
         """Says, after the bank's table was replaced, that what a CUDA graph captured is no more what is worn."""
         if self._context.forget_captured():
@@ -283,6 +290,7 @@ class Routing:
                     "layers were moved to other devices since the last forward: call the model once by itself, not "
                     "compiled, so that their vectors follow"
                 )
+            self._compiled.compose()
             worn = self.now()
             if worn.route.by_token:
                 raise ValueError(

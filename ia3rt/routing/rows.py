@@ -179,7 +179,7 @@ class RowScales:
         """Whether rows that all wear the same mix are scaled as one; what runs for others too does as for others."""
         if is_traced() and self._probing.is_known(layer, x):
             return False
-        is_row = worn.rows == 1 and worn.tokens is None
+        is_row = worn.is_of_one_row and worn.tokens is None
         return is_row or (len(worn.route.mixes) == 1 and not is_captured(x))
 
 

@@ -206,6 +206,8 @@ class TrainedScales:
         keeps: whether a scale has a row a mix instead, as routes by token look up.
     """
 
+    is_written = True
+
     def __init__(
         self, vectors: list[list[Tensor | _Part]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool
     ) -> None:

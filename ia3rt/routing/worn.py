@@ -63,6 +63,7 @@ class Worn:
         route: what it is.
         rows: of the batch that it is for; None where all rows of any batch wear one mix.
         by_row: whether its rows may wear different mixes.
+        is_of_one_row: whether `rows` is 1: a compiler that asks for the number itself compiles anew for each other one.
         length: of these rows, in tokens; None unless each token has a mix of its own.
         tokens: int64 [rows * length], the mix of each token, on the device of `tables`; None unless each has one.
         images: the row of each image of the batch, where the route or the batch says so.
@@ -83,6 +84,7 @@ class Worn:
         self.route = route
         self.rows = rows
         self.by_row = rows is not None
+        self.is_of_one_row = rows == 1
         self.composed = composed
         self.placed = placed
         self.tables = placed[0]
@@ -101,6 +103,14 @@ class Worn:
         self._acts: frozenset[int] | None = None
         self._kept: weakref.ref[Worn] | None = None  # it holds this one
         self.streams: Streams = ()
+
+    @property
+    def is_left_to_compiler(self) -> bool:
+        """Whether a compiler reads along that can read composed mixes.
+
+        It fuses their multiplication into what it compiles anyway; a kernel would be launched by itself.
+        """
+        return torch.compiler.is_dynamo_compiling() and self.composed.is_written
 
     def compose(self, bank: Bank) -> None:
         """Composes the mixes where only the kernels' tables were written."""
