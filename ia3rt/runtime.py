@@ -44,7 +44,7 @@ from ia3rt.modules.sites import Targets, find_sites, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
 from ia3rt.routing.combined import combined_vectors
-from ia3rt.routing.route import Backend, Route, check_images
+from ia3rt.routing.route import Backend, Route, check_images, check_index
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.start import check_one_sequence, check_start
 from ia3rt.routing.training import TrainedAdapters
@@ -585,7 +585,15 @@ class Runtime:
         read = [self._mix(spec) for spec in mixes]
         if not read:
             raise ValueError("route needs at least one row")
-        return self._restoring(self._wear_here(read, self._fetch(read), index, images, start))
+        if index is not None:
+            check_index(index, len(read))
+        rows = len(read) if index is None else len(index)
+        check_images(images, rows)
+        starts = None
+        if start is not None:
+            check_one_sequence(self.model)
+            starts = check_start(start, rows, index is not None and index.dim() == 2, images)
+        return self._restoring(self._wear_here(read, self._fetch(read), index, images, starts))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -745,14 +753,11 @@ class Runtime:
         fetched: Fetched,
         index: Tensor | None,
         images: Sequence[int] | None,
-        start: int | Sequence[int | None] | None,
+        starts: Sequence[int] | None,
     ) -> Wearing:
         self._check_open("route rows")
         route = Route.by_row(self._tiers.resolve(mixes, fetched), index)
-        check_images(images, route)
-        if start is not None and route.index is not None:
-            check_one_sequence(self.model)
-            starts = check_start(start, route, images)
+        if starts is not None:
             route = route.starting(starts, self._bank.resolve(BASE))
         check_route(route)
         return self._routing.wear_here(route, images)

@@ -108,8 +108,8 @@ def key_gradient_kernel(
 ):
     """Compute dk and dv of one block of keys.
 
-    In fp32 each query head is summed apart and added to what is stored: one sum over the queries of all heads errs by more
-    than torch's, and a second pair of sums takes as many registers again.
+    In fp32 each query head is summed apart and added to what is stored: one sum over the queries of all heads errs by
+    more than torch's, and a second pair of sums takes as many registers again.
     """
     of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     Hkv = Hq // HEADS

@@ -932,6 +932,19 @@ def test_what_is_refused_leaves_everything_as_it_was(folder, truth, case, door):
     check(runtime, truth, ["c", "e", None, "c"])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"start": -1}, {"start": [0, 1, 2]}, {"images": [7]}, {"index": torch.tensor([0, 9])}, {"index": [0, 1]}],
+    ids=str,
+)
+def test_a_refused_route_brings_nothing_in(folder, truth, given):
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("a")
+    with pytest.raises(ValueError, match="start|images|index"):
+        runtime.route(["b", "c"], **given)
+    assert runtime.adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
+
+
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.5, float("nan")])
 def test_a_density_outside_of_its_bounds_brings_nothing_in(folder, truth, density):
     runtime = patched(folder, rows=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -29,7 +30,7 @@ class Mix:
 
     Raises:
         ValueError: an unknown combination type, missing or superfluous weights, weights of another length than
-            adapters, a weight that is not finite, or a weighted mix of no adapters.
+            adapters, a weight that is no number or not finite, or a weighted mix of no adapters.
     """
 
     adapters: tuple[str, ...]
@@ -42,7 +43,7 @@ class Mix:
             raise ValueError(f"adapters must be a sequence of names, got the string {self.adapters!r}")
         object.__setattr__(self, "adapters", tuple(self.adapters))
         if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+            object.__setattr__(self, "weights", tuple(map(_as_weight, self.weights)))
         if self.combination_type not in get_args(CombinationType):
             known = ", ".join(repr(kind) for kind in get_args(CombinationType))
             raise ValueError(
@@ -84,7 +85,7 @@ class Mix:
         if isinstance(spec, str):
             return _single(spec)
         if isinstance(spec, Mapping):
-            if isinstance(spec.get(_FIELDS[0], 0.0), Sequence):  # and no weight of an adapter of that name
+            if any(isinstance(spec.get(field), Sequence) for field in _FIELDS):  # and no weight of such an adapter
                 return cls.of_data(spec)
             return cls(tuple(spec), tuple(spec.values()), "linear")
         if isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
@@ -148,6 +149,13 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> N
     for name, weight in zip(adapters, weights or (), strict=False):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+
+
+def _as_weight(given: Any) -> float:
+    if not isinstance(given, str | bytes | bool):
+        with suppress(TypeError, ValueError):
+            return float(given)
+    raise ValueError(f"{short(repr(given))} is no weight of an adapter: weights are numbers")
 
 
 def _is_list_of(kind: Any, given: object) -> bool:

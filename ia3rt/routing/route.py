@@ -36,11 +36,10 @@ class Route:
 
         Args:
             mixes: each row's; with `where`, the mixes that it points to.
-            where: integer [rows] or [rows, tokens].
+            where: as `check_index` takes it.
 
         Raises:
-            ValueError: `where` is no such tensor or points outside of the mixes, or an adapter acts inside the experts
-                of a mixture.
+            ValueError: an adapter acts inside the experts of a mixture.
         """
         _check_experts(mixes)
         slots: dict[tuple[object, ...], int] = {}
@@ -53,7 +52,6 @@ class Route:
             index.append(slot)
         slots_of_rows = torch.tensor(index)
         if where is not None:
-            _check_index(where, len(mixes))
             slots_of_rows = slots_of_rows[where.cpu().long()]
         return cls(tuple(distinct), slots_of_rows)
 
@@ -117,14 +115,14 @@ class Route:
         return next(place for place, mix in enumerate(self.mixes) if not mix.rows)
 
 
-def check_images(images: Sequence[int] | None, route: Route) -> None:
-    """Raises ValueError where `images` do not hold a row of the route each."""
-    rows = 0 if route.index is None else len(route.index)
+def check_images(images: Sequence[int] | None, rows: int) -> None:
+    """Raises ValueError where `images` do not hold one of so many rows each."""
     if images is not None and not all(isinstance(row, int) and 0 <= row < rows for row in images):
         raise ValueError(f"images must hold the row of each image, 0 … {rows - 1}: got {images!r}")
 
 
-def _check_index(index: object, mixes: int) -> None:
+def check_index(index: object, mixes: int) -> None:
+    """Raises ValueError where `index` is no tensor that says which of so many mixes each row or token wears."""
     if not isinstance(index, Tensor) or index.is_floating_point() or index.dim() not in (1, 2) or not index.numel():
         raise ValueError("index must be an integer tensor of shape [batch] or [batch, tokens]")
     if index.min() < 0 or index.max() >= mixes:

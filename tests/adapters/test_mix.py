@@ -68,6 +68,11 @@ def test_what_is_no_mix_is_refused(arguments, message):
     [
         ([], ValueError, "an empty list of adapters: use None"),
         ({}, ValueError, "at least one adapter"),
+        ({"a": "x"}, ValueError, "'x' is no weight of an adapter: weights are numbers"),
+        ({"a": None}, ValueError, "None is no weight"),
+        ({"a": [1]}, ValueError, r"\[1\] is no weight"),
+        ({"a": True}, ValueError, "True is no weight"),
+        ({"weights": [1]}, ValueError, "adapters must be a list of adapters' names, not None"),
         ({"adapters": "ab"}, ValueError, "adapters must be a list of adapters' names, not ab"),
         ({"adapters": []}, ValueError, "adapters must be a list"),
         ({"adapters": ["a", ""]}, ValueError, "adapters must be a list"),
