@@ -126,12 +126,13 @@ class Routing:
             place: of the device, among the bank's tables.
         """
         if is_traced():
-            if self.backend == "triton":
+            worn = self.now()  # composed mixes are found by position, wherever they lie
+            if not worn.composed.is_written:
                 raise RuntimeError(
-                    "the model's sites lie on several devices, and the Triton backend compiles on one: "
-                    "patch(model, backend='torch'), or call the model uncompiled"
+                    "the model's sites lie on several devices, and a part of it is compiled by itself, in which the "
+                    "kernels read one: compile the model, patch(model, backend='torch'), or call it uncompiled"
                 )
-            return self.now()  # composed mixes are found by position, wherever they lie
+            return worn
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             if forward.placed is None:

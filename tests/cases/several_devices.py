@@ -544,14 +544,25 @@ def test_what_cannot_be_is_refused(second, monkeypatch):
 
 
 @pytest.mark.parametrize("split", [over_devices, by_hand])
-def test_kernels_over_several_devices_are_not_compiled(second, split):
+def test_what_the_kernels_do_not_do_is_done_where_the_model_is_compiled(second, split):
     if "cuda" in FIRST and "cuda" not in second:
         pytest.skip("the kernels run on CUDA devices")
     torch._dynamo.reset()
-    model = split(tiny_model(), second)
-    ia3rt.patch(model, backend="triton")
-    with pytest.raises(RuntimeError, match="lie on several devices, and the Triton backend compiles on one"):
-        run(torch.compile(model, backend="eager"))
+    model, alone = split(tiny_model(), second), tiny_model()
+    runtime, other = ia3rt.patch(model, backend="triton"), ia3rt.patch(alone, backend="torch")
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+        for each in (runtime, other):
+            each.add_adapter(name, vectors)
+    part = model.model.layers[1].mlp.down_proj
+    with pytest.raises(RuntimeError, match="lie on several devices, and a part of it is compiled by itself"):
+        torch.compile(part, backend="eager")(torch.zeros(1, 1, part.in_features, device=part.weight.device))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for mix in ("b", ["c", "d"], None):
+        for each in (runtime, other):
+            each.set_adapter(mix)
+        torch.testing.assert_close(run(compiled), run(alone), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", ["b", ROWS], ids=["all", "rows"])
