@@ -38,10 +38,10 @@ class Memory:
         self.streams: Streams = ()
 
     @outside_inference_mode
-    def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
-        """Writes a route, in the current streams; in place where one of as many rows was here before."""
+    def write(self, bank: Bank, route: Route, backend: Backend, composes: bool, streams: Streams) -> None:
+        """Writes a route, in `streams`, the current ones; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
-        self.route, self.streams = route, current_streams(bank)
+        self.route, self.streams = route, streams
         self.composed.is_written = False
         if composes:
             self.composed.write(bank, route.mixes, by_row)
@@ -206,7 +206,7 @@ class Worn:
         if holder is not None:
             holder._move(shelf)  # others may wear it on, or it may be worn again
         memory.holder = None
-        memory.write(shelf.bank, route, shelf.backend, shelf.composes)
+        memory.write(shelf.bank, route, shelf.backend, shelf.composes, current_streams(shelf.bank))
 
     def lend(self) -> Memory | None:
         """Gives its memory to CUDA graphs, which read it at its address from now on; None where it has none."""
@@ -258,9 +258,10 @@ class Shelf:
 
     def written(self, route: Route, rows: int | None) -> Memory:
         """Memory with a route of so many rows in it."""
-        memory = self._take(rows)
-        memory.write(self.bank, route, self.backend, self.composes)
-        for here, stream in zip(self.bank.tables, memory.streams, strict=False):
+        streams = current_streams(self.bank)
+        memory = self._take(rows, streams)
+        memory.write(self.bank, route, self.backend, self.composes, streams)
+        for here, stream in zip(self.bank.tables, streams, strict=False):
             if stream is not None:
                 here.read_in(stream)
         return memory
@@ -272,9 +273,9 @@ class Shelf:
         if len(free) < _KEPT:
             free.append(memory)
 
-    def _take(self, rows: int | None) -> Memory:
+    def _take(self, rows: int | None, streams: Streams) -> Memory:
         try:
-            return self._free[rows, current_streams(self.bank)].pop()
+            return self._free[rows, streams].pop()
         except (KeyError, IndexError):
             return Memory()
 
