@@ -130,6 +130,20 @@ def test_equal_mixes_share_a_row_however_they_are_written(model, tmp_path, specs
         assert torch.equal(answers[0], answers[-1])
 
 
+def test_a_mix_has_its_numbers_whatever_was_loaded_before(tmp_path):
+    folders = save_each(peft_model(tiny_model(), "llama"), tmp_path)
+    answers = []
+    for order in (folders, folders[::-1]):
+        model = tiny_model()
+        runtime = ia3rt.patch(model)
+        for folder in order:
+            runtime.load_adapter(folder)
+        for spec in (["b", "c", "d"], {"b": 0.7, "c": 0.2, "d": 0.3}):
+            runtime.set_adapter(spec)
+            answers.append(logits(model, IDS))
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+
+
 def test_disable_adapter_is_the_base_for_a_while(runtime, model):
     worn = logits(model, IDS)
     with runtime.disable_adapter():

@@ -126,14 +126,21 @@ def some(names: Collection[str]) -> str:
 
 
 def _in_order(
-    rows: tuple[int, ...], weights: tuple[float, ...] | None
+    adapters: Sequence[Adapter], weights: tuple[float, ...] | None
 ) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
-    """The same factors or terms, as all ways to write a mix have them: a * b and b * a are one, to the bit."""
+    """The rows of factors or terms in the order of the adapters' names: a * b and b * a are one mix, to the bit.
+
+    Whatever rows they have, which depends on what was loaded before; terms of one adapter are added up.
+    """
+    if len(adapters) == 1:
+        return (adapters[0].row,), weights
+    places = sorted(range(len(adapters)), key=lambda place: adapters[place].name)
     if weights is None:
-        return tuple(sorted(rows)), None
+        return tuple(adapters[place].row for place in places), None
     terms: dict[int, float] = {}
-    for row, weight in sorted(zip(rows, weights, strict=True)):
-        terms[row] = terms.get(row, 0.0) + weight
+    for place in places:
+        row = adapters[place].row
+        terms[row] = terms.get(row, 0.0) + weights[place]
     return tuple(terms), tuple(terms.values())
 
 
@@ -189,7 +196,7 @@ class ResolvedMix(NamedTuple):
         if mix == self.mix:
             return self
         left = tuple(adapter for adapter in self.adapters if adapter.name in mix.adapters)
-        return ResolvedMix(mix, left, tuple(adapter.row for adapter in left), None)
+        return ResolvedMix(mix, left, *_in_order(left, None))
 
 
 class NoRowError(ValueError):
@@ -323,7 +330,7 @@ class Bank:
                 raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
         check_modules(adapters)
-        rows, weights = _in_order(tuple(adapter.row for adapter in adapters), mix.weights)
+        rows, weights = _in_order(adapters, mix.weights)
         complement = None
         if weights is not None and (rest := _rest(mix)):
             if mix.combination_type == "delta":

@@ -149,11 +149,13 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> N
     for name, weight in zip(adapters, weights or (), strict=False):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+    if not math.isfinite(sum(map(abs, weights or ()))):
+        raise ValueError(f"the weights of {list(adapters)} add up to more than a number may be: {list(weights or ())}")
 
 
 def _as_weight(given: Any) -> float:
     if not isinstance(given, str | bytes | bool):
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             return float(given)
     raise ValueError(f"{short(repr(given))} is no weight of an adapter: weights are numbers")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.modules.offloading import HUNG_ON
+from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.swapping import Swapping, lift
 from ia3rt.modules.wearer import Wearer, unwrap
 
@@ -34,8 +35,10 @@ def copied(model: nn.Module, name: str, path: str, state: Mapping[str, Tensor], 
             "was trained on a model with another head; load it into one of that class"
         )
     module = modules[path]
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
-        raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide an adapter's")
+    for name_in_it, part in module.named_modules():
+        if not keeps_class_forward(part):
+            where = f"module {path!r}" if part is module else f"{name_in_it!r} in module {path!r}"
+            raise ValueError(f"{where} has a forward of its own, set by other code, which would hide an adapter's")
     _check(name, path, own_state(module), state, resizes)
     made: nn.Module = copy.deepcopy(module, _kept(module))
     for part in made.modules():

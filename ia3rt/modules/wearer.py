@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -113,8 +114,13 @@ def copied_as_pickle_does(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def computing_tensor(module: nn.Module) -> Tensor:
     """A parameter or buffer that says where a module computes, and in what; GPTQ's layers have buffers only."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return next((tensor for tensor in tensors if tensor.dtype.is_floating_point), tensors[0])
+    first: Tensor | None = None
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.dtype.is_floating_point:
+            return tensor
+        first = tensor if first is None else first
+    assert first is not None
+    return first
 
 
 def computing_device(module: nn.Module) -> torch.device:

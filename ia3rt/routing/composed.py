@@ -68,13 +68,14 @@ class ComposedMixes:
         """
         count = len(mixes) if rows is None else len(rows)
         if bank.tables is not self._tables or count != self._count:
-            self._tables, self._count, self._places = bank.tables, count, tuple(bank.places)
+            self._places = tuple(bank.places)
             self._buffers = [_Buffer(table, count) for table in bank.tables]
             of = dict(zip(bank.tables, self._buffers, strict=True))
             self._wholes = tuple(buffer.whole for buffer in self._buffers)
             self._scales = bank.by_site(lambda here: torch.split(of[here].whole, here.widths, dim=-1))
             self._ends = bank.by_site(lambda here: tuple(accumulate(here.widths)))
             self._starts = tuple(end - width for end, width in zip(self._ends, bank.widths, strict=True))
+            self._tables, self._count = bank.tables, count
         for buffer in self._buffers:
             buffer.write(mixes, rows)
         self.is_written = True

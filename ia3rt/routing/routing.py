@@ -113,11 +113,16 @@ class Routing:
                     "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
                     "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
                 )
-            return self._context.local.wearing.worn if self._covering is None else self._covering.worn
+            return self._of_thread
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             return forward.worn
         return self._outside()
+
+    @property
+    def _of_thread(self) -> Worn:
+        """What compiled code finds that this thread wears."""
+        return self._context.local.wearing.worn if self._covering is None else self._covering.worn
 
     def now_on(self, place: int) -> Worn:
         """The same for a layer on one of several devices, as that reads it.
@@ -127,10 +132,11 @@ class Routing:
         """
         if is_traced():
             worn = self.now()  # composed mixes are found by position, wherever they lie
-            if not worn.composed.is_written:
+            if self.backend == "triton" and not worn.is_left_to_compiler:
                 raise RuntimeError(
-                    "the model's sites lie on several devices, and a part of it is compiled by itself, in which the "
-                    "kernels read one: compile the model, patch(model, backend='torch'), or call it uncompiled"
+                    "the model's sites lie on several devices, and a part of it is compiled by itself, where the "
+                    "kernels can read one device only: compile the whole model, call it uncompiled, or "
+                    "patch(model, backend='torch')"
                 )
             return worn
         forward = self._context.forward()
@@ -265,7 +271,7 @@ class Routing:
                 self._replace(wearing, worn)
 
     def _compose(self) -> None:
-        if not self.composes:
+        if not (self.composes and self._of_thread.composed.is_written):
             self.composes = True
             self.refresh()
 

@@ -157,8 +157,10 @@ class RowScales:
         if forward is not None and forward.most is not None and forward.marks is not None:
             self._check_places(position, x, worn, forward)
         # What is compiled or captured runs for other adapters too: it multiplies by the ones of a site where none acts.
-        is_for_others = self._probing.is_known(layer, x) if is_traced() else is_captured(x)
-        return is_for_others or worn.acts_at(position, self._bank)
+        # So does, on a GPU, the first forward of its kind, so that nothing is done for the first time in a capture.
+        is_first = x.is_cuda and forward is not None and forward.marks is not None
+        is_for_others = is_first or is_traced() or is_captured(x)
+        return (is_for_others and self._probing.is_known(layer, x)) or worn.acts_at(position, self._bank)
 
     def _check_places(self, position: int, x: Tensor, worn: Worn, forward: Forward) -> None:
         """Raises ValueError where a layer computes on tokens of the cache again, which came before the rows' starts."""
@@ -177,10 +179,11 @@ class RowScales:
 
     def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
         """Whether rows that all wear the same mix are scaled as one; what runs for others too does as for others."""
+        if worn.is_of_one_row and worn.tokens is None:
+            return True
         if is_traced() and self._probing.is_known(layer, x):
             return False
-        is_row = worn.is_of_one_row and worn.tokens is None
-        return is_row or (len(worn.route.mixes) == 1 and not is_captured(x))
+        return len(worn.route.mixes) == 1 and not is_captured(x)
 
 
 def _numbers(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,8 @@ from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.streams import Streams, current_stream, current_streams
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 
-_KEPT = 4  # of each size: a switch needs one besides the one that is worn
+_KEPT = 4  # of each size and stream: a switch needs one besides the one that is worn
+_KINDS = 32  # sizes and streams of which there may be some
 
 
 class Memory:
@@ -113,10 +115,25 @@ class Worn:
         return torch.compiler.is_dynamo_compiling() and self.composed.is_written
 
     def compose(self, bank: Bank) -> None:
-        """Composes the mixes where only the kernels' tables were written."""
-        if isinstance(self.composed, ComposedMixes) and not self.composed.is_written:
-            by_row = self.route.of_rows
-            self.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
+        """Composes the mixes where only the kernels' tables were written.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, which would compose the same mixes again at each replay.
+        """
+        if self.composed.is_written or not isinstance(self.composed, ComposedMixes):
+            return
+        if bank.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a layer that no kernel fits asks for the first time for what its rows wear, while a CUDA graph is "
+                "captured: run one forward of this kind under this route before"
+            )
+        with bank.lock:
+            if not self.composed.is_written:
+                by_row = self.route.of_rows
+                self.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
+                for stream in current_streams(bank):
+                    if stream is not None:  # others wait for the stream that the kernels' tables were written in
+                        stream.synchronize()
 
     def acts_at(self, position: int, bank: Bank) -> bool:
         """Whether any adapter of the route acts at a site."""
@@ -152,8 +169,9 @@ class Worn:
         (self.of or self).lent = True
         if not self.tables.stays or not self.tables.bank:
             return self
+        streams = current_streams(bank)
         kept = None if self._kept is None else self._kept()
-        if kept is None:
+        if kept is None or kept.streams != streams:  # or another stream would read what this one has not written yet
             used, mixes = used_rows(self.route.mixes)
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes)))
             placed = []
@@ -164,6 +182,7 @@ class Worn:
                     placed.append(MixTables.over(columns, numbers, tables.route.clone()))
                     placed[-1].tokens = tables.tokens
             kept = self._over(tuple(placed))
+            kept.streams = streams
             self._kept = weakref.ref(kept)
         return kept
 
@@ -239,14 +258,16 @@ class Worn:
 class Shelf:
     """Makes what is worn, of memory that is free, or new where there is none.
 
-    Memory is free for who writes in the streams that it was written and read in: what still reads it there comes first.
+    Memory is free for who writes in the streams that it was written in: what still reads it there comes first, and what
+    was read in another one is `lent`.
     """
 
     def __init__(self, bank: Bank, backend: Backend) -> None:
         self.bank = bank
         self.backend: Backend = backend
         self.composes = backend == "torch"
-        self._free: dict[tuple[int | None, Streams], list[Memory]] = {}
+        self._free: OrderedDict[tuple[int | None, Streams], list[Memory]] = OrderedDict()
+        self._tables = bank.tables  # that they are for
 
     def lay(self, route: Route) -> Worn:
         """What `route` is over the rows that it has."""
@@ -269,11 +290,18 @@ class Shelf:
     def put(self, rows: int | None, memory: Memory) -> None:
         """Takes memory for so many rows that nothing reads any more."""
         memory.route = None
-        free = self._free.setdefault((rows, memory.streams), [])
+        key = rows, memory.streams
+        free = self._free.setdefault(key, [])
         if len(free) < _KEPT:
             free.append(memory)
+        self._free.move_to_end(key)
+        if len(self._free) > _KINDS:
+            self._free.popitem(last=False)
 
     def _take(self, rows: int | None, streams: Streams) -> Memory:
+        if self._tables is not self.bank.tables:
+            self._free.clear()
+            self._tables = self.bank.tables
         try:
             return self._free[rows, streams].pop()
         except (KeyError, IndexError):

@@ -72,6 +72,8 @@ def test_what_is_no_mix_is_refused(arguments, message):
         ({"a": None}, ValueError, "None is no weight"),
         ({"a": [1]}, ValueError, r"\[1\] is no weight"),
         ({"a": True}, ValueError, "True is no weight"),
+        ({"a": 10**400}, ValueError, "is no weight of an adapter"),
+        ({"a": 1e308, "b": 1e308}, ValueError, "add up to more than a number may be"),
         ({"weights": [1]}, ValueError, "adapters must be a list of adapters' names, not None"),
         ({"adapters": "ab"}, ValueError, "adapters must be a list of adapters' names, not ab"),
         ({"adapters": []}, ValueError, "adapters must be a list"),
