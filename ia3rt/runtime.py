@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -580,7 +580,7 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
-        if isinstance(mixes, (str, Mapping, Mix)) or mixes is None:
+        if isinstance(mixes, (str, Mapping, Mix, Set)) or mixes is None:
             raise ValueError(f"route takes a list with one mix for each row, got {mixes!r}; set_adapter takes one mix")
         read = [self._mix(spec) for spec in mixes]
         if not read:

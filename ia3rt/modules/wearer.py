@@ -217,10 +217,11 @@ _unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 def become(module: nn.Module, cls: type) -> None:
     """Gives a module another class."""
-    # accelerate's device_map hooks keep the forward they replaced: where that is the class's, they have to call the
-    # present class's. One that other code had set on the module is not the class's, and stays.
-    if is_class_forward(vars(module).get("_old_forward"), module):
-        vars(module)["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    # accelerate's device_map hooks keep the forward they replaced, and put it on the module when they are removed: where it
+    # is the class's, it has to be the present class's. One that other code had set is not the class's, and stays.
+    for kept in ("_old_forward", "forward"):
+        if is_class_forward(vars(module).get(kept), module):
+            vars(module)[kept] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
     cell = cell_of_class_forward(module)  # so does the forward that splits a layer over processes
     if cell is not None:
         cell.cell_contents = MethodType(cls.forward, module)  # type: ignore[attr-defined]

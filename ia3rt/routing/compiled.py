@@ -48,22 +48,22 @@ class Compiled:
         """Has what is worn composed before a compiler reads it."""
         _compose(self._key)
 
-    def see(self, names: tuple[str, ...]) -> None:
+    def see(self, names: tuple[str, ...], is_of_one_row: bool) -> None:
         """Lets it be known where the model has its rows, while a compiler reads a forward with these inputs.
 
         Raises:
             ValueError: as `run`.
         """
-        _run(self._key, names)
+        _run(self._key, names, is_of_one_row)
 
-    def run(self, names: tuple[str, ...]) -> None:
-        """Runs a forward of inputs that are made up, once for such names.
+    def run(self, names: tuple[str, ...], is_of_one_row: bool) -> None:
+        """Runs a forward of inputs that are made up, once for such names, and for one row or more.
 
         Raises:
             ValueError: the model does not run on these, and no forward of it was looked at before.
         """
         model, index = self._model(), self._route().index
-        if model is None or index is None or not self._probing.is_new(names):
+        if model is None or index is None or not self._probing.is_new(names, is_of_one_row):
             return
         try:
             with torch.no_grad():
@@ -85,9 +85,9 @@ def _compose(key: str) -> bool:
     return True
 
 
-def _run(key: str, names: tuple[str, ...]) -> bool:
+def _run(key: str, names: tuple[str, ...], is_of_one_row: bool) -> bool:
     """What a compiler takes for a constant: it calls it, and does not look into it."""
-    _compiled[key].run(names)
+    _compiled[key].run(names, is_of_one_row)
     return True
 
 

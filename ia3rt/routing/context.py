@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.wearing import Wearing
-from ia3rt.routing.worn import Memory
+from ia3rt.routing.worn import Memory, Worn
 
 T = TypeVar("T")
 
@@ -27,11 +27,22 @@ class Captured:
         self.memories: list[tuple[int | None, Memory]] = []
 
 
+class Held:
+    """What a thread's compiled forward wears: it stays as it is as long as it is here.
+
+    Attributes:
+        worn: of the last one.
+    """
+
+    worn: Worn | None = None
+
+
 class _Local(threading.local):
     """What compiled code finds what is worn by: a compiler does not look into a ContextVar."""
 
     def __init__(self, wearing: Wearing) -> None:
         self.wearing = wearing
+        self.held = Held()
 
 
 def _is_in_a_task() -> bool:

@@ -64,11 +64,12 @@ class Probing:
         """Lets the next forward of each kind be looked at again, as layers came to wear something."""
         self._kinds.clear()
 
-    def is_new(self, names: tuple[str, ...]) -> bool:
+    def is_new(self, names: tuple[str, ...], is_of_one_row: bool) -> bool:
         """Whether a compiler asks for the first time of forwards with these inputs."""
-        if ("compiled", names) in self._kinds:
+        kind = "compiled", names, is_of_one_row
+        if kind in self._kinds:
             return False
-        self._kinds.add(("compiled", names))
+        self._kinds.add(kind)
         return True
 
     def end(self, forward: Forward, completed: bool) -> None:

@@ -299,6 +299,9 @@ class Routing:
                 )
             self._compiled.compose()
             worn = self.now()
+            self._context.local.held.worn = worn  # or a switch of another thread would write into its memory
+            if torch.is_grad_enabled():
+                worn.lent = True  # which a backward pass reads
             if worn.route.by_token:
                 raise ValueError(
                     "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
@@ -307,7 +310,8 @@ class Routing:
             if worn.by_row:
                 given = named_arguments(self._names, args, kwargs)
                 self._check_rows(worn, main_input(given, model))
-                self._compiled.see(tuple(name for name, x in given.items() if isinstance(x, Tensor)))
+                names = tuple(name for name, x in given.items() if isinstance(x, Tensor))
+                self._compiled.see(names, worn.is_of_one_row)
             return
         self._start(model, args, kwargs, sys._getframe(2))  # past the hook
 
