@@ -5,10 +5,12 @@ import gc
 import warnings
 import weakref
 
+import accelerate
 import pytest
 import torch
 from tiny import FAMILIES, logits, peft_model, save_each, tiny_model, token_ids
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import ia3rt
 from ia3rt import Mix
@@ -127,6 +129,55 @@ def test_equal_mixes_share_a_row_however_they_are_written(model, tmp_path, specs
         runtime.set_adapter(spec)
         answers.append(logits(model, IDS))
         torch.testing.assert_close(answers[0], answers[-1])
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_a_model_whose_hooks_accelerate_removed_is_patched_and_given_back(patched_first):
+    """They leave the class's forward on each module."""
+    model, before = tiny_model(), logits(tiny_model(), IDS)
+
+    def hooked() -> None:
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        accelerate.hooks.remove_hook_from_submodules(model)
+
+    if not patched_first:
+        hooked()
+    runtime = ia3rt.patch(model)
+    vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+    runtime.add_adapter("a", vectors, modules={"lm_head": {"weight": torch.rand(128, 64)}})
+    runtime.set_adapter("a")
+    worn = logits(model, IDS)
+    if patched_first:
+        hooked()
+    assert torch.equal(logits(model, IDS), worn) and not torch.equal(worn, before)
+    runtime.unpatch()
+    assert torch.equal(logits(model, IDS), before)
+
+
+@torch.no_grad()
+def test_an_own_head_is_kept_where_accelerate_offloads_the_model_s():
+    """While it does, the model's weight is nowhere, and its bias is asked for."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)).eval()
+    ids = IDS % 99
+    runtime = ia3rt.patch(model)
+    state = {key: torch.rand_like(x) for key, x in model.classifier.state_dict().items()}
+    runtime.add_adapter("a", modules={"classifier": state})
+    answers = {}
+    for name in ("a", None):
+        runtime.set_adapter(name)
+        answers[name] = model(ids).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for name, answer in answers.items():
+        runtime.set_adapter(name)
+        assert torch.equal(model(ids).logits, answer)
+    kept = runtime.get_adapter("a").modules["classifier"]
+    assert all(torch.equal(kept[key], x) for key, x in state.items())
+
+
+def test_rows_have_an_order(runtime):
+    with pytest.raises(ValueError, match="route takes a list with one mix for each row"):
+        runtime.route({"b", "c"})
 
 
 def test_a_mix_has_its_numbers_whatever_was_loaded_before(tmp_path):

@@ -217,8 +217,8 @@ _unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 def become(module: nn.Module, cls: type) -> None:
     """Gives a module another class."""
-    # accelerate's device_map hooks keep the forward they replaced, and put it on the module when they are removed: where it
-    # is the class's, it has to be the present class's. One that other code had set is not the class's, and stays.
+    # accelerate's device_map hooks keep the forward they replaced, and put it on the module when they are removed.
+    # Where it is the class's, it has to be the present one's. One that other code had set is not, and stays.
     for kept in ("_old_forward", "forward"):
         if is_class_forward(vars(module).get(kept), module):
             vars(module)[kept] = MethodType(cls.forward, module)  # type: ignore[attr-defined]

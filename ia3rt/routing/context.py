@@ -28,10 +28,10 @@ class Captured:
 
 
 class Held:
-    """What a thread's compiled forward wears: it stays as it is as long as it is here.
+    """What the compiled forward wears that a thread is in: nobody writes into its memory as long as it is here.
 
     Attributes:
-        worn: of the last one.
+        worn: None outside of one. It may be left here by one that ended with an error.
     """
 
     worn: Worn | None = None
@@ -95,7 +95,7 @@ class Context:
             self.has_tasks = self.has_tasks or _is_in_a_task()
             token = self._wearing.set(wearing)
             wearing.token = before.token or token  # of the first: what takes it back leaves nothing of the model
-        self.local.wearing = wearing
+        self.local.wearing, self.local.held.worn = wearing, None
         captured = self._captured.get()
         if captured is not None:
             captured.wearing = wearing
@@ -133,7 +133,7 @@ class Context:
     def enter(self, forward: Forward) -> None:
         """Makes it the forward that this context is in."""
         forward.token = self._forward.set(forward)
-        self.local.wearing = forward.wearing
+        self.local.wearing, self.local.held.worn = forward.wearing, None
 
     def leave(self, forward: Forward) -> None:
         """Ends what `enter` began."""

@@ -113,7 +113,8 @@ class Routing:
                     "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
                     "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
                 )
-            return self._of_thread
+            held = self._context.local.held.worn
+            return self._of_thread if held is None else held
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             return forward.worn
@@ -298,8 +299,9 @@ class Routing:
                     "compiled, so that their vectors follow"
                 )
             self._compiled.compose()
+            self._context.local.held.worn = None
             worn = self.now()
-            self._context.local.held.worn = worn  # or a switch of another thread would write into its memory
+            self._context.local.held.worn = worn  # to the end: other threads may switch meanwhile
             if torch.is_grad_enabled():
                 worn.lent = True  # which a backward pass reads
             if worn.route.by_token:
@@ -356,8 +358,17 @@ class Routing:
             ValueError: the forward did not reach a layer.
         """
         if is_traced():
-            return
-        forward = self._context.forward()
+            self._context.local.held.worn = None
+        else:
+            self.after_part(model, args, output)
+
+    def after_part(self, model: nn.Module, args: object, output: object) -> None:
+        """A forward hook of the models inside the model, which may be called without it.
+
+        Raises:
+            ValueError: as `after_forward`.
+        """
+        forward = None if is_traced() else self._context.forward()
         if forward is None or forward.owner is not model:
             return
         forward.calls -= 1
