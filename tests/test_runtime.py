@@ -175,6 +175,15 @@ def test_an_own_head_is_kept_where_accelerate_offloads_the_model_s():
     assert all(torch.equal(kept[key], x) for key, x in state.items())
 
 
+@pytest.mark.parametrize("spec", [{"b": 1e39}, {"b": 1e308, "c": 1e308}, "delta:b*-1e39"])
+def test_weights_that_float32_does_not_hold_are_refused(runtime, model, spec):
+    worn = logits(model, IDS)
+    for wear in (runtime.set_adapter, lambda spec: runtime.route(["b", spec, None])):
+        with pytest.raises(ValueError, match="are too large for float32"):
+            wear(spec)
+    assert torch.equal(logits(model, IDS), worn)
+
+
 def test_rows_have_an_order(runtime):
     with pytest.raises(ValueError, match="route takes a list with one mix for each row"):
         runtime.route({"b", "c"})

@@ -152,8 +152,6 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> N
     for name, weight in zip(adapters, weights or (), strict=False):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
-    if sum(map(abs, weights or ())) > _LARGEST:
-        raise ValueError(f"the weights of {list(adapters)}, {list(weights or ())}, are too large for float32")
 
 
 def _as_weight(given: Any) -> float:
@@ -175,7 +173,6 @@ def _are_finite(given: Any) -> bool:
         return False
 
 
-_LARGEST = 3.4028234e38  # of float32, in which mixes are computed
 _FIELDS = ("adapters", "weights", "combination_type")
 MixLike: TypeAlias = "Mix | str | Sequence[str] | Mapping[str, Any] | None"
 BASE = Mix(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
@@ -120,8 +121,13 @@ class Combination:
         kind, weights = self.combination_type, self.weights
         if kind in get_args(CombinationType):
             Mix(tuple(self.adapters), weights and tuple(weights), kind)  # type: ignore[arg-type]
-        if self.normalize and weights is not None and not abs(sum(weights)) > 1e-9 * sum(map(abs, weights)):
-            raise ValueError(f"weights {list(weights)} sum to 0, and cannot be normalized: their sum divides them")
+        if self.normalize and weights is not None:
+            total = sum(weights)
+            if not math.isfinite(total) or not abs(total) > 1e-9 * sum(map(abs, weights)):
+                told = total if not math.isfinite(total) else 0
+                raise ValueError(
+                    f"weights {list(weights)} sum to {told}, and cannot be normalized: their sum divides them"
+                )
         if kind == "slerp" and (weights is None or abs(sum(weights) - 1.0) > 1e-6):
             raise ValueError(f"'slerp' needs the weights (1 - t, t), which sum to 1: got {weights and list(weights)}")
         if kind == "fisher" and weights is not None and (min(weights) < 0 or not any(weights)):
