@@ -51,6 +51,7 @@ from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 
 _TRIES = 3
+_LARGEST = torch.finfo(torch.float32).max
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -727,7 +728,10 @@ class Runtime:
         )
 
     def _mix(self, spec: MixLike) -> Mix:
-        return read_mix(spec, self._tiers.knows)
+        mix = read_mix(spec, self._tiers.knows)
+        if mix.weights is not None and sum(map(abs, mix.weights)) > _LARGEST:
+            raise ValueError(f"the weights of {mix} are too large for float32")
+        return mix
 
     def _fetch(self, mixes: Sequence[Mix]) -> Fetched:
         """Reads the registered adapters of mixes that are in no memory; nothing where none was ever registered."""

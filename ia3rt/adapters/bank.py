@@ -22,7 +22,6 @@ from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.pieces import pieces
-from ia3rt.adapters.shortened import short
 from ia3rt.adapters.site import Site, SiteKey
 
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
@@ -137,14 +136,12 @@ def leaves_a_rest(mix: Mix) -> bool:
 
 
 def _rest(mix: Mix) -> float:
-    """What the weights leave of 1; nothing where that is only what rounding left of it.
-
-    Raises:
-        ValueError: float32, in which mixes are computed, does not hold them.
-    """
-    if sum(map(abs, mix.weights or ())) > torch.finfo(torch.float32).max:
-        raise ValueError(f"the weights of {short(str(mix))} are too large for float32")
-    rest = 1.0 - math.fsum(mix.weights or ())
+    """What the weights leave of 1; nothing where that is only what rounding left of it."""
+    weights = mix.weights or ()
+    try:
+        rest = 1.0 - math.fsum(weights)
+    except OverflowError:  # of numbers that sum to infinity in turn
+        rest = 1.0 - sum(weights)
     return rest if abs(rest) > _ROUNDING else 0.0
 
 
@@ -315,7 +312,7 @@ class Bank:
         """Looks the mix's adapters up.
 
         Raises:
-            ValueError: one of them is not resident, or float32 does not hold the weights.
+            ValueError: one of them is not resident.
         """
         for name in mix.adapters:
             if name in self.evictable:
