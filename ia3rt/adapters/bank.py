@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
-from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix import Mix, added_up
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site, SiteKey
 
@@ -190,10 +190,7 @@ class ResolvedMix(NamedTuple):
         """What is equal for equal mixes, in whatever order they are written: factors, or terms with their weights."""
         if self.weights is None:
             return tuple(sorted(self.rows))
-        terms: dict[int, float] = {}
-        for row, weight in sorted(zip(self.rows, self.weights, strict=True)):
-            terms[row] = terms.get(row, 0.0) + weight
-        return tuple(terms.items())
+        return tuple(added_up(zip(self.rows, self.weights, strict=True)).items())
 
 
 class NoRowError(ValueError):

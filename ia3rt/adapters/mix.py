@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from ia3rt.adapters.shortened import short
 
+K = TypeVar("K", str, int)
 CombinationType: TypeAlias = Literal["product", "linear", "delta"]
 
 
@@ -152,6 +153,14 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> N
     for name, weight in zip(adapters, weights or (), strict=False):
         if not math.isfinite(weight):
             raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+
+
+def added_up(terms: Iterable[tuple[K, float]]) -> dict[K, float]:
+    """The terms of a sum in order, each once: weights of one and the same add up."""
+    weights: dict[K, float] = {}
+    for term, weight in sorted(terms):
+        weights[term] = weights.get(term, 0.0) + weight
+    return weights
 
 
 def _as_weight(given: Any) -> float:

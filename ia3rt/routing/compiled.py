@@ -40,7 +40,7 @@ class Compiled:
         self._probing = probing
         self._route = route
         self._leave_ended = leave_ended
-        self.composes = compose
+        self.compose_now = compose
         self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
         _compiled[self._key] = self
 
@@ -81,7 +81,7 @@ class Compiled:
 
 def _compose(key: str) -> bool:
     """What a compiler takes for a constant, as `_run`."""
-    _compiled[key].composes()
+    _compiled[key].compose_now()
     return True
 
 

@@ -46,7 +46,7 @@ class Route:
         distinct: list[ResolvedMix] = []
         index = []
         for mix in mixes:
-            slot = slots.setdefault(mix.terms if len(mix.rows) > 1 else (mix.rows, mix.weights), len(distinct))
+            slot = slots.setdefault(mix.terms, len(distinct))
             if slot == len(distinct):
                 distinct.append(mix)
             index.append(slot)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny import (
     FAMILIES,
     VOCABULARY,
@@ -478,7 +481,8 @@ def test_images_are_before_or_after_a_start_and_not_in_it(torch_backend) -> None
         in_forward, in_generate = str(refused.value), str(refused_ahead.value)
         assert "vision_tower" in in_forward or "in an image" in in_forward
         # Earlier transformers' generate() has the images seen by the forward over text, and not ahead of it.
-        assert in_generate == in_forward or ("vision_tower" in in_generate and "over text" in in_generate)
+        is_ahead = Version(transformers.__version__) >= Version("5.24")
+        assert re.search("vision_tower.*over text", in_generate) if is_ahead else in_generate == in_forward
 
 
 def test_a_captured_graph_is_not_replayed_at_other_tokens(both) -> None:
