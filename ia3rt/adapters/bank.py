@@ -319,10 +319,7 @@ class Bank:
             if self._arriving:
                 self._await(single.rows)
             return single
-        for name in mix.adapters:
-            if name not in self.adapters:
-                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
-        adapters = tuple(self.adapters[name] for name in mix.adapters)
+        adapters = tuple(map(self.adapter, mix.adapters))
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         complement = None
@@ -335,6 +332,16 @@ class Bank:
         if self._arriving:
             self._await(rows)
         return ResolvedMix(mix, adapters, rows, weights, complement)
+
+    def adapter(self, name: str) -> Adapter:
+        """A resident adapter.
+
+        Raises:
+            ValueError: none of this name is resident.
+        """
+        if name not in self.adapters:
+            raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
+        return self.adapters[name]
 
     def check_name(self, name: str) -> None:
         """Raises ValueError where no new adapter can have this name."""

@@ -37,11 +37,7 @@ class Route:
         Args:
             mixes: each row's; with `where`, the mixes that it points to.
             where: as `check_index` takes it.
-
-        Raises:
-            ValueError: an adapter acts inside the experts of a mixture.
         """
-        _check_experts(mixes)
         slots: dict[tuple[object, ...], int] = {}
         distinct: list[ResolvedMix] = []
         index = []
@@ -127,14 +123,3 @@ def check_index(index: object, mixes: int) -> None:
         raise ValueError("index must be an integer tensor of shape [batch] or [batch, tokens]")
     if index.min() < 0 or index.max() >= mixes:
         raise ValueError(f"index points outside of the {mixes} mixes: it must lie in 0 … {mixes - 1}")
-
-
-def _check_experts(mixes: Sequence[ResolvedMix]) -> None:
-    for mix in mixes:
-        for adapter in mix.adapters:
-            site = adapter.site_in_experts
-            if site is not None:
-                raise ValueError(
-                    f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
-                    "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
-                )
