@@ -442,8 +442,9 @@ class Runtime:
 
         Args:
             source: a folder that holds adapters' folders, by whose names they are known, with a warning where some lie
-                one folder deeper; a mapping of names to folders; or a function that gives the folder of a name, or None, and is asked each time. Adapters with
-                modules of their own, or at sites that the model has not got, have to be loaded.
+                one folder deeper; a mapping of names to folders; or a function that gives the folder of a name, or
+                None, and is asked each time. Adapters with modules of their own, or at sites that the model has not
+                got, have to be loaded.
 
         Returns:
             The names that are known now by it; none of a function.
@@ -594,12 +595,12 @@ class Runtime:
         if index is not None:
             check_index(index, len(read))
         rows = len(read) if index is None else len(index)
-        check_images(images, rows)
+        seen = check_images(images, rows)
         starts = None
         if start is not None:
             check_one_sequence(self.model)
-            starts = check_start(start, rows, index is not None and index.dim() == 2, images)
-        return self._restoring(self._wear_here(read, self._fetch(read), index, images, starts))
+            starts = check_start(start, rows, index is not None and index.dim() == 2, seen)
+        return self._restoring(self._wear_here(read, self._fetch(read), index, seen, starts))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

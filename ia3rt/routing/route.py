@@ -111,10 +111,18 @@ class Route:
         return next(place for place, mix in enumerate(self.mixes) if not mix.rows)
 
 
-def check_images(images: Sequence[int] | None, rows: int) -> None:
-    """Raises ValueError where `images` do not hold one of so many rows each."""
-    if images is not None and not all(isinstance(row, int) and 0 <= row < rows for row in images):
+def check_images(images: object, rows: int) -> list[int] | None:
+    """The row of each image.
+
+    Raises:
+        ValueError: `images` do not hold one of so many rows each.
+    """
+    given = images.tolist() if hasattr(images, "tolist") else images  # a tensor's or an array's numbers
+    if given is None:
+        return None
+    if not isinstance(given, Sequence) or not all(isinstance(row, int) and 0 <= row < rows for row in given):
         raise ValueError(f"images must hold the row of each image, 0 … {rows - 1}: got {images!r}")
+    return list(given)
 
 
 def check_index(index: object, mixes: int) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -251,7 +252,7 @@ def test_positions_count_the_padding(both) -> None:
     padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), IDS], 1)
     padded[2] = torch.cat([torch.zeros(4, dtype=torch.long), IDS[2, :5]])
     mask = padded.ne(0).long()
-    with both.runtime.route(ROWS, start=[6, 4, 7]):
+    with both.runtime.route(ROWS, start=numpy.array([6, 4, 7])):
         found = both.model.generate(padded, attention_mask=mask, **GREEDY)
     for row, start in enumerate([4, 2, 3]):
         prompt = padded[row : row + 1, mask[row].bool()]
