@@ -79,9 +79,9 @@ class Combination:
             raise ValueError(
                 f"{self.combination_type!r} is of {words}: got {len(self.adapters)}, {list(self.adapters)}"
             )
+        object.__setattr__(self, "weights", as_weights(self.adapters, self.weights))
         self._check_types()
         self._check_options()
-        object.__setattr__(self, "weights", as_weights(self.adapters, self.weights))
         self._check_weights()
 
     def _check_types(self) -> None:
