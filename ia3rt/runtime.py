@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ia3rt import ops
-from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
+from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix, check_modules
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
 from ia3rt.adapters.combining.config import combined_config
@@ -32,7 +32,7 @@ from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
 from ia3rt.modules import brought
 from ia3rt.modules.brought import Brought
-from ia3rt.modules.chosen import check_route
+from ia3rt.modules.chosen import check_rows
 from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.offloading import execution_device
@@ -44,13 +44,14 @@ from ia3rt.modules.sites import Targets, find_sites, shared_modules, site_of
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
 from ia3rt.routing.combined import combined_vectors
-from ia3rt.routing.route import Backend, Route, check_images
+from ia3rt.routing.route import Backend, Route, check_images, check_index
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.start import check_one_sequence, check_start
-from ia3rt.routing.training import TrainedAdapters
+from ia3rt.routing.training import TrainedAdapters, check_names
 from ia3rt.routing.wearing import Wearing
 
 _TRIES = 3
+_LARGEST = torch.finfo(torch.float32).max
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -368,12 +369,17 @@ class Runtime:
         self._check_open("train adapters")
         if self._routing.trained is not None:
             raise RuntimeError("adapters are trained already: call end_training() first")
-        resolved = self._tiers.resolve([Mix((name,)) for name in names], fetched)
+        worn = {adapter for mix in self._routing.route.mixes for adapter in mix.adapters}
+
+        def check(mixes: Sequence[tuple[Adapter, ...]]) -> None:
+            adapters = [adapter for (adapter,) in mixes]
+            self._check_trainable(adapters)
+            if worn.isdisjoint(adapters):
+                check_modules(adapters)
+
+        resolved = self._tiers.resolve([Mix((name,)) for name in names], fetched, check)
         adapters = [mix.adapters[0] for mix in resolved]
-        self._check_trainable(adapters)
-        mixes = self._routing.route.mixes
-        are_worn = any(adapter in mix.adapters for mix in mixes for adapter in adapters)
-        route = None if are_worn else Route((self._bank.resolve(Mix(names)),))
+        route = None if not worn.isdisjoint(adapters) else Route((self._bank.resolve(Mix(names)),))
         with torch.inference_mode(False):
             trained = TrainedAdapters(self.model, self._bank, adapters)
         try:
@@ -435,9 +441,10 @@ class Runtime:
         it from then on wears the new one.
 
         Args:
-            source: a folder that holds adapters' folders, by whose names they are known; a mapping of names to
-                folders; or a function that gives the folder of a name, or None, and is asked each time. Adapters with
-                modules of their own, or at sites that the model has not got, have to be loaded.
+            source: a folder that holds adapters' folders, by whose names they are known, with a warning where some lie
+                one folder deeper; a mapping of names to folders; or a function that gives the folder of a name, or
+                None, and is asked each time. Adapters with modules of their own, or at sites that the model has not
+                got, have to be loaded.
 
         Returns:
             The names that are known now by it; none of a function.
@@ -580,12 +587,20 @@ class Runtime:
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("route rows")
-        if isinstance(mixes, (str, Mapping, Mix)) or mixes is None:
+        if isinstance(mixes, (str, Mapping, Mix, Set)) or mixes is None:
             raise ValueError(f"route takes a list with one mix for each row, got {mixes!r}; set_adapter takes one mix")
         read = [self._mix(spec) for spec in mixes]
         if not read:
             raise ValueError("route needs at least one row")
-        return self._restoring(self._wear_here(read, self._fetch(read), index, images, start))
+        if index is not None:
+            check_index(index, len(read))
+        rows = len(read) if index is None else len(index)
+        seen = check_images(images, rows)
+        starts = None
+        if start is not None:
+            check_one_sequence(self.model)
+            starts = check_start(start, rows, index is not None and index.dim() == 2, seen)
+        return self._restoring(self._wear_here(read, self._fetch(read), index, seen, starts))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -719,7 +734,10 @@ class Runtime:
         )
 
     def _mix(self, spec: MixLike) -> Mix:
-        return read_mix(spec, self._tiers.knows)
+        mix = read_mix(spec, self._tiers.knows)
+        if mix.weights is not None and sum(map(abs, mix.weights)) > _LARGEST:
+            raise ValueError(f"the weights of {mix} are too large for float32")
+        return mix
 
     def _fetch(self, mixes: Sequence[Mix]) -> Fetched:
         """Reads the registered adapters of mixes that are in no memory; nothing where none was ever registered."""
@@ -745,16 +763,12 @@ class Runtime:
         fetched: Fetched,
         index: Tensor | None,
         images: Sequence[int] | None,
-        start: int | Sequence[int | None] | None,
+        starts: Sequence[int] | None,
     ) -> Wearing:
         self._check_open("route rows")
-        route = Route.by_row(self._tiers.resolve(mixes, fetched), index)
-        check_images(images, route)
-        if start is not None and route.index is not None:
-            check_one_sequence(self.model)
-            starts = check_start(start, route, images)
+        route = Route.by_row(self._tiers.resolve(mixes, fetched, lambda each: check_rows(each, index, starts)), index)
+        if starts is not None:
             route = route.starting(starts, self._bank.resolve(BASE))
-        check_route(route)
         return self._routing.wear_here(route, images)
 
     def _read(self, name: str, folder: Path) -> HostRow:
@@ -836,6 +850,7 @@ class Runtime:
                         f"adapter {adapter.name!r} acts at {site}, whose weights accelerate offloads: it would look "
                         "for the adapter's parameter among them: load the model without offloading to train"
                     )
+        check_names(self.model, adapters)
 
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self

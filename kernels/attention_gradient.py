@@ -106,7 +106,11 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute dk and dv of one block of keys."""
+    """Compute dk and dv of one block of keys.
+
+    In fp32 each query head is summed apart and added to what is stored: one sum over the queries of all heads errs by
+    more than torch's, and a second pair of sums takes as many registers again.
+    """
     of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     Hkv = Hq // HEADS
     b, hkv = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
@@ -124,6 +128,8 @@ def key_gradient_kernel(
         low = max(0, first - shift) // BLOCK_M * BLOCK_M
     if window is not None:
         high = min(Sq, first + BLOCK_N - 1 - shift + window)
+    is_parted: tl.constexpr = HEADS > 1 and do_ptr.dtype.element_ty == tl.float32
+    at = (tl.program_id(1).to(tl.int64) * Skv + keys)[:, None] * D + dims[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(HEADS):
@@ -159,9 +165,16 @@ def key_gradient_kernel(
             )
             dv = _plus(dv, p.to(do.dtype), do, PRECISION)
             dk = _plus(dk, ds.to(q.dtype), q, PRECISION)
-    rows = (tl.program_id(1).to(tl.int64) * Skv + keys) * D
-    tl.store(dk_ptr + rows[:, None] + dims[None, :], (dk * inputs.scale).to(dk_ptr.dtype.element_ty), mask=own)
-    tl.store(dv_ptr + rows[:, None] + dims[None, :], dv.to(dv_ptr.dtype.element_ty), mask=own)
+        if is_parted:
+            others = own & (member > 0)
+            tl.store(dk_ptr + at, tl.load(dk_ptr + at, mask=others, other=0.0) + dk * inputs.scale, mask=own)
+            tl.store(dv_ptr + at, tl.load(dv_ptr + at, mask=others, other=0.0) + dv, mask=own)
+            tl.debug_barrier()  # the next head's sums are added to these, maybe by other threads
+            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if not is_parted:
+        tl.store(dk_ptr + at, (dk * inputs.scale).to(dk_ptr.dtype.element_ty), mask=own)
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=own)
 
 
 @triton.jit(do_not_specialize=["Sq", "Skv", "window"])

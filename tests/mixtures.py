@@ -102,7 +102,7 @@ def scaled_mixture(model: nn.Module, vectors: dict[tuple[str, str], Tensor]) -> 
         copied.set_experts_implementation("eager")  # torch's grouped matrices are not computed in float64
     for (path, side), vector in vectors.items():
         parent, _, name = path.rpartition(".")
-        holder, vector = copied.get_submodule(parent), vector.double()
+        holder, vector = copied.get_submodule(parent), vector.double().to(copied.device)
         weight = getattr(holder, name)
         if isinstance(weight, nn.Module):
             weight.weight.data *= vector if side == "in" else vector.unsqueeze(1)

@@ -326,10 +326,13 @@ def test_what_only_garbage_holds_makes_room(folder, truth):
 
 def test_what_cannot_be_registered_is_refused(folder, tmp_path):
     runtime = patched(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for source, error, message in (
         (tmp_path / "nowhere", FileNotFoundError, "is no folder"),
         (folder / "a", ValueError, "is an adapter itself"),
-        (tmp_path, FileNotFoundError, "there is no adapter to register"),
+        (tmp_path, FileNotFoundError, "folders inside do, 'adapters/a', 'adapters/b', .*name these by a mapping"),
+        (empty, FileNotFoundError, "there is no adapter to register"),
         ({"x": folder}, FileNotFoundError, "adapter 'x' is not in"),
         ({"x": folder / "a", "": folder / "a"}, ValueError, "must be a string that is not empty"),
         ({"x": folder / "a", "b": folder / "a"}, ValueError, "'b' is registered already, as"),
@@ -346,6 +349,22 @@ def test_what_cannot_be_registered_is_refused(folder, tmp_path):
     runtime.load_adapter(folder / "a", "mine")
     with pytest.raises(ValueError, match="an adapter named 'mine' is loaded already"):
         runtime.register({"mine": folder / "a"})
+
+
+def test_adapters_one_folder_deeper_are_not_left_out_in_silence(folder, tmp_path):
+    """As PEFT saves an adapter that was trained by a name of its own, into a folder of that name."""
+    shutil.move(folder / "f", tmp_path / "f")
+    shutil.move(tmp_path / "f", folder / "f" / "f")
+    runtime = ia3rt.patch(tiny_model())
+    told = r"one folder deeper, 'f/f': name these by a mapping, \{name: folder\}"
+    with pytest.warns(UserWarning, match=told) as warned:
+        assert runtime.register(folder) == list("abcde")
+    assert warned[0].filename == __file__
+    for name in "abcde":
+        shutil.rmtree(folder / name)
+    with pytest.raises(FileNotFoundError, match="; folders inside do, 'f/f': name these"):
+        runtime.register(folder)
+    assert runtime.register({"f": folder / "f" / "f"}) == ["f"]
 
 
 def test_what_only_loaded_adapters_can_have(folder):
@@ -930,6 +949,61 @@ def test_what_is_refused_leaves_everything_as_it_was(folder, truth, case, door):
     assert state() == before and torch.equal(runtime._bank.table, table)
     assert runtime.active_adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
     check(runtime, truth, ["c", "e", None, "c"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"start": -1}, {"start": [0, 1, 2]}, {"images": [7]}, {"index": torch.tensor([0, 9])}, {"index": [0, 1]}],
+    ids=str,
+)
+def test_a_refused_route_brings_nothing_in(folder, truth, given):
+    runtime = patched(folder, rows=3)
+    runtime.set_adapter("a")
+    with pytest.raises(ValueError, match="start|images|index"):
+        runtime.route(["b", "c"], **given)
+    assert runtime.adapters == ["a"] and torch.equal(logits(runtime.model, IDS), truth["a"])
+
+
+HEAD = "model.layers.0.self_attn.k_proj"
+FOR_WHAT_THEY_ARE = {
+    "a product": (lambda runtime: runtime.set_adapter(["own", "b"]), "which wears no vector"),
+    "a product in a row": (lambda runtime: runtime.route([None, {"own": 0.5, "b": 0.5}]), "which wears no vector"),
+    "a token": (lambda runtime: runtime.route(["own", "b"], torch.tensor([[0, 1]])), "not by token"),
+    "a start": (lambda runtime: runtime.route(["own", "b"], start=[2, 2]), "not by token, nor from a start on"),
+    "training": (lambda runtime: runtime.train_adapter(["own", "b"]), "which wears no vector"),
+    "a name that is taken": (lambda runtime: runtime.train_adapter("d"), "give the adapter another name"),
+}
+
+
+@pytest.mark.parametrize("case", FOR_WHAT_THEY_ARE)
+def test_what_is_refused_for_what_its_adapters_are_makes_no_room(folder, truth, case):
+    call, message = FOR_WHAT_THEY_ARE[case]
+    runtime = patched(folder, rows=3)
+    layer = runtime.model.get_submodule(HEAD)
+    runtime.add_adapter("own", {"model.layers.1.self_attn.k_proj": torch.ones(32)}, modules={HEAD: layer.state_dict()})
+    layer.ia3_out_d = "somebody's own"
+    runtime.set_adapter("a")
+    runtime.set_adapter("c")
+    with pytest.raises(ValueError, match=message):
+        call(runtime)
+    assert runtime.adapters == ["own", "a", "c"] and runtime.stats().evictions == 0
+    assert torch.equal(logits(runtime.model, IDS), truth["c"])
+
+
+def test_a_route_over_experts_makes_no_room(tmp_path):
+    experts = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    where = dict(target_modules=["0"], feedforward_modules=["0"])
+    maker = ia3rt.patch(copy.deepcopy(experts), **where)
+    for name in "bc":
+        maker.add_adapter(name, {"experts.0": torch.rand(4)})
+        maker.save_adapter(name, tmp_path / name)
+    runtime = ia3rt.patch(experts, **where, capacity=1, grow=False)
+    runtime.register(tmp_path)
+    runtime.set_adapter("c")
+    runtime.set_adapter(None)
+    with pytest.raises(ValueError, match="inside a mixture's experts"):
+        runtime.route([None, "b"])
+    assert runtime.adapters == ["c"]
 
 
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.5, float("nan")])

@@ -5,10 +5,12 @@ import gc
 import warnings
 import weakref
 
+import accelerate
 import pytest
 import torch
 from tiny import FAMILIES, logits, peft_model, save_each, tiny_model, token_ids
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import ia3rt
 from ia3rt import Mix
@@ -105,6 +107,100 @@ def test_a_request_s_mix_is_worn_as_that_mix(runtime, model, spec, mix):
     with runtime.route([None, spec, mix]):
         assert len(runtime._routing.chosen.mixes) == 2, "equal mixes share a row of the table"
         assert torch.equal(logits(model, IDS)[1:], expected[1:])
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ["b*c*d", "d*b*c", ["c", "d", "b"]],
+        ["mix:b*0.7+c*0.2+d*0.1", {"d": 0.1, "b": 0.7, "c": 0.2}, "mix:c*0.2+d*0.1+b*0.7"],
+        ["mix:b*0.5+c*0.3", "mix:c*0.3+b*0.5", "mix:b*0.25+c*0.3+b*0.25"],
+        ["delta:b*0.5+c*-0.3", "delta:c*-0.3+b*0.5"],
+    ],
+)
+def test_equal_mixes_share_a_row_however_they_are_written(model, tmp_path, specs):
+    runtime = ia3rt.patch(model)
+    for folder in save_each(peft_model(tiny_model(), "llama"), tmp_path):
+        runtime.load_adapter(folder)
+    with runtime.route([None, *specs]):
+        assert len(runtime._routing.chosen.mixes) == 2
+    answers = []
+    for spec in specs:
+        runtime.set_adapter(spec)
+        answers.append(logits(model, IDS))
+        torch.testing.assert_close(answers[0], answers[-1])
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_a_model_whose_hooks_accelerate_removed_is_patched_and_given_back(patched_first):
+    """They leave the class's forward on each module."""
+    model, before = tiny_model(), logits(tiny_model(), IDS)
+
+    def hooked() -> None:
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        accelerate.hooks.remove_hook_from_submodules(model)
+
+    if not patched_first:
+        hooked()
+    runtime = ia3rt.patch(model)
+    vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+    runtime.add_adapter("a", vectors, modules={"lm_head": {"weight": torch.rand(128, 64)}})
+    runtime.set_adapter("a")
+    worn = logits(model, IDS)
+    if patched_first:
+        hooked()
+    assert torch.equal(logits(model, IDS), worn) and not torch.equal(worn, before)
+    runtime.unpatch()
+    assert torch.equal(logits(model, IDS), before)
+
+
+@torch.no_grad()
+def test_an_own_head_is_kept_where_accelerate_offloads_the_model_s():
+    """While it does, the model's weight is nowhere, and its bias is asked for."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)).eval()
+    ids = IDS % 99
+    runtime = ia3rt.patch(model)
+    state = {key: torch.rand_like(x) for key, x in model.classifier.state_dict().items()}
+    runtime.add_adapter("a", modules={"classifier": state})
+    answers = {}
+    for name in ("a", None):
+        runtime.set_adapter(name)
+        answers[name] = model(ids).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for name, answer in answers.items():
+        runtime.set_adapter(name)
+        assert torch.equal(model(ids).logits, answer)
+    kept = runtime.get_adapter("a").modules["classifier"]
+    assert all(torch.equal(kept[key], x) for key, x in state.items())
+
+
+@pytest.mark.parametrize("spec", [{"b": 1e39}, {"b": 1e308, "c": 1e308}, "delta:b*-1e39"])
+def test_weights_that_float32_does_not_hold_are_refused(runtime, model, spec):
+    worn = logits(model, IDS)
+    for wear in (runtime.set_adapter, lambda spec: runtime.route(["b", spec, None])):
+        with pytest.raises(ValueError, match="are too large for float32"):
+            wear(spec)
+    assert torch.equal(logits(model, IDS), worn)
+
+
+def test_rows_have_an_order(runtime):
+    with pytest.raises(ValueError, match="route takes a list with one mix for each row"):
+        runtime.route({"b", "c"})
+
+
+def test_a_mix_has_its_numbers_whatever_was_loaded_before(tmp_path):
+    folders = save_each(peft_model(tiny_model(), "llama"), tmp_path)
+    answers = []
+    for order in (folders, folders[::-1]):
+        model = tiny_model()
+        runtime = ia3rt.patch(model)
+        for folder in order:
+            runtime.load_adapter(folder)
+        for spec in (["b", "c", "d"], {"b": 0.7, "c": 0.2, "d": 0.3}):
+            runtime.set_adapter(spec)
+            answers.append(logits(model, IDS))
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
 
 
 def test_disable_adapter_is_the_base_for_a_while(runtime, model):

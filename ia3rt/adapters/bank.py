@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
-from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.mix import Mix, added_up
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site, SiteKey
 
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 """An adapter's files: name, inode, size and the nanosecond of the last change, each."""
 _MOST_TOLD = 12
+_ROUNDING = 1e-12  # of weights, in float64; far below what float32 tells from 1
 T = TypeVar("T")
 
 
@@ -130,7 +132,17 @@ def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
 
 def leaves_a_rest(mix: Mix) -> bool:
     """Whether a mix is a weighted sum that needs a row for what its adapters leave as it is."""
-    return mix.weights is not None and mix.combination_type != "delta" and sum(mix.weights) != 1.0
+    return mix.weights is not None and mix.combination_type != "delta" and bool(_rest(mix))
+
+
+def _rest(mix: Mix) -> float:
+    """What the weights leave of 1; nothing where that is only what rounding left of it."""
+    weights = mix.weights or ()
+    try:
+        rest = 1.0 - math.fsum(weights)
+    except OverflowError:  # of numbers that sum to infinity in turn
+        rest = 1.0 - sum(weights)
+    return rest if abs(rest) > _ROUNDING else 0.0
 
 
 def _is_within(path: str, module: str) -> bool:
@@ -172,6 +184,13 @@ class ResolvedMix(NamedTuple):
             return self
         left = tuple(adapter for adapter in self.adapters if adapter.name in mix.adapters)
         return ResolvedMix(mix, left, tuple(adapter.row for adapter in left), None)
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """What is equal for equal mixes, in whatever order they are written: factors, or terms with their weights."""
+        if self.weights is None:
+            return tuple(sorted(self.rows))
+        return tuple(added_up(zip(self.rows, self.weights, strict=True)).items())
 
 
 class NoRowError(ValueError):
@@ -300,14 +319,11 @@ class Bank:
             if self._arriving:
                 self._await(single.rows)
             return single
-        for name in mix.adapters:
-            if name not in self.adapters:
-                raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
-        adapters = tuple(self.adapters[name] for name in mix.adapters)
+        adapters = tuple(map(self.adapter, mix.adapters))
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         complement = None
-        if weights is not None and (rest := 1.0 - sum(weights)):
+        if weights is not None and (rest := _rest(mix)):
             if mix.combination_type == "delta":
                 rows, weights = (0, *rows), (rest, *weights)
             else:
@@ -316,6 +332,16 @@ class Bank:
         if self._arriving:
             self._await(rows)
         return ResolvedMix(mix, adapters, rows, weights, complement)
+
+    def adapter(self, name: str) -> Adapter:
+        """A resident adapter.
+
+        Raises:
+            ValueError: none of this name is resident.
+        """
+        if name not in self.adapters:
+            raise ValueError(f"unknown adapter {name!r}: load it first (loaded: {some(self.adapters)})")
+        return self.adapters[name]
 
     def check_name(self, name: str) -> None:
         """Raises ValueError where no new adapter can have this name."""

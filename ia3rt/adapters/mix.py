@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from ia3rt.adapters.shortened import short
 
+K = TypeVar("K", str, int)
 CombinationType: TypeAlias = Literal["product", "linear", "delta"]
 
 
@@ -29,7 +31,8 @@ class Mix:
 
     Raises:
         ValueError: an unknown combination type, missing or superfluous weights, weights of another length than
-            adapters, a weight that is not finite, or a weighted mix of no adapters.
+            adapters, a weight that is no number or not finite, or a weighted mix of no adapters.
+        TypeError: adapters or weights that are no sequence.
     """
 
     adapters: tuple[str, ...]
@@ -40,9 +43,13 @@ class Mix:
         """Normalises sequences to tuples and checks what the class promises."""
         if isinstance(self.adapters, str):
             raise ValueError(f"adapters must be a sequence of names, got the string {self.adapters!r}")
+        if not isinstance(self.adapters, Iterable):
+            raise TypeError(f"adapters must be a sequence of names, got {short(repr(self.adapters))}")
         object.__setattr__(self, "adapters", tuple(self.adapters))
-        if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        for name in self.adapters:
+            if not isinstance(name, str):
+                raise ValueError(f"adapters must be names, and {short(repr(name))} is none")
+        object.__setattr__(self, "weights", as_weights(self.adapters, self.weights))
         if self.combination_type not in get_args(CombinationType):
             known = ", ".join(repr(kind) for kind in get_args(CombinationType))
             raise ValueError(
@@ -52,7 +59,6 @@ class Mix:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        check_weights(self.adapters, self.weights)
         if self.combination_type == "product":
             if self.weights is not None and any(weight != 1.0 for weight in self.weights):
                 raise ValueError(
@@ -84,7 +90,7 @@ class Mix:
         if isinstance(spec, str):
             return _single(spec)
         if isinstance(spec, Mapping):
-            if isinstance(spec.get(_FIELDS[0], 0.0), Sequence):  # and no weight of an adapter of that name
+            if any(isinstance(spec.get(field), Sequence) for field in _FIELDS):  # and no weight of such an adapter
                 return cls.of_data(spec)
             return cls(tuple(spec), tuple(spec.values()), "linear")
         if isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
@@ -141,13 +147,43 @@ class Mix:
         )
 
 
-def check_weights(adapters: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Raises ValueError where there are weights, and they are not one finite number for each adapter."""
-    if weights is not None and len(weights) != len(adapters):
+def as_weights(adapters: Sequence[str], given: Any) -> tuple[float, ...] | None:
+    """Weights as floats, one for each adapter; None where none are given.
+
+    Raises:
+        TypeError: they are no sequence.
+        ValueError: they are not one for each, or one is no number or not finite.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str | bytes | Set) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"weights must be a sequence of numbers, one for each of {list(adapters)}, got {short(repr(given))}"
+        )
+    weights = tuple(given)
+    if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters {list(adapters)}: give each one")
-    for name, weight in zip(adapters, weights or (), strict=False):
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+    return tuple(map(_as_weight, adapters, weights))
+
+
+def added_up(terms: Iterable[tuple[K, float]]) -> dict[K, float]:
+    """The terms of a sum in order, each once: weights of one and the same add up."""
+    weights: dict[K, float] = {}
+    for term, weight in sorted(terms):
+        weights[term] = weights.get(term, 0.0) + weight
+    return weights
+
+
+def _as_weight(name: str, given: Any) -> float:
+    weight = None
+    if not isinstance(given, str | bytes | bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            weight = float(given)
+    if weight is None:
+        raise ValueError(f"the weight of adapter {name!r} is {short(repr(given))}: weights are numbers")
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of adapter {name!r} is {weight}: weights must be finite")
+    return weight
 
 
 def _is_list_of(kind: Any, given: object) -> bool:

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable
 
-from ia3rt.adapters.mix import CombinationType, Mix, MixLike
+from ia3rt.adapters.mix import CombinationType, Mix, MixLike, added_up
 from ia3rt.adapters.shortened import short
 
 MOST = 64
@@ -73,9 +73,7 @@ def canonical(mix: Mix) -> Mix:
     """The one way to write `mix`: adapters in alphabetical order, each once where the weights of one add up."""
     if mix.weights is None:
         return Mix(tuple(sorted(mix.adapters)))
-    weights: dict[str, float] = {}
-    for adapter, weight in sorted(zip(mix.adapters, mix.weights, strict=True)):
-        weights[adapter] = weights.get(adapter, 0.0) + weight
+    weights = added_up(zip(mix.adapters, mix.weights, strict=True))
     return Mix(tuple(weights), tuple(weights.values()), mix.combination_type)
 
 

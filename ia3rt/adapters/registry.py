@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from ia3rt.adapters.bank import Stamp
+from ia3rt.adapters.bank import Stamp, some
 from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES
 
 AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
@@ -123,10 +124,17 @@ def _inside(root: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{str(root)!r} is no folder: give the one that holds the adapters' folders")
     if (root / CONFIG_NAME).exists():
         raise ValueError(f"{root} is an adapter itself: give the folder around it, or {{{root.name!r}: {str(root)!r}}}")
-    found = {each.name: root / each.name for each in sorted(os.scandir(root), key=lambda each: each.name)}
-    found = {name: folder for name, folder in found.items() if (folder / CONFIG_NAME).is_file()}
+    folders = [root / name for name in sorted(each.name for each in os.scandir(root) if each.is_dir())]
+    found = {folder.name: folder for folder in folders if (folder / CONFIG_NAME).is_file()}
+    deeper = [path.parent for folder in folders if folder.name not in found for path in folder.glob(f"*/{CONFIG_NAME}")]
+    nested = (
+        f"{some([str(each.relative_to(root)) for each in sorted(deeper)])}: name these by a mapping, {{name: folder}}"
+    )
     if not found:
-        raise FileNotFoundError(f"no folder in {root} holds an {CONFIG_NAME}: there is no adapter to register")
+        there = f"; folders inside do, {nested}" if deeper else ": there is no adapter to register"
+        raise FileNotFoundError(f"no folder in {root} holds an {CONFIG_NAME}{there}")
+    if deeper:
+        warnings.warn(f"register({str(root)!r}) leaves out adapters that lie one folder deeper, {nested}", stacklevel=4)
     return found
 
 

@@ -14,11 +14,11 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, Stamp, leaves_a_rest, some
+from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, Stamp, check_modules, leaves_a_rest, some
 from ia3rt.adapters.host import HostRow, HostTier
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.registry import AdapterSource, Registry, gone, stamp_of
@@ -40,6 +40,7 @@ class Fetched:
     looked: dict[str, float] = field(default_factory=dict)
 
 
+Check: TypeAlias = Callable[[Sequence[tuple[Adapter, ...]]], None]
 NOTHING = Fetched()
 _FRESH = 1.0
 """Seconds in which the files of a resident adapter are not looked at again: a look takes longer than a switch."""
@@ -204,12 +205,17 @@ class Tiers:
             fetched.looked[name] = looked
         return fetched
 
-    def resolve(self, mixes: Sequence[Mix], fetched: Fetched) -> list[ResolvedMix]:
+    def resolve(self, mixes: Sequence[Mix], fetched: Fetched, check: Check | None = None) -> list[ResolvedMix]:
         """Looks the adapters of mixes up, of which `fetched` are registered; called with the lock.
+
+        Args:
+            mixes: what is to be worn.
+            fetched: what their adapters are that are registered.
+            check: refuses adapters, given those of each mix, before any is brought in and others make room for it.
 
         Raises:
             NoRowError: as `bring`.
-            ValueError: as `Bank.resolve`.
+            ValueError: as `Bank.resolve`, and as `check`.
         """
         for name, adapter in fetched.adapters.items():
             known = name in self._registry.folders or self._registry.finders
@@ -220,7 +226,14 @@ class Tiers:
         rests, missing = self._bank.complements(sums) if sums else ([], 0)
         if sums:
             self._check_capacity(len(fetched.adapters) + len(fetched.rows), len(rests) + missing)
-        held = self.bring(fetched, missing) if fetched.rows or missing else None
+        brings = bool(fetched.rows) or missing > 0
+        if brings or check is not None:
+            planned = self._planned(mixes, fetched)
+            for adapters in planned if brings else ():
+                check_modules(adapters)
+            if check is not None:
+                check(planned)
+        held = self.bring(fetched, missing) if brings else None
         resolved = [self._bank.resolve(mix) for mix in mixes]
         del held, rests  # what one mix needs was not evicted for another one
         return resolved
@@ -247,8 +260,7 @@ class Tiers:
         for name, row in absent.items():
             if name in bank.adapters:
                 bank.retire(name)
-            made = Adapter(name, 0, row.sites, row.config, shared=row.shared, stamp=row.stamp)
-            held.append(bank.place(made, row.row))
+            held.append(bank.place(_adapter(name, row), row.row))
             self._looked[name] = fetched.looked[name]
         if bank.tables is not tables:
             self._grown()
@@ -344,6 +356,11 @@ class Tiers:
                 found.append([row.sites for row in rows if row is not None])
         return found
 
+    def _planned(self, mixes: Iterable[Mix], fetched: Fetched) -> list[tuple[Adapter, ...]]:
+        """The adapters of each mix; of those that would have to be brought in, what they would be."""
+        would_be = {name: _adapter(name, row) for name, row in fetched.rows.items()}
+        return [tuple(would_be.get(name) or self._bank.adapter(name) for name in mix.adapters) for mix in mixes]
+
     def _is_absent(self, name: str, row: HostRow, looked: float) -> bool:
         """Whether a row is to be brought in that was read after a look at its files."""
         known = self._registry.folders.get(name)
@@ -409,3 +426,8 @@ class Tiers:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             context.enter_context(torch.cuda.stream(self._streams[device]))
         return context
+
+
+def _adapter(name: str, row: HostRow) -> Adapter:
+    """What a row that was read is in the bank, once it is placed there."""
+    return Adapter(name, 0, row.sites, row.config, shared=row.shared, stamp=row.stamp)

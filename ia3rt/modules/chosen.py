@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
         own: the adapters' own, of those that have one.
 
     Raises:
-        ValueError: as `check_route`.
+        ValueError: as `check_rows`.
         RuntimeError: an adapter was deleted while this forward wears it.
     """
     for mix in route.mixes:
@@ -68,31 +68,45 @@ def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
     return Choice(tuple(distinct), torch.tensor([place[id(modules[mix])] for mix in route.index.tolist()]))
 
 
-def check_route(route: Route) -> None:
-    """Checks that a route's rows can go through their adapters' own modules.
+def check_rows(mixes: Sequence[Sequence[Adapter]], index: Tensor | None, starts: Sequence[int] | None) -> None:
+    """Checks that rows can wear different mixes: before an adapter makes room for one that is refused then.
+
+    Args:
+        mixes: the adapters of each row's; with `index`, of those that it points to.
+        index: int64 [rows] or [rows, tokens]; None where each row has one of `mixes`.
+        starts: of each row, the position of the first token that wears its mix; None where all tokens do.
 
     Raises:
-        ValueError: tokens of one row would go through different ones, or rows through different saved embeddings.
+        ValueError: an adapter acts inside the experts of a mixture; tokens of one row would go through different
+            modules of their adapters' own, or rows through different saved embeddings.
     """
-    if route.index is None or not any(adapter.modules for mix in route.mixes for adapter in mix.adapters):
-        return
-    mixes = [route.mixes[slot] for slot in route.used]
-    owners = {path: _owners(path, mixes) for mix in mixes for adapter in mix.adapters for path in adapter.modules}
-    for path, by_mix in sorted(owners.items()):
-        if len(set(by_mix)) == 1:
-            continue
-        for adapter in by_mix:
-            if adapter is not None and path in adapter.embeddings:
+    has_own = False
+    for adapters in mixes:
+        for adapter in adapters:
+            has_own = has_own or bool(adapter.modules)
+            if adapter.site_in_experts is not None:
                 raise ValueError(
-                    f"adapter {adapter.name!r} has saved embeddings at {path!r}: they are the vocabulary of the whole "
+                    f"adapter {adapter.name!r} acts at {adapter.site_in_experts}, inside a mixture's experts, where "
+                    "the rows of the batch are mixed up: it can be worn by all rows (set_adapter), not by some"
+                )
+    if not has_own:
+        return
+    worn = list(mixes) if index is None else [mixes[at] for at in sorted(set(index.flatten().tolist()))]
+    begins_later = starts is not None and any(starts)
+    if begins_later:
+        worn.append(())  # the tokens before
+    for path in sorted({path for adapters in worn for adapter in adapters for path in adapter.modules}):
+        owners = dict.fromkeys(next((each for each in adapters if path in each.modules), None) for adapters in worn)
+        if len(owners) == 1:
+            continue
+        for owner in owners:
+            if owner is not None and path in owner.embeddings:
+                raise ValueError(
+                    f"adapter {owner.name!r} has saved embeddings at {path!r}: they are the vocabulary of the whole "
                     "model, its size included, so they are worn by all rows (set_adapter) or by none"
                 )
-        if route.by_token:
+        if begins_later or (index is not None and index.dim() == 2):
             raise ValueError(_by_token(path))
-
-
-def _owners(path: str, mixes: list[ResolvedMix]) -> list[Adapter | None]:
-    return [next((adapter for adapter in mix.adapters if path in adapter.modules), None) for mix in mixes]
 
 
 def _module(mix: ResolvedMix, own: Mapping[Adapter, nn.Module]) -> nn.Module | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3rt.modules.offloading import HUNG_ON
+from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.swapping import Swapping, lift
 from ia3rt.modules.wearer import Wearer, unwrap
 
@@ -33,13 +35,17 @@ def copied(model: nn.Module, name: str, path: str, state: Mapping[str, Tensor], 
             "was trained on a model with another head; load it into one of that class"
         )
     module = modules[path]
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
-        raise ValueError(f"module {path!r} has a forward of its own, set by other code, which would hide an adapter's")
+    for name_in_it, part in module.named_modules():
+        if not keeps_class_forward(part):
+            where = f"module {path!r}" if part is module else f"{name_in_it!r} in module {path!r}"
+            raise ValueError(f"{where} has a forward of its own, set by other code, which would hide an adapter's")
     _check(name, path, own_state(module), state, resizes)
     made: nn.Module = copy.deepcopy(module, _kept(module))
     for part in made.modules():
         for trained in [each for each in part._parameters if each.startswith("ia3_")]:
             del part._parameters[trained]
+        for hung in HUNG_ON:  # what the model's module gets is brought to its device, and the adapter's own is there
+            vars(part).pop(hung, None)
         if isinstance(part, Swapping):
             lift(part)
         if isinstance(part, Wearer):
@@ -69,6 +75,8 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _check(name: str, path: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor], resizes: bool) -> None:
     where = f"adapter {name!r}'s own module {path!r}"
+    if not own:
+        raise ValueError(f"{where} would be the model's: there is no tensor in that, so leave it out")
     if missing := sorted(own.keys() - state.keys()):
         raise ValueError(f"{where} lacks {missing}: the model's has {sorted(own)}, the adapter brings {sorted(state)}")
     if unknown := sorted(state.keys() - own.keys()):
@@ -108,11 +116,11 @@ def _listed(state: Mapping[str, Tensor]) -> str:
 
 
 def _kept(module: nn.Module) -> dict[int, Any]:
-    """What a deep copy of `module` shares with it: what is put in its place anyway, and what patching has put there."""
+    """What a deep copy of `module` shares with it: what is replaced in it, what patching put there, and hooks."""
     kept: dict[int, Any] = {}
     for part in module.modules():
         held = vars(part)
-        shared = [value for key, value in held.items() if key.startswith("ia3_")]
+        shared = [value for key, value in held.items() if key.startswith("ia3_") or key in HUNG_ON]
         shared += [tensor for tensor in part._parameters.values() if tensor is not None]
         kept.update((id(value), value) for value in shared)
     return kept

@@ -82,7 +82,8 @@ class IA3Layer(Wearer):
         """`forward` with the vectors at these positions: who applies the other itself says None for it."""
         if x.is_nested:
             return self._by_padding(worn, l_in, l_out, x)
-        if rest is None and self.ia3_routing.backend == "triton" and (l_in is not None or l_out is not None):
+        is_worn = rest is None and (l_in is not None or l_out is not None)
+        if is_worn and self.ia3_routing.backend == "triton" and not self._is_left_to_compiler(worn):
             fused = self._by_kernel(worn, (l_in, l_out), x)
             if fused is not None:
                 return fused
@@ -101,6 +102,10 @@ class IA3Layer(Wearer):
             return self._not_scaled(worn, l_out, y)  # type: ignore[no-any-return]
         s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
         return y if s_out is None else eager.scaled(y, s_out)
+
+    def _is_left_to_compiler(self, worn: Worn) -> bool:
+        """Whether a compiler multiplies by the vectors: where it also compiles what multiplies by the weight."""
+        return worn.is_left_to_compiler and dense_weight(self)[0] is not None
 
     def _not_scaled(self, worn: Worn, l_out: int | None, y: Any) -> Any:
         """What is no tensor, as a layer gives that only code could tell of, where no adapter is worn.

@@ -17,7 +17,6 @@ from ia3rt.modules.mlp_forms import Form, form_of_class, is_of_a_library, kind_o
 from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
-from ia3rt.routing.routing import Routing
 from ia3rt.routing.tables import MixTables
 from ia3rt.routing.worn import Worn
 
@@ -46,17 +45,18 @@ class IA3MLP(Wearer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """down(s ∘ act(gate) ∘ up); the rounding is that of scaling the second matrix's input."""
-        routing = self.ia3_routing
-        down = self._ia3_layer(routing)
+        worn = self.ia3_now()
+        by_kernel = not worn.is_left_to_compiler and self.ia3_routing.backend == "triton"
+        down = self._ia3_layer(by_kernel)
         if down is None or kwargs or len(args) != 1:
             return super().forward(*args, **kwargs)
-        form, worn = self.ia3_form, self.ia3_now()
+        form = self.ia3_form
         assert form is not None
-        h = self._ia3_product(worn, form, down, args[0])
+        h = self._ia3_product(worn, form, down, args[0], by_kernel)
         y = down.ia3_forward(worn, None, down.ia3_out, h)
         return getattr(self, form.after)(y) if form.after else y
 
-    def _ia3_layer(self, routing: Routing) -> IA3Layer | None:
+    def _ia3_layer(self, by_kernel: bool) -> IA3Layer | None:
         """The second matrix, whose vector is to be applied here; None where it has to wear it itself.
 
         Nothing may hang on it, as what is applied here is not seen there, nor on an activation that a kernel replaces;
@@ -68,16 +68,16 @@ class IA3MLP(Wearer):
         down, activation = modules.get(form.down), modules.get(form.activation)
         if not is_as_patched(down) or down.ia3_in is None or activation is None:
             return None
-        if routing.backend == "triton" and (kind_of(activation) is None or not is_bare(activation)):
+        if by_kernel and (kind_of(activation) is None or not is_bare(activation)):
             return None
         return down
 
-    def _ia3_product(self, worn: Worn, form: Form, down: IA3Layer, x: Tensor) -> Tensor:
+    def _ia3_product(self, worn: Worn, form: Form, down: IA3Layer, x: Tensor, by_kernel: bool) -> Tensor:
         """s ∘ act(gate) ∘ up, where s is what `down` wears at its input."""
         activation, position, routing = self._modules[form.activation], down.ia3_in, self.ia3_routing
         assert activation is not None and position is not None
         # The rows lie in x as in what becomes of it.
-        if routing.backend == "torch" or (worn.by_row and not down.ia3_is_row_major(position, x, worn)):
+        if not by_kernel or (worn.by_row and not down.ia3_is_row_major(position, x, worn)):
             return _scaled_product(form, self, activation, x, down.ia3_scale(position, x, worn))
         kind, tables = kind_of(activation), worn.tables
         assert kind is not None
@@ -101,7 +101,7 @@ class IA3MLP(Wearer):
     def ia3_hows(self, rows: int) -> dict[int, How]:
         """As `forward` chooses."""
         form, routing = self.ia3_form, self.ia3_routing
-        down = self._ia3_layer(routing)
+        down = self._ia3_layer(routing.backend == "triton")
         if form is None or down is None or down.ia3_in is None or not is_reached(self):
             return {}
         return {down.ia3_in: self._how(form, down, rows)}

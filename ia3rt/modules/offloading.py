@@ -1,4 +1,4 @@
-"""Where a module computes whose weights accelerate keeps elsewhere between its forwards."""
+"""What accelerate has hung on a module, and where that brings its weights for a forward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+HUNG_ON = ("_hf_hook", "_old_forward", "forward")
+"""What accelerate's add_hook_to_module puts into a module."""
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

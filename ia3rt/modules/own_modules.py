@@ -214,13 +214,15 @@ class OwnModules:
                     )
 
     def _tie(self, brought: Brought, built: Mapping[str, nn.Module]) -> None:
-        """Lets saved embeddings that are one tensor share their memory."""
-        first: dict[int, nn.Parameter] = {}
+        """Lets saved embeddings that are one tensor share their memory, on one device."""
+        first: dict[tuple[int, torch.device], nn.Parameter] = {}
         for path in brought.embeddings:
             weight = brought.states[path].get("weight")
             if weight is not None:
                 part = built[path]
-                part._parameters["weight"] = first.setdefault(weight.data_ptr(), part._parameters["weight"])  # type: ignore[arg-type]
+                own = part._parameters["weight"]
+                assert own is not None
+                part._parameters["weight"] = first.setdefault((weight.data_ptr(), own.device), own)
 
 
 def _check_shared(model: nn.Module, memory: Memory, path: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -35,7 +35,7 @@ class Reached:
     def _begin(self, places: Places) -> None:
         self._places = places
         self._watched: set[object] = set()
-        self._names = [path.split(".") if path else [] for path in places.layers]
+        self._paths = "\n".join(places.layers)
         self._look = _constant(lambda: _check(places))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reached:
@@ -53,9 +53,9 @@ class Reached:
         """
         if is_traced():
             # Where `forward` is looked up, a compiler traces again once another is set; not by `__dict__` alone.
-            for names in self._names:
+            for path in self._paths.split("\n"):  # one text: compiled code checks each that it reads, at every call
                 module: nn.Module | None = model
-                for name in names:
+                for name in filter(None, path.split(".")):
                     module = None if module is None else module._modules.get(name)
                     if module is None or module.forward is None or "forward" in module.__dict__:
                         break

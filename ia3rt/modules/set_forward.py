@@ -19,12 +19,17 @@ _PARALLEL = "transformers.distributed.tensor_parallel"
 def keeps_class_forward(module: nn.Module) -> bool:
     """Whether the class's forward runs, also once the class is another.
 
-    So it is with accelerate's hooks and with transformers' tensor parallelism, which call what they replaced.
+    So it is with accelerate's hooks and with transformers' tensor parallelism, which call what they replaced, and where
+    hooks were removed, which put it back.
     """
     held = vars(module)
     if "forward" not in held:
         return True
-    return is_class_forward(held.get("_old_forward"), module) or cell_of_class_forward(module) is not None
+    return (
+        is_class_forward(held["forward"], module)
+        or is_class_forward(held.get("_old_forward"), module)
+        or cell_of_class_forward(module) is not None
+    )
 
 
 def parallel_style(module: nn.Module) -> object | None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.modules.chosen import Choice, choose
 from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row
-from ia3rt.modules.wearer import How, Wearer, become
+from ia3rt.modules.wearer import How, Wearer, become, computing_device
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.traced import is_traced
@@ -40,11 +41,15 @@ class OwnOfOne:
         self.own: Mapping[Adapter, nn.Module] = {}
         self.in_training: list[tuple[str, nn.Module, str]] = []
         self.runs_whole = False
+        self._device: torch.device | None = None  # where all of `own` are
         self._routing = routing
         self._chosen: tuple[weakref.ref[Route], Choice] | None = None  # what is worn no more holds no rows
 
     def choice(self) -> Choice:
-        """What the rows of the forward at hand go through."""
+        """What the rows of the forward at hand go through, on the device of the model's."""
+        device = computing_device(self.module)  # accelerate moves weights without a word, and away in between
+        if device != self._device and device.type != "meta":
+            self._move(device)
         route = self._routing.now().route
         chosen = self._chosen
         if chosen is None or chosen[0]() is not route:
@@ -54,12 +59,18 @@ class OwnOfOne:
     def add(self, adapter: Adapter, own: nn.Module) -> None:
         """Adds an adapter's own. What is there already goes on being worn meanwhile, in other threads too."""
         self.own = {**self.own, adapter: own}
-        self._chosen = None
+        self._chosen = self._device = None
 
     def remove(self, adapter: Adapter) -> None:
         """Forgets an adapter's own."""
         self.own = {other: own for other, own in self.own.items() if other is not adapter}
         self._chosen = None
+
+    @outside_inference_mode
+    def _move(self, device: torch.device) -> None:
+        for own in self.own.values():
+            own.to(device)
+        self._device = device
 
     def is_looked_at(self) -> bool:
         """Whether it is seen in this forward where modules have their rows."""

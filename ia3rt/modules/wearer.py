@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -113,8 +114,13 @@ def copied_as_pickle_does(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def computing_tensor(module: nn.Module) -> Tensor:
     """A parameter or buffer that says where a module computes, and in what; GPTQ's layers have buffers only."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return next((tensor for tensor in tensors if tensor.dtype.is_floating_point), tensors[0])
+    first: Tensor | None = None
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.dtype.is_floating_point:
+            return tensor
+        first = tensor if first is None else first
+    assert first is not None
+    return first
 
 
 def computing_device(module: nn.Module) -> torch.device:
@@ -211,10 +217,11 @@ _unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 def become(module: nn.Module, cls: type) -> None:
     """Gives a module another class."""
-    # accelerate's device_map hooks keep the forward they replaced: where that is the class's, they have to call the
-    # present class's. One that other code had set on the module is not the class's, and stays.
-    if is_class_forward(vars(module).get("_old_forward"), module):
-        vars(module)["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    # accelerate's device_map hooks keep the forward they replaced, and put it on the module when they are removed.
+    # Where it is the class's, it has to be the present one's. One that other code had set is not, and stays.
+    for kept in ("_old_forward", "forward"):
+        if is_class_forward(vars(module).get(kept), module):
+            vars(module)[kept] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
     cell = cell_of_class_forward(module)  # so does the forward that splits a layer over processes
     if cell is not None:
         cell.cell_contents = MethodType(cls.forward, module)  # type: ignore[attr-defined]

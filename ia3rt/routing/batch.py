@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 _MAIN = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _CACHES = ("cache", "past_key_values", "cache_params", "past_bucket_states", "mems")
 # What a model keeps of the tokens before, and where their number can be read.
-_COUNTED = ("cache", "past_key_values")
-_KEPT = (*_COUNTED, "cache_params", "state", "mems", "past_buckets_states")
+_COUNTED = ("cache", "past_key_values", "cache_params")
+_KEPT = (*_COUNTED, "state", "mems", "past_buckets_states")
 # What belongs to the tokens and not to the rows, or says where the rows are and not what is in them.
 _NOT_MARKED = ("mask", "position", "cache")
 # Beside text, these are counted in images or clips, of which a row has as many as it has.

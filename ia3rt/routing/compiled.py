@@ -25,34 +25,45 @@ class Compiled:
         probing: what is known of it.
         route: gives what the next forward wears.
         leave_ended: leaves forwards that ended with an error: torch calls no hooks then where a compiler runs.
+        compose: composes what is worn, now and from now on.
     """
 
     def __init__(
-        self, model: nn.Module, probing: Probing, route: Callable[[], Route], leave_ended: Callable[[], None]
+        self,
+        model: nn.Module,
+        probing: Probing,
+        route: Callable[[], Route],
+        leave_ended: Callable[[], None],
+        compose: Callable[[], None],
     ) -> None:
         self._model = weakref.ref(model)
         self._probing = probing
         self._route = route
         self._leave_ended = leave_ended
+        self.compose_now = compose
         self._key = str(next(_keys))  # a compiler takes a string for constant, a number not always
         _compiled[self._key] = self
 
-    def see(self, names: tuple[str, ...]) -> None:
+    def compose(self) -> None:
+        """Has what is worn composed before a compiler reads it."""
+        _compose(self._key)
+
+    def see(self, names: tuple[str, ...], is_of_one_row: bool) -> None:
         """Lets it be known where the model has its rows, while a compiler reads a forward with these inputs.
 
         Raises:
             ValueError: as `run`.
         """
-        _run(self._key, names)
+        _run(self._key, names, is_of_one_row)
 
-    def run(self, names: tuple[str, ...]) -> None:
-        """Runs a forward of inputs that are made up, once for such names.
+    def run(self, names: tuple[str, ...], is_of_one_row: bool) -> None:
+        """Runs a forward of inputs that are made up, once for such names, and for one row or more.
 
         Raises:
             ValueError: the model does not run on these, and no forward of it was looked at before.
         """
         model, index = self._model(), self._route().index
-        if model is None or index is None or not self._probing.is_new(names):
+        if model is None or index is None or not self._probing.is_new(names, is_of_one_row):
             return
         try:
             with torch.no_grad():
@@ -68,10 +79,17 @@ class Compiled:
             ) from error
 
 
-def _run(key: str, names: tuple[str, ...]) -> bool:
-    """What a compiler takes for a constant: it calls it, and does not look into it."""
-    _compiled[key].run(names)
+def _compose(key: str) -> bool:
+    """What a compiler takes for a constant, as `_run`."""
+    _compiled[key].compose_now()
     return True
 
 
+def _run(key: str, names: tuple[str, ...], is_of_one_row: bool) -> bool:
+    """What a compiler takes for a constant: it calls it, and does not look into it."""
+    _compiled[key].run(names, is_of_one_row)
+    return True
+
+
+_compose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _run._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as its decorator does, which imports the compiler

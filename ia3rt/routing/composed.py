@@ -17,7 +17,13 @@ from ia3rt.routing.staging import Staging
 
 
 class Scales(Protocol):
-    """What each site wears."""
+    """What each site wears.
+
+    Attributes:
+        is_written: whether what is worn was written here.
+    """
+
+    is_written: bool
 
     def scale(self, position: int) -> Tensor:
         """[width] where all rows wear one mix, else [rows, width], or [mixes, width] where tokens are routed.
@@ -29,11 +35,7 @@ class Scales(Protocol):
 
 
 class ComposedMixes:
-    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are.
-
-    Attributes:
-        is_written: whether what is worn was written here.
-    """
+    """A composed float32 vector a site for each mix in use or each row, in buffers that stay where they are."""
 
     def __init__(self) -> None:
         self.is_written = False
@@ -66,13 +68,14 @@ class ComposedMixes:
         """
         count = len(mixes) if rows is None else len(rows)
         if bank.tables is not self._tables or count != self._count:
-            self._tables, self._count, self._places = bank.tables, count, tuple(bank.places)
+            self._places = tuple(bank.places)
             self._buffers = [_Buffer(table, count) for table in bank.tables]
             of = dict(zip(bank.tables, self._buffers, strict=True))
             self._wholes = tuple(buffer.whole for buffer in self._buffers)
             self._scales = bank.by_site(lambda here: torch.split(of[here].whole, here.widths, dim=-1))
             self._ends = bank.by_site(lambda here: tuple(accumulate(here.widths)))
             self._starts = tuple(end - width for end, width in zip(self._ends, bank.widths, strict=True))
+            self._tables, self._count = bank.tables, count
         for buffer in self._buffers:
             buffer.write(mixes, rows)
         self.is_written = True

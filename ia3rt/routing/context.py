@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.wearing import Wearing
-from ia3rt.routing.worn import Memory
+from ia3rt.routing.worn import Memory, Worn
 
 T = TypeVar("T")
 
@@ -27,11 +27,22 @@ class Captured:
         self.memories: list[tuple[int | None, Memory]] = []
 
 
+class Held:
+    """What the compiled forward wears that a thread is in: nobody writes into its memory as long as it is here.
+
+    Attributes:
+        worn: None outside of one. It may be left here by one that ended with an error.
+    """
+
+    worn: Worn | None = None
+
+
 class _Local(threading.local):
     """What compiled code finds what is worn by: a compiler does not look into a ContextVar."""
 
     def __init__(self, wearing: Wearing) -> None:
         self.wearing = wearing
+        self.held = Held()
 
 
 def _is_in_a_task() -> bool:
@@ -84,7 +95,7 @@ class Context:
             self.has_tasks = self.has_tasks or _is_in_a_task()
             token = self._wearing.set(wearing)
             wearing.token = before.token or token  # of the first: what takes it back leaves nothing of the model
-        self.local.wearing = wearing
+        self.local.wearing, self.local.held.worn = wearing, None
         captured = self._captured.get()
         if captured is not None:
             captured.wearing = wearing
@@ -122,7 +133,7 @@ class Context:
     def enter(self, forward: Forward) -> None:
         """Makes it the forward that this context is in."""
         forward.token = self._forward.set(forward)
-        self.local.wearing = forward.wearing
+        self.local.wearing, self.local.held.worn = forward.wearing, None
 
     def leave(self, forward: Forward) -> None:
         """Ends what `enter` began."""

@@ -12,7 +12,7 @@ from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import NOTHING, TOKENS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
-from ia3rt.routing.traced import is_traced
+from ia3rt.routing.traced import is_captured, is_traced
 from ia3rt.routing.worn import Worn
 
 _ROW = 1  # the one that is followed: its place differs in every order of the rows
@@ -37,10 +37,11 @@ class Probing:
     def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
         """Follows a row of the batch through a forward, where none of this kind was followed yet."""
         rows = forward.worn.rows
-        if rows is None or batch is None or batch.is_meta:
+        if rows is None or batch is None or batch.is_meta or is_captured(batch):
             return
-        are_alike = len(forward.worn.route.mixes) < 2 or (rows == 1 and forward.worn.tokens is None)
-        if are_alike and forward.most is None:
+        is_row = rows == 1 and forward.worn.tokens is None
+        # On a GPU, rows that are alike now may be captured next, for others.
+        if (is_row or (len(forward.worn.route.mixes) < 2 and not batch.is_cuda)) and forward.most is None:
             return
         shape = batch.shape[1:] if self._by_shape else None
         kind = _kind(model, arguments, batch, forward.worn.images), shape, rows == 1, forward.most is not None
@@ -63,11 +64,12 @@ class Probing:
         """Lets the next forward of each kind be looked at again, as layers came to wear something."""
         self._kinds.clear()
 
-    def is_new(self, names: tuple[str, ...]) -> bool:
+    def is_new(self, names: tuple[str, ...], is_of_one_row: bool) -> bool:
         """Whether a compiler asks for the first time of forwards with these inputs."""
-        if ("compiled", names) in self._kinds:
+        kind = "compiled", names, is_of_one_row
+        if kind in self._kinds:
             return False
-        self._kinds.add(("compiled", names))
+        self._kinds.add(kind)
         return True
 
     def end(self, forward: Forward, completed: bool) -> None:
@@ -91,7 +93,7 @@ class Probing:
             seen = layouts[_key(x, worn)]
             self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated > 0)
         layout = layouts.get(_key(x, worn))
-        if isinstance(layout, Layout) and worn.rows == 1:
+        if isinstance(layout, Layout) and worn.is_of_one_row:
             return layout
         if isinstance(layout, Layout):
             assert worn.route.index is not None
@@ -134,7 +136,7 @@ class Probing:
 def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
     """Notes what the marks say of an input; what differs from what was seen before is not known."""
     assert worn.rows is not None and forward.marks is not None
-    if worn.rows == 1:  # what depends on the text has its tokens, and what does not has others, as of an image
+    if worn.is_of_one_row:  # what depends on the text has its tokens, and what does not has others, as of an image
         text: Layout | Unknown = Layout(0, TOKENS) if forward.marks.marked(x).any() else NOTHING
         known = layouts.setdefault(_key(x, worn), text)
         layouts[_key(x, worn)] = text if known == text else NOTHING
@@ -150,7 +152,7 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
 
 
 def _key(x: Tensor, worn: Worn) -> int:
-    return -x.dim() if worn.rows == 1 else x.dim()
+    return -x.dim() if worn.is_of_one_row else x.dim()
 
 
 def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) -> Layout | Unknown:

@@ -36,24 +36,18 @@ class Route:
 
         Args:
             mixes: each row's; with `where`, the mixes that it points to.
-            where: integer [rows] or [rows, tokens].
-
-        Raises:
-            ValueError: `where` is no such tensor or points outside of the mixes, or an adapter acts inside the experts
-                of a mixture.
+            where: as `check_index` takes it.
         """
-        _check_experts(mixes)
         slots: dict[tuple[object, ...], int] = {}
         distinct: list[ResolvedMix] = []
         index = []
         for mix in mixes:
-            slot = slots.setdefault((mix.rows, mix.weights), len(distinct))
+            slot = slots.setdefault(mix.terms, len(distinct))
             if slot == len(distinct):
                 distinct.append(mix)
             index.append(slot)
         slots_of_rows = torch.tensor(index)
         if where is not None:
-            _check_index(where, len(mixes))
             slots_of_rows = slots_of_rows[where.cpu().long()]
         return cls(tuple(distinct), slots_of_rows)
 
@@ -117,26 +111,23 @@ class Route:
         return next(place for place, mix in enumerate(self.mixes) if not mix.rows)
 
 
-def check_images(images: Sequence[int] | None, route: Route) -> None:
-    """Raises ValueError where `images` do not hold a row of the route each."""
-    rows = 0 if route.index is None else len(route.index)
-    if images is not None and not all(isinstance(row, int) and 0 <= row < rows for row in images):
+def check_images(images: object, rows: int) -> list[int] | None:
+    """The row of each image.
+
+    Raises:
+        ValueError: `images` do not hold one of so many rows each.
+    """
+    given = images.tolist() if hasattr(images, "tolist") else images  # a tensor's or an array's numbers
+    if given is None:
+        return None
+    if not isinstance(given, Sequence) or not all(isinstance(row, int) and 0 <= row < rows for row in given):
         raise ValueError(f"images must hold the row of each image, 0 … {rows - 1}: got {images!r}")
+    return list(given)
 
 
-def _check_index(index: object, mixes: int) -> None:
+def check_index(index: object, mixes: int) -> None:
+    """Raises ValueError where `index` is no tensor that says which of so many mixes each row or token wears."""
     if not isinstance(index, Tensor) or index.is_floating_point() or index.dim() not in (1, 2) or not index.numel():
         raise ValueError("index must be an integer tensor of shape [batch] or [batch, tokens]")
     if index.min() < 0 or index.max() >= mixes:
         raise ValueError(f"index points outside of the {mixes} mixes: it must lie in 0 … {mixes - 1}")
-
-
-def _check_experts(mixes: Sequence[ResolvedMix]) -> None:
-    for mix in mixes:
-        for adapter in mix.adapters:
-            site = adapter.site_in_experts
-            if site is not None:
-                raise ValueError(
-                    f"adapter {adapter.name!r} acts at {site}, inside a mixture's experts, where the rows of the "
-                    "batch are mixed up: it can be worn by all rows (set_adapter), not by some"
-                )

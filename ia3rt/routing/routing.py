@@ -72,7 +72,9 @@ class Routing:
         """Says which model this is of."""
         self._model = weakref.ref(model)
         self._names = parameter_names(model)  # a compiler does not look them up
-        self._compiled = Compiled(model, self.probing, lambda: self.route, lambda: self._leave_ended(sys._getframe(1)))
+        self._compiled = Compiled(
+            model, self.probing, lambda: self.route, lambda: self._leave_ended(sys._getframe(1)), self._compose
+        )
 
     def _begin(self) -> None:
         base = Wearing(self._shelf.lay(Route((self.bank.resolve(BASE),))))
@@ -111,11 +113,17 @@ class Routing:
                     "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
                     "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
                 )
-            return self._context.local.wearing.worn if self._covering is None else self._covering.worn
+            held = self._context.local.held.worn
+            return self._of_thread if held is None else held
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             return forward.worn
         return self._outside()
+
+    @property
+    def _of_thread(self) -> Worn:
+        """What compiled code finds that this thread wears."""
+        return self._context.local.wearing.worn if self._covering is None else self._covering.worn
 
     def now_on(self, place: int) -> Worn:
         """The same for a layer on one of several devices, as that reads it.
@@ -124,12 +132,14 @@ class Routing:
             place: of the device, among the bank's tables.
         """
         if is_traced():
-            if self.backend == "triton":
+            worn = self.now()  # composed mixes are found by position, wherever they lie
+            if self.backend == "triton" and not worn.is_left_to_compiler:
                 raise RuntimeError(
-                    "the model's sites lie on several devices, and the Triton backend compiles on one: "
-                    "patch(model, backend='torch'), or call the model uncompiled"
+                    "the model's sites lie on several devices, and a part of it is compiled by itself, where the "
+                    "kernels can read one device only: compile the whole model, call it uncompiled, or "
+                    "patch(model, backend='torch')"
                 )
-            return self.now()  # composed mixes are found by position, wherever they lie
+            return worn
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             if forward.placed is None:
@@ -261,6 +271,11 @@ class Routing:
                 worn.images = wearing.worn.images
                 self._replace(wearing, worn)
 
+    def _compose(self) -> None:
+        if not (self.composes and self._of_thread.composed.is_written):
+            self.composes = True
+            self.refresh()
+
     def leave_graphs(self) -> None:
         """Says, after the bank's table was replaced, that what a CUDA graph captured is no more what is worn."""
         if self._context.forget_captured():
@@ -283,7 +298,12 @@ class Routing:
                     "layers were moved to other devices since the last forward: call the model once by itself, not "
                     "compiled, so that their vectors follow"
                 )
+            self._compiled.compose()
+            self._context.local.held.worn = None
             worn = self.now()
+            self._context.local.held.worn = worn  # to the end: other threads may switch meanwhile
+            if torch.is_grad_enabled():
+                worn.lent = True  # which a backward pass reads
             if worn.route.by_token:
                 raise ValueError(
                     "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
@@ -292,7 +312,8 @@ class Routing:
             if worn.by_row:
                 given = named_arguments(self._names, args, kwargs)
                 self._check_rows(worn, main_input(given, model))
-                self._compiled.see(tuple(name for name, x in given.items() if isinstance(x, Tensor)))
+                names = tuple(name for name, x in given.items() if isinstance(x, Tensor))
+                self._compiled.see(names, worn.is_of_one_row)
             return
         self._start(model, args, kwargs, sys._getframe(2))  # past the hook
 
@@ -337,8 +358,17 @@ class Routing:
             ValueError: the forward did not reach a layer.
         """
         if is_traced():
-            return
-        forward = self._context.forward()
+            self._context.local.held.worn = None
+        else:
+            self.after_part(model, args, output)
+
+    def after_part(self, model: nn.Module, args: object, output: object) -> None:
+        """A forward hook of the models inside the model, which may be called without it.
+
+        Raises:
+            ValueError: as `after_forward`.
+        """
+        forward = None if is_traced() else self._context.forward()
         if forward is None or forward.owner is not model:
             return
         forward.calls -= 1

@@ -12,7 +12,7 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import Layout
 from ia3rt.routing.probing import Probing
-from ia3rt.routing.traced import is_traced
+from ia3rt.routing.traced import is_captured, is_traced
 from ia3rt.routing.worn import Shelf, Worn
 
 
@@ -85,7 +85,7 @@ class RowScales:
             ValueError: it is not known whose each element of x is.
         """
         if not worn.by_row:
-            acts = is_traced() or worn.acts_at(position, self._bank)
+            acts = is_traced() or is_captured(x) or worn.acts_at(position, self._bank)
             return (worn.composed.scale(position).unsqueeze(0), None) if acts else None
         forward = self._forward()
         if not self._is_scaled(layer, position, x, worn, forward):
@@ -156,8 +156,11 @@ class RowScales:
         self.see(layer, position, x, worn)
         if forward is not None and forward.most is not None and forward.marks is not None:
             self._check_places(position, x, worn, forward)
-        # A compiler would compile anew for other adapters: it multiplies by the ones of a site where none acts.
-        return (is_traced() and self._probing.is_known(layer, x)) or worn.acts_at(position, self._bank)
+        # What is compiled or captured runs for other adapters too: it multiplies by the ones of a site where none acts.
+        # So does, on a GPU, the first forward of its kind, so that nothing is done for the first time in a capture.
+        is_first = x.is_cuda and forward is not None and forward.marks is not None
+        is_for_others = is_first or is_traced() or is_captured(x)
+        return (is_for_others and self._probing.is_known(layer, x)) or worn.acts_at(position, self._bank)
 
     def _check_places(self, position: int, x: Tensor, worn: Worn, forward: Forward) -> None:
         """Raises ValueError where a layer computes on tokens of the cache again, which came before the rows' starts."""
@@ -175,10 +178,12 @@ class RowScales:
         )
 
     def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
-        """Whether rows that all wear the same mix are scaled as one; compiled code does what it does for others."""
+        """Whether rows that all wear the same mix are scaled as one; what runs for others too does as for others."""
+        if worn.is_of_one_row and worn.tokens is None:
+            return True
         if is_traced() and self._probing.is_known(layer, x):
             return False
-        return len(worn.route.mixes) == 1 or (worn.rows == 1 and worn.tokens is None)
+        return len(worn.route.mixes) == 1 and not is_captured(x)
 
 
 def _numbers(scale: Tensor, layout: Layout, x: Tensor, worn: Worn) -> Tensor:

@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from operator import index
 from typing import Any
 
-from torch import Tensor, nn
-
-from ia3rt.routing.route import Route
+from torch import nn
 
 _FAR = 2**62
 """Behind any token, and a number of int64."""
 
 
-def check_start(start: object, route: Route, images: object) -> list[int]:
+def check_start(start: object, rows: int, by_token: bool, images: object) -> list[int]:
     """The first position that each row's mix is worn at; None and a number for all rows are written out.
 
     Raises:
         ValueError: `start` is no such position for each row, or the route says in another way what tokens wear.
     """
-    assert route.index is not None
-    if route.by_token:
+    if by_token:
         raise ValueError(
             "start says from which token on a row wears its mix, and an index [batch, tokens] says it of each token: "
             "give one of them"
@@ -31,8 +28,7 @@ def check_start(start: object, route: Route, images: object) -> list[int]:
             "start counts the tokens of a row, and images have none: give start or images. To let the base model see "
             "an image, run the part of the prompt with the image without a route, and go on with its cache"
         )
-    rows = len(route.index)
-    given = start.tolist() if isinstance(start, Tensor) else start
+    given = start.tolist() if hasattr(start, "tolist") else start  # a tensor's or an array's numbers
     given = [given] * rows if hasattr(given, "__index__") else given
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Whether a compiler reads along."""
+"""Whether what is done now is also done later, for rows that wear something else."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def is_traced() -> bool:
@@ -11,3 +12,8 @@ def is_traced() -> bool:
     `torch.compiler.is_compiling` is true there too.
     """
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph captures what is done with x."""
+    return not is_traced() and x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -16,6 +16,20 @@ from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 from ia3rt.routing.worn import Worn
 
 
+def check_names(model: nn.Module, adapters: Iterable[Adapter]) -> None:
+    """Raises ValueError where the model has something already by the name of a parameter of these adapters."""
+    seen = set()
+    for adapter in adapters:
+        for site in adapter.sites:
+            module, name = model.get_submodule(site.module), _attribute(site, adapter)
+            if (module, name) in seen or hasattr(module, name):
+                raise ValueError(
+                    f"adapter {adapter.name!r} cannot be trained: {site.path!r} has a {name!r} already; give the "
+                    "adapter another name"
+                )
+            seen.add((module, name))
+
+
 class TrainedAdapters:
     """The adapters of one model that are trained, while all else in it is frozen.
 
@@ -36,7 +50,6 @@ class TrainedAdapters:
         devices = bank.devices.items()
         self._columns = {site: site.slices.inside(device) for site, device in devices if site.slices is not None}
         self._frozen: list[tuple[nn.Module, str]] = []
-        self._check()
         for module in self._modules.values():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad:
@@ -168,18 +181,6 @@ class TrainedAdapters:
                 vectors.append([row if own is None else own for own, row in here])
         return vectors
 
-    def _check(self) -> None:
-        seen: dict[tuple[str, str], str] = {}
-        for adapter in self.adapters:
-            for site in adapter.sites:
-                key = site.module, _attribute(site, adapter)
-                if key in seen or hasattr(self._modules[site.module], key[1]):
-                    raise ValueError(
-                        f"adapter {adapter.name!r} cannot be trained: {site.path!r} has a {key[1]!r} already; "
-                        "give the adapter another name"
-                    )
-                seen[key] = adapter.name
-
 
 class _Part(NamedTuple):
     """A site's trained columns, and its whole vector, which is ones elsewhere."""
@@ -205,6 +206,8 @@ class TrainedScales:
         index: int64 [rows], the mix of each row; None where all wear the first.
         keeps: whether a scale has a row a mix instead, as routes by token look up.
     """
+
+    is_written = True
 
     def __init__(
         self, vectors: list[list[Tensor | _Part]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool

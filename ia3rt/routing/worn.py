@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,11 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.routing.composed import ComposedMixes, Scales
 from ia3rt.routing.route import Backend, Route
-from ia3rt.routing.streams import current_stream
+from ia3rt.routing.streams import Streams, current_stream, current_streams
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 
-_KEPT = 4  # of each size: a switch needs one besides the one that is worn
+_KEPT = 4  # of each size and stream: a switch needs one besides the one that is worn
+_KINDS = 32  # sizes and streams of which there may be some
 
 
 class Memory:
@@ -27,6 +29,7 @@ class Memory:
         placed: the mixes as the kernels read them, on each device of the bank; nothing is in it on the torch backend.
         holder: the Worn whose numbers CUDA graphs read here; None once a switch has written others for them.
         route: what was written last; it holds the rows that it names, which a CUDA graph may read.
+        streams: of CUDA devices, those that it was written in, by the device's place in the bank.
     """
 
     def __init__(self) -> None:
@@ -34,12 +37,13 @@ class Memory:
         self.placed: tuple[MixTables, ...] = (MixTables(),)
         self.holder: weakref.ref[Worn] | None = None
         self.route: Route | None = None
+        self.streams: Streams = ()
 
     @outside_inference_mode
-    def write(self, bank: Bank, route: Route, backend: Backend, composes: bool) -> None:
-        """Writes a route; in place where one of as many rows was here before."""
+    def write(self, bank: Bank, route: Route, backend: Backend, composes: bool, streams: Streams) -> None:
+        """Writes a route, in `streams`, the current ones; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
-        self.route = route
+        self.route, self.streams = route, streams
         self.composed.is_written = False
         if composes:
             self.composed.write(bank, route.mixes, by_row)
@@ -61,6 +65,7 @@ class Worn:
         route: what it is.
         rows: of the batch that it is for; None where all rows of any batch wear one mix.
         by_row: whether its rows may wear different mixes.
+        is_of_one_row: whether `rows` is 1: a compiler that asks for the number itself compiles anew for each other one.
         length: of these rows, in tokens; None unless each token has a mix of its own.
         tokens: int64 [rows * length], the mix of each token, on the device of `tables`; None unless each has one.
         images: the row of each image of the batch, where the route or the batch says so.
@@ -81,6 +86,7 @@ class Worn:
         self.route = route
         self.rows = rows
         self.by_row = rows is not None
+        self.is_of_one_row = rows == 1
         self.composed = composed
         self.placed = placed
         self.tables = placed[0]
@@ -98,13 +104,36 @@ class Worn:
         self.major: set[tuple[int, int, int]] = set()
         self._acts: frozenset[int] | None = None
         self._kept: weakref.ref[Worn] | None = None  # it holds this one
-        self.streams: tuple[torch.cuda.Stream | None, ...] = ()
+        self.streams: Streams = ()
+
+    @property
+    def is_left_to_compiler(self) -> bool:
+        """Whether a compiler reads along that can read composed mixes.
+
+        It fuses their multiplication into what it compiles anyway; a kernel would be launched by itself.
+        """
+        return torch.compiler.is_dynamo_compiling() and self.composed.is_written
 
     def compose(self, bank: Bank) -> None:
-        """Composes the mixes where only the kernels' tables were written."""
-        if isinstance(self.composed, ComposedMixes) and not self.composed.is_written:
-            by_row = self.route.of_rows
-            self.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
+        """Composes the mixes where only the kernels' tables were written.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, which would compose the same mixes again at each replay.
+        """
+        if self.composed.is_written or not isinstance(self.composed, ComposedMixes):
+            return
+        if bank.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a layer that no kernel fits asks for the first time for what its rows wear, while a CUDA graph is "
+                "captured: run one forward of this kind under this route before"
+            )
+        with bank.lock:
+            if not self.composed.is_written:
+                by_row = self.route.of_rows
+                self.composed.write(bank, self.route.mixes, None if by_row is None else by_row.tolist())
+                for stream in current_streams(bank):
+                    if stream is not None:  # others wait for the stream that the kernels' tables were written in
+                        stream.synchronize()
 
     def acts_at(self, position: int, bank: Bank) -> bool:
         """Whether any adapter of the route acts at a site."""
@@ -140,8 +169,9 @@ class Worn:
         (self.of or self).lent = True
         if not self.tables.stays or not self.tables.bank:
             return self
+        streams = current_streams(bank)
         kept = None if self._kept is None else self._kept()
-        if kept is None:
+        if kept is None or kept.streams != streams:  # or another stream would read what this one has not written yet
             used, mixes = used_rows(self.route.mixes)
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes)))
             placed = []
@@ -152,6 +182,7 @@ class Worn:
                     placed.append(MixTables.over(columns, numbers, tables.route.clone()))
                     placed[-1].tokens = tables.tokens
             kept = self._over(tuple(placed))
+            kept.streams = streams
             self._kept = weakref.ref(kept)
         return kept
 
@@ -194,7 +225,7 @@ class Worn:
         if holder is not None:
             holder._move(shelf)  # others may wear it on, or it may be worn again
         memory.holder = None
-        memory.write(shelf.bank, route, shelf.backend, shelf.composes)
+        memory.write(shelf.bank, route, shelf.backend, shelf.composes, current_streams(shelf.bank))
 
     def lend(self) -> Memory | None:
         """Gives its memory to CUDA graphs, which read it at its address from now on; None where it has none."""
@@ -206,14 +237,14 @@ class Worn:
     def within(self, memory: Memory) -> Worn:
         """The same numbers in memory that holds them already."""
         made = Worn(self.route, self.rows, memory.composed, memory.placed)
-        made.images, made.streams, made.lent = self.images, self.streams, True
+        made.images, made.streams, made.lent = self.images, memory.streams, True
         return made
 
     def _move(self, shelf: Shelf) -> None:
         """Takes other memory, and leaves the one that it has to CUDA graphs."""
         memory = shelf.written(self.route, self.rows)
         self.memory, self.composed, self.placed, self.tables = memory, memory.composed, memory.placed, memory.placed[0]
-        self.spread = {}
+        self.spread, self.streams = {}, memory.streams
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copy of the model has a bank of its own, and lays its own tables."""
@@ -225,44 +256,54 @@ class Worn:
 
 
 class Shelf:
-    """Makes what is worn, of memory that is free, or new where there is none."""
+    """Makes what is worn, of memory that is free, or new where there is none.
+
+    Memory is free for who writes in the streams that it was written in: what still reads it there comes first, and what
+    was read in another one is `lent`.
+    """
 
     def __init__(self, bank: Bank, backend: Backend) -> None:
         self.bank = bank
         self.backend: Backend = backend
         self.composes = backend == "torch"
-        self._free: dict[int | None, list[Memory]] = {}
+        self._free: OrderedDict[tuple[int | None, Streams], list[Memory]] = OrderedDict()
+        self._tables = bank.tables  # that they are for
 
     def lay(self, route: Route) -> Worn:
         """What `route` is over the rows that it has."""
         rows = None if route.index is None else len(route.index)
         memory = self.written(route, rows)
         worn = Worn(route, rows, memory.composed, memory.placed)
-        worn.memory, worn.shelf = memory, self
-        if self.bank.is_cuda:
-            tables = self.bank.tables
-            worn.streams = tuple(current_stream(here.device) if here.table.is_cuda else None for here in tables)
-            for here, stream in zip(tables, worn.streams, strict=True):
-                if stream is not None:
-                    here.read_in(stream)
+        worn.memory, worn.shelf, worn.streams = memory, self, memory.streams
         return worn
 
     def written(self, route: Route, rows: int | None) -> Memory:
         """Memory with a route of so many rows in it."""
-        memory = self._take(rows)
-        memory.write(self.bank, route, self.backend, self.composes)
+        streams = current_streams(self.bank)
+        memory = self._take(rows, streams)
+        memory.write(self.bank, route, self.backend, self.composes, streams)
+        for here, stream in zip(self.bank.tables, streams, strict=False):
+            if stream is not None:
+                here.read_in(stream)
         return memory
 
     def put(self, rows: int | None, memory: Memory) -> None:
         """Takes memory for so many rows that nothing reads any more."""
         memory.route = None
-        free = self._free.setdefault(rows, [])
+        key = rows, memory.streams
+        free = self._free.setdefault(key, [])
         if len(free) < _KEPT:
             free.append(memory)
+        self._free.move_to_end(key)
+        if len(self._free) > _KINDS:
+            self._free.popitem(last=False)
 
-    def _take(self, rows: int | None) -> Memory:
+    def _take(self, rows: int | None, streams: Streams) -> Memory:
+        if self._tables is not self.bank.tables:
+            self._free.clear()
+            self._tables = self.bank.tables
         try:
-            return self._free[rows].pop()
+            return self._free[rows, streams].pop()
         except (KeyError, IndexError):
             return Memory()
 

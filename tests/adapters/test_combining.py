@@ -271,7 +271,7 @@ def test_the_density_that_an_error_names_is_enough(width):
     [
         ({"adapters": {"a", "b"}}, "adapters must be a list of names"),
         ({"adapters": {"a": 0.5}}, "adapters must be a list of names"),
-        ({"weights": 0.5}, "weights are 0.5: give a list"),
+        ({"weights": 0.5}, "weights must be a sequence of numbers"),
         ({"seed": 1.5, "combination_type": "dare_ties", "density": 0.5}, "seed is 1.5: it is an integer"),
         ({"density": "0.2"}, "density is '0.2': it is a number"),
     ],

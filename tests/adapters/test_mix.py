@@ -64,10 +64,29 @@ def test_what_is_no_mix_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "adapters must be a sequence of names, got None"),
+        ((("a",), 0.5, "linear"), r"weights must be a sequence of numbers, one for each of \['a'\], got 0.5"),
+        ((("a", "b"), {0.5, 0.7}, "linear"), "weights must be a sequence of numbers"),
+    ],
+)
+def test_what_is_no_sequence_is_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Mix(*arguments)
+
+
+@pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
         ([], ValueError, "an empty list of adapters: use None"),
         ({}, ValueError, "at least one adapter"),
+        ({"a": "x"}, ValueError, "the weight of adapter 'a' is 'x': weights are numbers"),
+        ({"a": None}, ValueError, "'a' is None: weights are numbers"),
+        ({"a": [1]}, ValueError, r"'a' is \[1\]: weights"),
+        ({"a": True}, ValueError, "'a' is True: weights"),
+        ({"a": 10**400}, ValueError, "'a' is 10+.*: weights are numbers"),
+        ({"weights": [1]}, ValueError, "adapters must be a list of adapters' names, not None"),
         ({"adapters": "ab"}, ValueError, "adapters must be a list of adapters' names, not ab"),
         ({"adapters": []}, ValueError, "adapters must be a list"),
         ({"adapters": ["a", ""]}, ValueError, "adapters must be a list"),

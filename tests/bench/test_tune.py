@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from where import DEVICE
 
 from ia3rt.bench.shapes import LLAMA_3_8B, SHAPES, TINY
 from ia3rt.bench.tuning import ahead
@@ -148,12 +149,12 @@ def test_less_than_noise_changes_nothing():
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_measuring_runs_every_candidate(name):
-    """In the interpreter, whose times mean nothing."""
+    """Without a GPU in the interpreter, whose times mean nothing."""
     rows = [16] if name != "attention" else [128]
     shapes = SHAPES["smollm2-135m"] if name == "linear_quantised" else TINY
     shape = next(iter(OPERATIONS[name].shapes(shapes, torch.bfloat16, rows)))
     configs = OPERATIONS[name].candidates(shape, "sm_80", 4)[:3]
-    times = measure_on(torch.device("cpu"), rounds=1, turns=1)(OPERATIONS[name], shape, configs)
+    times = measure_on(DEVICE, rounds=1, turns=1)(OPERATIONS[name], shape, configs)
     assert len(times) == len(configs) and all(0 < time < 60 for time in times)
 
 

@@ -45,10 +45,11 @@ def device_map(model, second):
     """The second half of the layers on the second device, and what comes after them."""
     base = model.base_model_prefix
     names = [f"{base}.{name}" for name, _ in model.base_model.named_children() if name not in ("h", "layers")]
-    layers = "h" if hasattr(model.base_model, "h") else "layers"
+    layers = next((each for each in ("h", "layers") if hasattr(model.base_model, each)), None)
     after = ("norm", "ln_f")
     places = {name: second if name.endswith(after) else FIRST for name in names}
-    places |= {f"{base}.{layers}.0": FIRST, f"{base}.{layers}.1": second}
+    if layers is not None:
+        places |= {f"{base}.{layers}.0": FIRST, f"{base}.{layers}.1": second}
     heads = [name for name, _ in model.named_children() if name != base]
     return places | dict.fromkeys(heads, FIRST if model.config.tie_word_embeddings else second)
 
@@ -375,6 +376,45 @@ def test_heads_of_adapters_are_on_their_modules_device(second):
         torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["a linear head", "a head of two layers", "embeddings"])
+@pytest.mark.parametrize("is_dispatched", [False, True])
+def test_own_modules_follow_where_the_model_is_put_later(second, kind, is_dispatched):
+    model, alone = model_of(kind), model_of(kind)
+    if is_dispatched:
+        over_devices(model, second)
+    runtime, other = ia3rt.patch(model, backend="torch"), ia3rt.patch(alone, backend="torch")
+    paths = {"embeddings": ["model.embed_tokens", "lm_head"], "a linear head": ["score"]}.get(kind, ["classifier"])
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+        own = {
+            path: {key: torch.rand_like(x) for key, x in alone.get_submodule(path).state_dict().items()}
+            for path in paths
+        }
+        for each in (runtime, other):
+            each.add_adapter(name, vectors, modules=own)
+    places = device_map(model, second)
+    swapped = {name: second if device == FIRST else FIRST for name, device in places.items()}
+
+    def put(map_):
+        accelerate.hooks.remove_hook_from_submodules(model)
+        accelerate.dispatch_model(model, map_, main_device=main_device(second), force_hooks=True)
+
+    def on_the_cpu():
+        accelerate.hooks.remove_hook_from_submodules(model)
+        model.to("cpu")
+
+    for move in (lambda: None, lambda: put(swapped), lambda: put(places), on_the_cpu, lambda: put(swapped)):
+        move()
+        for row in ("b", "c", None):
+            for each in (runtime, other):
+                each.set_adapter(row)
+            torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
+        if kind != "embeddings":
+            rows = ["b", None, "d"]
+            with runtime.route(rows), other.route(rows):
+                torch.testing.assert_close(run(model, IDS % 99), run(alone, IDS % 99), rtol=1e-5, atol=1e-5)
+
+
 def test_transformers_puts_a_model_on_several_devices(second, tmp_path):
     alone = tiny_model()
     alone.save_pretrained(tmp_path)
@@ -504,14 +544,26 @@ def test_what_cannot_be_is_refused(second, monkeypatch):
 
 
 @pytest.mark.parametrize("split", [over_devices, by_hand])
-def test_kernels_over_several_devices_are_not_compiled(second, split):
+@torch._dynamo.config.patch(recompile_limit=64)  # accelerate's hooks are frames of their own for each layer
+def test_what_the_kernels_do_not_do_is_done_where_the_model_is_compiled(second, split):
     if "cuda" in FIRST and "cuda" not in second:
         pytest.skip("the kernels run on CUDA devices")
     torch._dynamo.reset()
-    model = split(tiny_model(), second)
-    ia3rt.patch(model, backend="triton")
-    with pytest.raises(RuntimeError, match="lie on several devices, and the Triton backend compiles on one"):
-        run(torch.compile(model, backend="eager"))
+    model, alone = split(tiny_model(), second), tiny_model()
+    runtime, other = ia3rt.patch(model, backend="triton"), ia3rt.patch(alone, backend="torch")
+    for name in "bcd":
+        vectors = {site.key: torch.rand(site.width) for site in runtime.sites}
+        for each in (runtime, other):
+            each.add_adapter(name, vectors)
+    part = model.model.layers[1].mlp.down_proj
+    with pytest.raises(RuntimeError, match="lie on several devices, and a part of it is compiled by itself"):
+        torch.compile(part, backend="eager")(torch.zeros(1, 1, part.in_features, device=part.weight.device))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for mix in ("b", ["c", "d"], None):
+        for each in (runtime, other):
+            each.set_adapter(mix)
+        torch.testing.assert_close(run(compiled), run(alone), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", ["b", ROWS], ids=["all", "rows"])

@@ -423,6 +423,7 @@ def _unchanged(runtime: Any, model: nn.Module, before: torch.Tensor, adapters: l
             {"score": {"weight": torch.ones(3, 32), "bias": torch.ones(3)}},
             r"holds \['bias'\], which the model's has not",
         ),
+        ({"model.rotary_emb": {}, "model.layers.0.mlp.act_fn": {}}, "no tensor in that, so leave it out"),
         ({"score": {}}, r"own module 'score' lacks \['weight'\]"),
         ({"score": {"weight": torch.full((3, 32), float("nan"))}}, "has a NaN or inf in 'weight'"),
         ({"score": {"weight": torch.ones(3, 32, dtype=torch.int8)}}, "'weight' of dtype torch.int8"),

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
+from two_processes import run_in_two
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What two processes found."""
     file = tmp_path_factory.mktemp("processes") / "results.json"
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run(
-        [*command, str(HERE / "sharded_process.py"), str(file)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
+    run_in_two("sharded_process.py", file)
     return json.loads(file.read_text("utf-8"))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,7 +180,7 @@ def test_images_of_which_nobody_can_know_are_refused_or_said() -> None:
     x, pixels = ids(2, 6), torch.randn(3, 3, 16, 16)
     with runtime.route(["a", "b"]), pytest.raises(ValueError, match=r"vision_model.*images=\[…\]"):
         model(input_ids=x, pixel_values=pixels)
-    with torch.no_grad(), runtime.route(["a", "b"], images=[0, 1, 0]):
+    with torch.no_grad(), runtime.route(["a", "b"], images=numpy.array([0, 1, 0])):
         seen = model(input_ids=x, pixel_values=pixels)
     for row, (name, images) in enumerate([("a", [0, 2]), ("b", [1])]):
         runtime.set_adapter(name)
@@ -187,7 +188,7 @@ def test_images_of_which_nobody_can_know_are_refused_or_said() -> None:
             alone = model(input_ids=x, pixel_values=pixels)
         torch.testing.assert_close(seen.image_embeds[images], alone.image_embeds[images])
         torch.testing.assert_close(seen.text_embeds[row], alone.text_embeds[row])
-    for wrong in ([0, 2], ["a"]):
+    for wrong in ([0, 2], ["a"], 0, "01"):
         with pytest.raises(ValueError, match="images must hold the row of each image"):
             runtime.route(["a", "b"], images=wrong)
 

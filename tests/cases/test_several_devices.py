@@ -18,6 +18,7 @@ def passes(devices: list[str], marked: str, library: Path | None = None) -> None
     environment = {**os.environ, "IA3RT_TEST_DEVICES": " ".join(devices), "PYTHONPATH": os.pathsep.join(sys.path)}
     if library is not None:
         environment["IA3RT_TEST_LIBRARY"] = str(library)
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # beside a GPU, the kernels would run on it alone
     command = [
         sys.executable,
         "-m",

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from families.table import FAMILIES
 from safetensors.torch import load_file
 from tiny import generated, logits, peft_model, peft_vectors, save_each, scaled, tiny_model, token_ids
+from two_processes import run_in_two
 
 import ia3rt
 
-HERE = Path(__file__).resolve().parent
 IDS = token_ids(4) % 99  # a vocabulary that all of them have
 TARGETS = {
     "llama": {},
@@ -60,16 +56,7 @@ def processes(tmp_path_factory):
         whole = ia3rt.patch(made(family))
         whole.add_adapter("others", others(family))
         whole.save_adapter("others", folder / f"{family} others")
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run(
-        [*command, str(HERE / "tensor_parallel_process.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
+    run_in_two("tensor_parallel_process.py", folder)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

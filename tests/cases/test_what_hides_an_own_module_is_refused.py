@@ -174,3 +174,11 @@ def test_a_model_that_was_changed_can_be_unpatched() -> None:
     assert type(pooler).__name__ == "BertPooler"
     assert not any("ia3" in name for module in (model, pooler) for name in vars(module))
     output(model, IDS)
+
+
+def test_a_forward_on_a_part_that_an_adapters_own_would_not_have() -> None:
+    model: Any = model_of("a head of two layers")
+    dense = model.classifier.dense
+    dense.forward = lambda x: F.linear(x, dense.weight) * 2
+    with pytest.raises(ValueError, match="'dense' in module 'classifier' has a forward of its own, set by other code"):
+        worn(model, "classifier")

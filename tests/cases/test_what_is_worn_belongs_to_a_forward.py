@@ -315,6 +315,61 @@ def test_a_forward_inside_a_backward_hook_is_one_of_its_own(runtime) -> None:
     close(embeddings.grad, input_gradients(truth(runtime, "a"), IDS))
 
 
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_compiled_forward_wears_what_was_set_when_it_began(runtime, breaks) -> None:
+    """Another thread switches in the middle of it; behind a graph break too."""
+    torch._dynamo.reset()
+    model, switches = runtime.model, []
+
+    def switch() -> None:
+        for name in (*NAMES, "b", "a", "b"):
+            runtime.set_adapter(name)
+
+    def backend(graph, _):
+        def run(*inputs):
+            if switches:
+                thread = threading.Thread(target=switches.pop())
+                thread.start()
+                thread.join()
+            return graph.forward(*inputs)
+
+        return run
+
+    if breaks:
+        model.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for name in NAMES:
+            runtime.set_adapter(name)
+            expected = truth(runtime, name)(IDS).logits
+            close(compiled(IDS).logits, expected)
+            switches.append(switch)
+            close(compiled(IDS).logits, expected)
+            assert not switches
+    torch._dynamo.reset()
+
+
+def test_a_compiled_backward_pass_after_other_switches(runtime) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(runtime.model, backend="aot_eager")
+    runtime.set_adapter("a")
+    found = input_gradients(compiled, IDS, lambda: [runtime.set_adapter(name) for name in "bab"])
+    close(found, input_gradients(truth(runtime, "a"), IDS))
+    torch._dynamo.reset()
+
+
+def test_compiled_rows_after_one_row(runtime) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(runtime.model, backend="eager")
+    with torch.no_grad():
+        for names in ("a", "ab", "b", "bba"):
+            with runtime.route(list(names)):
+                found = compiled(IDS[: len(names)]).logits
+            for row, name in enumerate(names):
+                close(found[row], truth(runtime, name)(IDS[row : row + 1]).logits[0])
+    torch._dynamo.reset()
+
+
 def test_compiled_code_refuses_what_a_task_entered(runtime) -> None:
     """It finds what is worn by its thread, which the tasks share."""
     compiled = torch.compile(runtime.model, backend="eager")

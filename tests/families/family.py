@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -86,6 +87,7 @@ class Family:
 
 
 def _config(cls: Any, sizes: Mapping[str, Any]) -> Any:
+    sizes = copy.deepcopy(sizes)  # some configs take from what they are given
     inner = {name: sizes[name] for name, part in getattr(cls, "sub_configs", {}).items() if name in sizes}
     return cls(**{**sizes, **inner})
 

@@ -18,13 +18,16 @@ ROUTES = [
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_one_capture_serves_every_mix(by_row, family, backend) -> None:
+@pytest.mark.parametrize("first", ["worn", "base"])
+def test_one_capture_serves_every_mix(first, by_row, family, backend) -> None:
     model, ids = tiny_model(family, torch.bfloat16).cuda(), token_ids(4).cuda()
     runtime = ia3rt.patch(model, backend=backend)
     generator = torch.Generator().manual_seed(5)
     for name in "abc":
         runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
     wear, specs = (runtime.route, ROUTES) if by_row else (runtime.set_adapter, UNIFORM)
+    if first == "base":
+        specs = [[None] * 4 if by_row else None, *specs]
     wear(specs[0])
     side = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(side):

@@ -61,7 +61,8 @@ def test_masks(kind, device) -> None:
     shape = (2, 4 if kind == "by head" else 1, 19, 37)
     mask = torch.rand(shape, generator=layer.generator) < 0.6
     mask[1, :, 3] = False
-    layer.mask = mask.to(device) if kind != "additive" else (layer.randn(*shape).masked_fill(~mask, float("-inf")))
+    mask = mask.to(device)
+    layer.mask = mask if kind != "additive" else layer.randn(*shape).masked_fill(~mask, float("-inf"))
     layer.check()
     assert not layer.run(ops.attention, torch.bfloat16, *layer.options(False, None, None))[0][1, 3].any()
 

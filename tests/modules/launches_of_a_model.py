@@ -1,8 +1,9 @@
 """Run by test_prepared.py in a process of its own: what a patched model launches while things change around it.
 
 The CPU is taken for an H100, and each launch ends where the C launcher would be called. With "direct" as its argument,
-launches go past Triton's own way where they can; with "triton" none does. Printed is what the C launcher got: weights,
-vectors and tables by name, other addresses not told apart. Both have to print the same.
+launches go past Triton's own way where they can; with "triton" none does. Printed is what the C launcher got: a pointer
+as the weight, the vectors or the table that it is into, or as the first, second, … of the forward's other tensors, and
+how far. Both have to print the same.
 """
 
 import copy
@@ -10,14 +11,16 @@ import json
 import sys
 
 import torch
+from launched_memory import forget_pointers, memory_of, told, watch_matmuls, watch_pointers
 from tiny import tiny_model, token_ids
-from torch import Tensor, nn
+from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from ia3rt.bench.compiled.driver import stop_at_launches
 
 launched: list[tuple] = []
 stop_at_launches(lambda *call: launched.append(call))
+watch_pointers()
 
 import ia3rt  # noqa: E402
 from ia3rt.kernels import launch  # noqa: E402
@@ -28,6 +31,7 @@ from ia3rt.routing.probing import Probing  # noqa: E402
 
 # No launch computes anything here, so that nothing shows where the rows are.
 Probing.layout = lambda *_: Layout(0)  # type: ignore[method-assign]
+watch_matmuls(launched)
 repeated = 0
 if sys.argv[1] == "triton":
     launch.can_repeat = lambda: False  # type: ignore[assignment]
@@ -51,28 +55,19 @@ else:
 
 def names(runtime: ia3rt.Runtime) -> dict[int, str]:
     tables = runtime._routing.now().tables
-    named = {parameter.data_ptr(): name for name, parameter in runtime.model.named_parameters()}
-    named |= {part.data_ptr(): f"site {place}" for place, part in enumerate(tables.bank)}
-    return named | {tables.mixes.data_ptr(): "mixes", tables.route.data_ptr(): "route"}
-
-
-def flat(value: object, named: dict[int, str]) -> object:
-    if isinstance(value, Tensor):
-        value = value.data_ptr()
-    elif type(value).__name__ == "TensorDescriptor":
-        value = (value.base, *value.shape, *value.strides)
-    if isinstance(value, (tuple, list)):
-        return [flat(each, named) for each in value]
-    return named.get(value, "an address") if type(value) is int and value > 1 << 30 else value
+    named = {memory_of(parameter): name for name, parameter in runtime.model.named_parameters()}
+    named |= {memory_of(part): "vectors" for part in tables.bank}
+    return named | {memory_of(tables.mixes): "mixes", memory_of(tables.route): "route"}
 
 
 def forward(runtime: ia3rt.Runtime, rows: int, length: int) -> None:
     """Three times: seen, noted, and launched directly."""
     for _ in range(3):
         launched.clear()
+        forget_pointers()
         runtime.model(token_ids(rows, length), use_cache=False)
-    named = names(runtime)
-    print(json.dumps([[call[:3], flat(call[-1], named)] for call in launched]))
+    named, made = names(runtime), dict[int, str]()
+    print(json.dumps([[call[:3], told(call[-1], named, made)] for call in launched]))
 
 
 def patched(model: nn.Module, **options) -> ia3rt.Runtime:

@@ -9,6 +9,7 @@ import torch
 from convolutions import images, model, peft_model
 from tiny import save_each
 from torch import nn
+from where import home
 
 import ia3rt
 
@@ -250,9 +251,10 @@ class Mlp(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_on_each_backend_rows_of_an_mlp_of_convolutions_wear_their_own(backend):
+def test_on_each_backend_rows_of_an_mlp_of_convolutions_wear_their_own(backend, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as exact as on the CPU, where the truth is
     l_a, l_b, x = torch.rand(5), torch.rand(5), images()[..., :5]  # as wide as there are channels
-    runtime = ia3rt.patch(Mlp(), target_modules=["fc2"], backend=backend)
+    runtime = ia3rt.patch(Mlp().to(home(backend)), target_modules=["fc2"], backend=backend)
     runtime.add_adapter("a", {("fc2", "in"): l_a})
     runtime.add_adapter("b", {("fc2", "in"): l_b, ("fc2", "out"): l_a})
 
@@ -262,7 +264,7 @@ def test_on_each_backend_rows_of_an_mlp_of_convolutions_wear_their_own(backend):
 
     of_a, of_b = truth(l_a, torch.ones(5)), truth(l_b, l_a)
     runtime.set_adapter("b")
-    torch.testing.assert_close(runtime.model(x), of_b)
+    torch.testing.assert_close(runtime.model(x.to(home(backend))).cpu(), of_b)
     with runtime.route(["a", None, "b"]):
-        mixed = runtime.model(x)
+        mixed = runtime.model(x.to(home(backend))).cpu()
     torch.testing.assert_close(mixed, torch.stack([of_a[0], Mlp()(x)[1], of_b[2]]))

@@ -7,12 +7,13 @@ import copy
 import peft
 import pytest
 import torch
-from diffusers.models.lora import LoRACompatibleConv
-from diffusion import MODELS
 from tiny import randomize, save_each
 from torch import nn
 
 import ia3rt
+
+lora = pytest.importorskip("diffusers.models.lora")
+from diffusion import MODELS  # noqa: E402  (imports diffusers)
 
 SUM = {"b": 0.25, "d": -0.7}
 ROWS = ["b", None, ["c", "d"], SUM]
@@ -87,7 +88,7 @@ def test_merging_is_wearing(pair):
 
 def test_a_wrapper_of_a_convolution_wears_it_and_is_merged_only_where_its_forward_is_known():
     with pytest.warns(FutureWarning):
-        block = nn.ModuleDict({"conv": LoRACompatibleConv(3, 4, 3)})
+        block = nn.ModuleDict({"conv": lora.LoRACompatibleConv(3, 4, 3)})
     x = torch.randn(2, 3, 5, 5)
     expected = block["conv"](x) * 3
     runtime = ia3rt.patch(block, target_modules=["conv"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import generated, logits, token_ids
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from where import home
 
 import ia3rt
 from ia3rt.modules import experts_paths
@@ -156,10 +157,10 @@ def test_rows_of_one_token_may_come_before_longer_ones():
 
 @pytest.mark.parametrize(("way", "backend"), [*((way, "torch") for way in WAYS), ("grouped_mm", "triton")])
 def test_rows_are_known_past_experts_that_all_of_them_go_to(way, backend):
-    model, ids = tiny_mixture(experts_implementation=way), token_ids(3, 1)
+    model, ids = tiny_mixture(experts_implementation=way).to(home(backend)), token_ids(3, 1)
     for layer in model.model.layers:  # as many tokens in an expert as there are rows, which look like an order of them
         layer.mlp.gate.weight.data.zero_()
-    plain = copy.deepcopy(model)
+    plain = copy.deepcopy(model)  # on the same device: among experts alike, another may take others
     runtime, vectors = patched(model, backend=backend)
     with runtime.route(["b", None, "c"]):
         mixed = logits(model, ids)

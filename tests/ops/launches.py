@@ -9,15 +9,16 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from launched_memory import forget_pointers, memory_of, told, watch_matmuls, watch_pointers
 from torch import Tensor
 
 from ia3rt.bench.compiled.driver import stop_at_launches
 
 launched: list[tuple] = []
 stop_at_launches(lambda *call: launched.append(call))
+watch_pointers()
 
 from ia3rt import ops  # noqa: E402
-from ia3rt.kernels import launch  # noqa: E402
 from ia3rt.ops import Bound, _repeat  # noqa: E402
 
 RANDOM = random.Random(int(sys.argv[1]))
@@ -29,41 +30,17 @@ def tables(R: int, slots: int = 64, longest: int = 8) -> SimpleNamespace:
     return SimpleNamespace(mixes=mixes, route=route, layout=(R, slots, longest))
 
 
-def flat(value: object, names: dict[int, str]) -> object:
-    """A launch's arguments without addresses: a tensor that was given or returned has a name, others a number."""
-    if isinstance(value, Tensor):
-        value = value.data_ptr()
-    elif type(value).__name__ == "TensorDescriptor":
-        value = (value.base, *value.shape, *value.strides, *value.block_shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(flat(each, names) for each in value)
-    if type(value) is int and value > 1 << 30:
-        return names.setdefault(value, f"made {len(names)}")
-    return value
-
-
 def calls(run, given: list[Tensor]) -> tuple[list[object], object]:
     launched.clear()
+    forget_pointers()
     results = run()
     results = [results] if isinstance(results, Tensor) else list(results)
-    names = {x.data_ptr(): f"given {place}" for place, x in enumerate(given)}
-    names |= {y.data_ptr(): f"result {place}" for place, y in enumerate(results)}
-    described = [(y.shape, y.stride(), y.dtype) for y in results]
+    names = {memory_of(x): f"given {place}" for place, x in enumerate(given)}
+    names |= {memory_of(y): f"result {place}" for place, y in enumerate(results)}
+    made: dict[int, str] = {}
+    described = [(y.shape, y.stride(), y.dtype, y.storage_offset(), names[memory_of(y)]) for y in results]
     # Grid, stream, function and so on; then the kernel's own arguments, and of a matmul its tensors.
-    return [(call[:3], call[4:8], flat(call[-1], names)) for call in launched], described
-
-
-def watch_matmuls() -> None:
-    """Torch's matmuls are launches too."""
-    for op, multiply in list(launch._MULTIPLIES.items()):
-
-        def watched(*tensors: Tensor, out: Tensor, multiply=multiply) -> Tensor:
-            laid_out = [(x.data_ptr(), tuple(x.shape), x.stride()) for x in (*tensors, out)]
-            launched.append((multiply.__name__, *[0] * 7, laid_out))
-            return multiply(*tensors, out=out)
-
-        launch._MULTIPLIES[op] = watched
-        setattr(torch, multiply.__name__, watched)
+    return [(call[:3], call[4:8], told(call[-1], names, made)) for call in launched], described
 
 
 class Case:
@@ -114,7 +91,7 @@ def main() -> None:
         return repeat
 
     _repeat._Writer.function = counted
-    watch_matmuls()
+    watch_matmuls(launched)
     worn = {R: tables(R) for R in (1, 2, 4)} | {"long": tables(1, 64, 16), "one": tables(1, 64, 1)}
     cases = []
     for dtype in (torch.bfloat16, torch.float32):

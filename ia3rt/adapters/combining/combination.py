@@ -9,7 +9,7 @@ from operator import index
 from typing import Literal, TypeAlias, get_args
 
 from ia3rt.adapters.combining.ties import MajoritySignMethod
-from ia3rt.adapters.mix import CombinationType, Mix, check_weights
+from ia3rt.adapters.mix import CombinationType, Mix, as_weights
 
 DerivedType: TypeAlias = Literal[
     "power",
@@ -50,7 +50,7 @@ class Combination:
     Raises:
         ValueError: an unknown type, a number of adapters that it does not take, weights that do not fit, a density that
             is missing or outside of (0, 1], or an option that the type does not have.
-        TypeError: a seed that is no integer, a density that is no number, or weights or names without an order.
+        TypeError: a seed that is no integer, a density that is no number, or names or weights without an order.
     """
 
     adapters: Sequence[str]
@@ -79,9 +79,9 @@ class Combination:
             raise ValueError(
                 f"{self.combination_type!r} is of {words}: got {len(self.adapters)}, {list(self.adapters)}"
             )
+        object.__setattr__(self, "weights", as_weights(self.adapters, self.weights))
         self._check_types()
         self._check_options()
-        check_weights(self.adapters, self.weights)
         self._check_weights()
 
     def _check_types(self) -> None:
@@ -92,11 +92,6 @@ class Combination:
                 raise TypeError(f"seed is {self.seed!r}: it is an integer") from None
         if self.density is not None and (isinstance(self.density, bool) or not isinstance(self.density, int | float)):
             raise TypeError(f"density is {self.density!r}: it is a number in (0, 1]")
-        try:
-            if self.weights is not None:
-                object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-        except TypeError:
-            raise TypeError(f"weights are {self.weights!r}: give a list with one number for each adapter") from None
 
     def _check_options(self) -> None:
         kind = self.combination_type
