@@ -289,15 +289,16 @@ class Runtime:
 
         Args:
             adapters: their names; or {name: weight}, as `set_adapter` takes it, with None for `weights`.
-            weights: one a name; None for `product`, and for 1 each of those that are no `Mix`. Of `slerp` they are
-                (1 - t, t).
+            weights: one a name; None for `product`, for 0.85 each of `delta`, and for 1 each of those that are no
+                `Mix`. Of `slerp` they are (1 - t, t).
             adapter_name: what to call the new one.
             combination_type: `product`, `linear` and `delta` as in `Mix`; `power`, `ties`, `dare_linear`, `dare_ties`,
                 `magnitude_prune`, `max_abs`, `fisher`, `negate`, `analogy` and `slerp` as the functions of these names
-                in ia3rt.adapters.combining. PEFT's method of this name is `linear`; having adapters active at once is
-                `product`. What PEFT calls `cat` for LoRAs, a weighted sum of changes, is `delta` here.
-            density: for `ties`, `dare_linear`, `dare_ties` and `magnitude_prune`: the share of each vector's numbers
-                that stays, in (0, 1].
+                in ia3rt.adapters.combining; docs/combining.md says which keep the most. PEFT's method of this name is
+                `linear`; having adapters active at once is `product`. What PEFT calls `cat` for LoRAs, a weighted sum
+                of changes, is `delta` here.
+            density: for `ties` (0.4 where None), `dare_linear`, `dare_ties` and `magnitude_prune`: the share of each
+                vector's numbers that stays, in (0, 1].
             majority_sign_method: for `ties` and `dare_ties`: `total` or `frequency`.
             seed: for `dare_linear` and `dare_ties`; None is 0. It gives the same adapter on every machine.
             normalize: whether weights are divided by their sum first.

@@ -36,7 +36,7 @@ def study(
 ) -> None:
     """Train IA³ adapters, combine them in every way, and test which way keeps the most of each.
 
-    About two hours on two cores. Texts are fetched with pip and npm.
+    About two and a half hours on two cores. Texts are fetched with pip and npm.
     """
     from ia3rt.bench.study.document import write_page
     from ia3rt.bench.study.models import MODELS

@@ -201,11 +201,16 @@ def combine(
         ),
     ] = "product",
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W,…", help="One for each adapter, as in --weights 0.7,0.3.")
+        str | None,
+        typer.Option(
+            metavar="W,W,…", help="One for each adapter, as in --weights 0.7,0.3; none: 1 each, of delta 0.85."
+        ),
     ] = None,
     density: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="For ties, dare_… and magnitude_prune: the share of numbers that stays."),
+        typer.Option(
+            metavar="SHARE", help="For ties (0.4 where none is given), dare_… and magnitude_prune: what share stays."
+        ),
     ] = None,
     majority_sign_method: Annotated[
         str, typer.Option(metavar="NAME", help="For ties and dare_ties: total or frequency.")
@@ -223,7 +228,10 @@ def combine(
     ] = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Combine IA³ adapters into one, in PEFT's format. What the types mean is in docs/composition.md."""
+    """Combine IA³ adapters into one, in PEFT's format.
+
+    What the types mean is in docs/composition.md, and which keep the most in docs/combining.md.
+    """
     from ia3rt.adapters.checkpoint import read_checkpoint
     from ia3rt.adapters.combining.combination import Combination
     from ia3rt.cli.combining import combine as combine_files

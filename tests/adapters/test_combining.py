@@ -266,6 +266,17 @@ def test_the_density_that_an_error_names_is_enough(width):
     assert named <= 1.1 / width
 
 
+def test_what_is_taken_where_nothing_is_given():
+    """What docs/combining.md found significantly better; of all else what it says, or an error."""
+    assert Combination(["a", "b"], None, "ties") == Combination(["a", "b"], None, "ties", density=0.4)
+    assert Combination(["a", "b"], None, "delta") == Combination(["a", "b"], [0.85, 0.85], "delta")
+    assert Combination(["a", "b"], [1, 1], "delta").used_weights == (1.0, 1.0)
+    assert Combination(["a", "b"], None, "power").used_weights == (1.0, 1.0)
+    for kind in ("dare_linear", "dare_ties", "magnitude_prune"):
+        with pytest.raises(ValueError, match="needs a density"):
+            Combination(["a", "b"], None, kind)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

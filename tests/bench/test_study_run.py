@@ -15,12 +15,13 @@ from rich.console import Console
 from tiny import tiny_model
 from typer.testing import CliRunner
 
+from ia3rt.adapters.combining.combination import Combination
 from ia3rt.bench.__main__ import app
-from ia3rt.bench.study import adapters, asking, cells, document, phases, tables
+from ia3rt.bench.study import adapters, asking, cells, document, models, phases, tables
 from ia3rt.bench.study import run as running
 from ia3rt.bench.study.cells import Cell, read_cells, read_table
 from ia3rt.bench.study.cli import RESULTS
-from ia3rt.bench.study.methods import METHODS
+from ia3rt.bench.study.methods import DEFAULTS, METHODS
 from ia3rt.bench.study.sets import all_sets, cycle
 from ia3rt.bench.study.tasks import TASKS
 
@@ -183,12 +184,75 @@ def test_a_tables_cell_is_the_files_number(whole: Path) -> None:
         assert f"{100 * float(row['accuracy']):.0f} (" in tables.tables(whole / "results")["study warning"]
 
 
-@pytest.mark.skipif(not (RESULTS / "run.json").is_file(), reason="the study was not run in full yet")
 def test_the_page_is_what_the_files_say(tmp_path: Path) -> None:
     page = tmp_path / PAGE.name
     page.write_text(PAGE.read_text("utf-8"), "utf-8")
     document.write_page(page, RESULTS)
     assert page.read_text("utf-8") == PAGE.read_text("utf-8"), "run python -m ia3rt.bench recorded"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[str, int, str], dict[str, str]]:
+    """The recorded methods.csv, by model, size and method."""
+    rows = read_table(RESULTS / "methods.csv")
+    return {(row["model"], int(row["size"]), row["method"]): row for row in rows}
+
+
+def above_the_product(row: dict[str, str]) -> bool:
+    return bool(row["p_holm"]) and float(row["p_holm"]) < 0.05 and float(row["over_product"]) > 0
+
+
+Found = dict[tuple[str, int, str], dict[str, str]]
+
+
+@pytest.mark.parametrize("model", [kind.name for kind in models.MODELS])
+def test_what_the_page_tells_to_choose_is_what_the_files_say(found: Found, model: str) -> None:
+    ways = {name for _, _, name in found} - {"routing", "base", "joint", "product"}
+    for size in (2, 3, 5):
+        over = {
+            name: float(found[model, size, name]["routing_over_low"]) for name in ways if (model, size, name) in found
+        }
+        assert min(over.values()) > 0, "routing beats every way"
+    of_model = {(size, name): row for (each, size, name), row in found.items() if each == model}
+    better = {
+        s: {name for (size, name), row in of_model.items() if size == s and above_the_product(row)} for s in (2, 5)
+    }
+    assert better[2] == set()
+    assert better[5] >= {"delta", "power"}
+    for size in (2, 3):
+        kept = {name: float(found[model, size, name]["kept"]) for name in ways if (model, size, name) in found}
+        assert min(kept, key=lambda name: kept[name]) == "linear"
+        weight = json.loads(found[model, 5, "delta"]["values"])["weight"]
+        assert 0.7 <= weight <= 0.85
+
+
+def test_what_is_significant_in_one_model_only(found: Found) -> None:
+    first, second = (kind.name for kind in models.MODELS)
+    pruning = {"ties", "max_abs", "dare_ties", "dare_linear", "magnitude_prune"}
+    assert {name for name in pruning if above_the_product(found[first, 5, name])} == {"magnitude_prune"}
+    assert {name for name in pruning if above_the_product(found[second, 5, name])} == pruning - {"magnitude_prune"}
+    for model, size, points in ((first, 2, 3), (first, 5, 12), (second, 2, 2), (second, 5, 6)):
+        merged = [row for (*where, _), row in found.items() if where == [model, size] and row["values"]]
+        assert round(100 * min(float(row["routing_over"]) for row in merged)) == points
+
+
+def test_the_defaults_are_what_was_significantly_better() -> None:
+    """In both models at some size, and worse in none."""
+    rows = read_table(RESULTS / "defaults.csv")
+    better: dict[str, dict[str, bool]] = {}
+    worse = set()
+    for row in rows:
+        is_significant = float(row["p_holm"]) < 0.05
+        if is_significant and float(row["difference"]) > 0:
+            better.setdefault(row["method"], {})[row["model"]] = True
+        elif is_significant:
+            worse.add(row["method"])
+    taken = {method for method, by_model in better.items() if len(by_model) == 2 and method not in worse}
+    assert taken == {"delta", "ties"}
+    for method, option in (("delta", "weight"), ("ties", "density")):
+        value = DEFAULTS[method][1][option]
+        default = Combination(["a", "b"], None, method)  # type: ignore[arg-type]
+        assert value == (default.density if option == "density" else default.used_weights[0])
 
 
 def test_cells_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def _nan(folder: Path) -> None:
         (_wider, [], 1, ["of different models: at 'model.layers.0.", "(1, 96), the other of (1, 192)"]),
         (_nan, [], 1, ["has a NaN or inf at model.layers.0"]),
         (lambda folder: (folder / FILE).unlink(), [], 1, ["the adapter's numbers are missing"]),
-        (None, ["--type", "ties"], 1, ["'ties' needs a density"]),
+        (None, ["--type", "dare_ties"], 1, ["'dare_ties' needs a density"]),
         (None, ["--type", "ties", "--density", "1.1"], 1, ["density is 1.1"]),
         (None, ["--type", "ties", "--density", "0.001"], 1, ["keeps none of 96 numbers"]),
         (None, ["--type", "TIES", "--density", "0.5"], 1, ["unknown combination_type 'TIES': use one of"]),
