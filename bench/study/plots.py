@@ -13,7 +13,15 @@ from ia3rt.bench.study.tables import TITLES, rows_of, sizes_of
 
 Row = Mapping[str, str]
 
-_COLORS = ("#d62728", "#1f77b4", "#7f7f7f", "#2ca02c")
+_COLORS = ("#d62728", "#1f77b4", "#7f7f7f")
+_COLOR_OF = {
+    OWN: "black",
+    "product": "#d62728",
+    "delta": "#1f77b4",
+    "linear": "#7f7f7f",
+    "power": "#2ca02c",
+    BASE: "#bbbbbb",
+}
 _WORDS = {OWN: "routing (each row its own)", JOINT: "one adapter trained on all", BASE: "no adapter"}
 
 
@@ -48,7 +56,8 @@ def _more(folder: Path) -> bytes:
     figure, axes = _panels(len(by_model), 4.2, 3.4)
     for axis, (model, rows) in zip(axes, by_model.items(), strict=True):
         shown = (OWN, *IN_A_ROW, "power", BASE)
-        for color, name in zip(("black", *_COLORS, "#bbbbbb"), shown, strict=False):
+        for name in shown:
+            color = _COLOR_OF[name]
             found = [row for row in rows if row["method"] == name and row["kept"]]
             found.sort(key=lambda row: int(row["size"]))
             xs = [float(row["size"]) for row in found]
@@ -68,10 +77,10 @@ def _pairs(folder: Path) -> bytes:
         by_model.setdefault(row["model"], []).append(row)
     figure, axes = _panels(len(by_model), 4.2, 3.4)
     for axis, (model, rows) in zip(axes, by_model.items(), strict=True):
-        for color, name in zip(_COLORS, ("product", "linear"), strict=False):
+        for name in ("product", "linear"):
             xs = [float(row["distance"]) for row in rows]
             ys = [100 * float(row[f"loss_of_{name}"]) for row in rows]
-            axis.scatter(xs, ys, s=18, color=color, label=name)
+            axis.scatter(xs, ys, s=18, color=_COLOR_OF[name], label=name)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_xlabel("mean |l − 1| of both", fontsize=8)
         axis.set_ylabel("points lost to routing", fontsize=8)

@@ -31,8 +31,8 @@ _RANDOM = ("dare_linear", "dare_ties")
 _NORMALIZED = ("linear", "delta", "power", "max_abs", *_PRUNING)
 _WEIGHT = {"delta": 0.85}
 _DENSITY = {"ties": 0.4}
-"""What is taken where none is given: docs/combining.md found it significantly better, in both models that it tested, and
-worse in none. For others it found none, or another one for each model."""
+"""What is taken where none is given: docs/combining.md found it significantly better, in both models that it tested,
+and worse in none. For others it found none, or another one for each model."""
 _COUNTS = {"negate": (1, "one adapter"), "slerp": (2, "two adapters"), "analogy": (3, "A, B and C of A : B = C : D")}
 
 
