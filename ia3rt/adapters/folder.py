@@ -66,6 +66,18 @@ def local_folder(
     return _download(str(path_or_hub_id), revision, subfolder, token)
 
 
+def adapter_folders(root: Path) -> tuple[list[Path], list[str]]:
+    """The folders in a folder that hold an adapter, and the paths of adapters that lie one folder deeper, by name.
+
+    PEFT saves an adapter that was trained by a name of its own into a folder of that name in the one that it is given.
+    """
+    folders = [root / name for name in sorted(each.name for each in os.scandir(root) if each.is_dir())]
+    found = [folder for folder in folders if (folder / CONFIG_NAME).is_file()]
+    known = set(found)
+    deeper = [file.parent for folder in folders if folder not in known for file in folder.glob(f"*/{CONFIG_NAME}")]
+    return found, [folder.relative_to(root).as_posix() for folder in sorted(deeper)]
+
+
 def find_file(folder: Path, names: tuple[str, ...]) -> Path:
     """The first of `names` that is in `folder`.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ia3rt.adapters.bank import Stamp, some
-from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES
+from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES, adapter_folders
 
 AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
 """A folder of adapters' folders, a mapping of names to folders, or a function of a name that gives one or None."""
@@ -124,12 +124,9 @@ def _inside(root: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{str(root)!r} is no folder: give the one that holds the adapters' folders")
     if (root / CONFIG_NAME).exists():
         raise ValueError(f"{root} is an adapter itself: give the folder around it, or {{{root.name!r}: {str(root)!r}}}")
-    folders = [root / name for name in sorted(each.name for each in os.scandir(root) if each.is_dir())]
-    found = {folder.name: folder for folder in folders if (folder / CONFIG_NAME).is_file()}
-    deeper = [path.parent for folder in folders if folder.name not in found for path in folder.glob(f"*/{CONFIG_NAME}")]
-    nested = (
-        f"{some([str(each.relative_to(root)) for each in sorted(deeper)])}: name these by a mapping, {{name: folder}}"
-    )
+    folders, deeper = adapter_folders(root)
+    found = {folder.name: folder for folder in folders}
+    nested = f"{some(deeper)}: name these by a mapping, {{name: folder}}"
     if not found:
         there = f"; folders inside do, {nested}" if deeper else ": there is no adapter to register"
         raise FileNotFoundError(f"no folder in {root} holds an {CONFIG_NAME}{there}")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ia3rt.adapters.bank import some
 from ia3rt.adapters.checkpoint import read_config
-from ia3rt.adapters.folder import CONFIG_NAME
+from ia3rt.adapters.folder import CONFIG_NAME, adapter_folders
 from ia3rt.serving.access import shown
 from ia3rt.serving.limits import check_files, read_served
 from ia3rt.serving.vllm.names import check_loaded_name
@@ -33,8 +34,8 @@ class Served:
     rank: int = 0
 
 
-def find_adapters(folder: Path) -> list[Served]:
-    """The IA³ and LoRA adapters in a folder's folders, by name.
+def find_adapters(folder: Path) -> tuple[list[Served], list[str]]:
+    """The IA³ and LoRA adapters in a folder's folders, by name, and the paths of those one folder deeper: left out.
 
     Raises:
         FileNotFoundError: there is no such folder, or no adapter in it.
@@ -42,12 +43,14 @@ def find_adapters(folder: Path) -> list[Served]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: --adapters takes one that holds a folder for each adapter")
-    found = [_read(child) for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
+    folders, deeper = adapter_folders(folder)
+    found = [_read(child) for child in folders]
     if not found and (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} is one adapter: --adapters takes the folder that holds it, {folder.parent}")
     if not found:
-        raise FileNotFoundError(f"{folder} holds no adapter: none of its folders has an {CONFIG_NAME}")
-    return found
+        there = f", but {some(deeper)} has: --adapters takes the folder around it" if deeper else ""
+        raise FileNotFoundError(f"{folder} holds no adapter: none of its folders has an {CONFIG_NAME}{there}")
+    return found, deeper
 
 
 def _read(folder: Path) -> Served:

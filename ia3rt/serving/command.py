@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ia3rt.adapters.bank import some
 from ia3rt.cli.errors import MissingPackageError, UsageError
 from ia3rt.serving import cpu
 from ia3rt.serving.adapters import Served, find_adapters
@@ -89,14 +90,14 @@ def serve(
         raise UsageError("--max-loras", "there has to be one slot at least")
     told = server_environment(scale, allowed, store_gb, os.environ)
     check_settings(os.environ)
-    found = find_adapters(adapters)
+    found, left_out = find_adapters(adapters)
     check_names(found, model, more)
     check_writable(store_folder(os.environ))
     check_free(host, port)
     if cpu.is_cpu_build():
         told += cpu.settings(cpu.this_machine(), os.environ, more)
     command = server_command(model, found, host, port, slots or min(32, len(found)), more)
-    show(console, found, told, host, port)
+    show(console, found, left_out, told, host, port)
     os.environ.update({setting.name: setting.value for setting in told})
     os.execv(command[0], command)
 
@@ -217,8 +218,15 @@ def server_command(
     return [*command, *more]
 
 
-def show(console: Console, adapters: Sequence[Served], told: Sequence[Setting], host: str, port: int) -> None:
-    """Prints what is served, what was set for it and why, and lines to try."""
+def show(
+    console: Console,
+    adapters: Sequence[Served],
+    left_out: Sequence[str],
+    told: Sequence[Setting],
+    host: str,
+    port: int,
+) -> None:
+    """Prints what is served, what is not, what was set for it and why, and lines to try."""
     table = Table(box=None, header_style="bold")
     for title in ("adapter", "kind", "acts on", "kB a slot"):
         table.add_column(title, justify="right" if title == "kB a slot" else "left")
@@ -227,6 +235,8 @@ def show(console: Console, adapters: Sequence[Served], told: Sequence[Setting], 
         size = f"{BYTES_PER_NUMBER * adapter.numbers / 1e3:,.0f}" if adapter.numbers else ""
         table.add_row(Text(adapter.name), kind, ", ".join(sorted(adapter.modules)), size)
     console.print(table)
+    if left_out:
+        console.print(Text(f"\nLeft out, as it lies one folder deeper: {some(left_out)}"), soft_wrap=True)
     if told:
         console.print("\nSet in its environment:")
     for setting in told:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import socket
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_loras_too(started, tmp_path) -> None:
     assert set(modules(command)) == {"b", "rank20", "rank4"}
 
 
+def test_adapters_one_folder_deeper_are_named(started, tmp_path) -> None:
+    """As PEFT saves an adapter of a name of its own, into a folder of that name."""
+    shutil.copytree(EXAMPLES / "author", tmp_path / "author")
+    shutil.copytree(EXAMPLES / "author", tmp_path / "legal" / "legal")
+    result = serve("m", "--adapters", tmp_path)
+    assert result.exit_code == 0 and "Left out, as it lies one folder deeper: 'legal/legal'" in result.output
+    assert set(modules(started[0])) == {"author"}
+
+
 def test_as_many_slots_as_are_asked_for(started) -> None:
     assert serve("m", "--adapters", EXAMPLES, "--max-loras", 200).exit_code == 0
     assert values(started[0], "--max-loras") == ["200"] and int(values(started[0], "--max-cpu-loras")[0]) >= 200
@@ -101,6 +111,7 @@ def test_as_many_slots_as_are_asked_for(started) -> None:
     [
         (["--adapters", "missing"], "missing is no folder"),
         (["--adapters", "empty"], "holds no adapter"),
+        (["--adapters", "deep"], "none of its folders has an adapter_config.json, but 'legal/legal' has"),
         (["--adapters", "damaged"], "damaged"),
         (["--adapters", EXAMPLES, "--max-loras", "0"], "one slot"),
         (["--adapters", EXAMPLES, "--allow-adapters", "missing"], "missing is no folder"),
@@ -124,6 +135,7 @@ def test_as_many_slots_as_are_asked_for(started) -> None:
 def test_what_cannot_be_served(started, arguments, told, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty" / "nothing").mkdir(parents=True)
+    shutil.copytree(EXAMPLES / "author", tmp_path / "deep" / "legal" / "legal")
     (tmp_path / "damaged" / "a").mkdir(parents=True)
     (tmp_path / "damaged" / "a" / "adapter_config.json").write_text('{"peft_type": "IA3"')
     for folder, name, config in (
