@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt import ops
 from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix, check_modules
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
@@ -26,31 +25,30 @@ from ia3rt.adapters.host import HostRow
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
-from ia3rt.adapters.registry import AdapterSource, Registry, gone, settled_stamp_of, stamp_of
+from ia3rt.adapters.registry import AdapterSource, Registry, read_whole
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
 from ia3rt.modules import brought
+from ia3rt.modules.adapter_sites import AdapterSites
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.chosen import check_rows
 from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
-from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.parts import reading_the_models
 from ia3rt.modules.renamed import by_todays_names
-from ia3rt.modules.sharding import fsdp_modules, is_tensor_parallel
-from ia3rt.modules.sites import Targets, find_sites, shared_modules, site_of
+from ia3rt.modules.sites import Targets
+from ia3rt.modules.trainable import check_trainable
 from ia3rt.modules.wearer import computing_device
 from ia3rt.routing import generation, hooks
 from ia3rt.routing.combined import combined_vectors
 from ia3rt.routing.route import Backend, Route, check_images, check_index
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.start import check_one_sequence, check_start
-from ia3rt.routing.training import TrainedAdapters, check_names
+from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 
-_TRIES = 3
 _LARGEST = torch.finfo(torch.float32).max
 
 P = ParamSpec("P")
@@ -96,15 +94,14 @@ class Runtime:
         self.model = model
         self._bank = bank
         self._tiers = Tiers(bank, self._read, self._place_sites, host_bytes)
-        self._targets = targets
         self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
         self._routing.attach(model)
         self._routing.settle = self._settle
-        self._shared = shared_modules(model)
         self._drop_ins = DropIns(model, self._routing, self._follow)
         bank.where = self._where
         self._own = OwnModules(model, self._routing)
+        self._adapter_sites = AdapterSites(model, bank, targets, backend, self._own)
         self._merged: MergedWeights | None = None
         self._placed: dict[SiteKey, Site] | None = None  # the bank's, as they were when drop-ins were made of them
         self._hooks: list[RemovableHandle] | None = []
@@ -220,7 +217,7 @@ class Runtime:
     @_alone
     def _add_read(self, name: str, checkpoint: Checkpoint) -> None:
         read = by_todays_names(self.model, checkpoint.vectors)
-        vectors = {self._site(name, key): vector for key, vector in read.items()}
+        vectors = {self._adapter_sites.site(name, key): vector for key, vector in read.items()}
         self._add(name, vectors, checkpoint.config, brought.of_file(self.model, name, checkpoint))
 
     @_alone
@@ -255,7 +252,7 @@ class Runtime:
         self._check_name(name)
         own = brought.of_tensors(self.model, name, modules, config or {})
         if vectors is None:
-            sites = self.sites or self._sites_of_config(config or {})
+            sites = self.sites or self._adapter_sites.of_config(config or {})
             if not sites:
                 raise ValueError(
                     f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
@@ -263,7 +260,8 @@ class Runtime:
                 )
             outside = [site for site in sites if own.owner(site.path) is None]
             vectors = {site.key: torch.ones(site.width) for site in outside}
-        sited = [(self._site(name, self._key(name, key)), vector) for key, vector in vectors.items()]
+        here = self._adapter_sites
+        sited = [(here.site(name, here.key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
         self._add(name, dict(sited), dict(config or {}), own)
@@ -332,7 +330,8 @@ class Runtime:
         self._sync()
         by_site = None
         if importances is not None:
-            by_site = {n: {self._key(n, key): each for key, each in given.items()} for n, given in importances.items()}
+            key = self._adapter_sites.key
+            by_site = {n: {key(n, where): each for where, each in given.items()} for n, given in importances.items()}
         vectors = combined_vectors(self._bank, combination, by_site)
         config = combined_config((each.config, bool(each.modules - each.embeddings)) for each in resolved.adapters)
         self._add(adapter_name, vectors, config, self._own.states(dict.fromkeys(resolved.adapters)))
@@ -374,7 +373,7 @@ class Runtime:
 
         def check(mixes: Sequence[tuple[Adapter, ...]]) -> None:
             adapters = [adapter for (adapter,) in mixes]
-            self._check_trainable(adapters)
+            check_trainable(self.model, adapters)
             if worn.isdisjoint(adapters):
                 check_modules(adapters)
 
@@ -774,19 +773,7 @@ class Runtime:
 
     def _read(self, name: str, folder: Path) -> HostRow:
         """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
-        for _ in range(_TRIES):
-            try:
-                stamp = settled_stamp_of(folder)
-                checkpoint = read_checkpoint(folder)
-                is_whole = stamp_of(folder) == stamp
-            except FileNotFoundError as error:
-                raise gone(name, error, self._tiers.is_registered(name)) from error
-            except ValueError as error:
-                raise ValueError(f"adapter {name!r} was registered, and cannot be read: {error}") from error
-            if is_whole:
-                break
-        else:
-            raise ValueError(f"adapter {name!r}: {folder} is being written while it is read: ask for it again")
+        checkpoint, stamp = read_whole(name, folder, self._tiers.is_registered(name))
         with reading_the_models():
             read = by_todays_names(self.model, checkpoint.vectors)
             own = brought.of_file(self.model, name, checkpoint)
@@ -816,7 +803,7 @@ class Runtime:
                     f"adapter {name!r} acts at {key[0]!r} ({key[1]}put), where the model has no site: name it in "
                     "patch(target_modules=…), or load_adapter() one that acts there before"
                 )
-        vectors = {self._site(name, key): vector for key, vector in read.items()}
+        vectors = {self._adapter_sites.site(name, key): vector for key, vector in read.items()}
         return self._bank.pack(name, vectors), vectors
 
     def _check_name(self, name: str) -> None:
@@ -829,29 +816,6 @@ class Runtime:
             raise RuntimeError(f"cannot {what}: the model is not patched any more; call ia3rt.patch(model) again")
         if self._merged is not None and not while_merged:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
-
-    def _check_trainable(self, adapters: Sequence[Adapter]) -> None:
-        is_sharded = bool(fsdp_modules(self.model))
-        modules = dict(self.model.named_modules())
-        parallel = next((path for path in modules if is_tensor_parallel(modules, path)), None)
-        if parallel is not None:
-            raise ValueError(
-                f"module {parallel!r} is tensor-parallel, and ia3rt does not train beside it: each process would see "
-                "the gradients of its parts only. Train on a model without tp_plan; FSDP (fully_shard) can be used"
-            )
-        for adapter in adapters:
-            if is_sharded and adapter.modules:
-                raise ValueError(
-                    f"adapter {adapter.name!r} has its own {sorted(adapter.modules)}, whose gradients FSDP, which "
-                    "splits the model's, would not bring together: train it on a model without FSDP"
-                )
-            for site in adapter.sites:
-                if execution_device(self.model.get_submodule(site.module)) is not None:
-                    raise ValueError(
-                        f"adapter {adapter.name!r} acts at {site}, whose weights accelerate offloads: it would look "
-                        "for the adapter's parameter among them: load the model without offloading to train"
-                    )
-        check_names(self.model, adapters)
 
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self
@@ -972,64 +936,6 @@ class Runtime:
     def _tie(self) -> None:
         if self._routing.trained is not None:
             self._routing.trained.keep_float32()
-
-    def _key(self, name: str, key: str | SiteKey) -> SiteKey:
-        if not isinstance(key, str):
-            return key
-        here = [site for site in self.sites if site.path == key]
-        if len(here) == 1:
-            return here[0].key
-        raise ValueError(
-            f"adapter {name!r}: say at which side of {key!r} its vector acts, with the key ({key!r}, 'in') or "
-            f"({key!r}, 'out')"
-        )
-
-    def _sites_of_config(self, config: Mapping[str, Any]) -> list[Site]:
-        """Those that an adapter_config.json names; none where it names none."""
-        names = (config.get(each) for each in ("target_modules", "feedforward_modules", "exclude_modules"))
-        targets = Targets(*names)
-        with self._own.lifted():
-            return find_sites(self.model, *targets) if targets.target_modules else []
-
-    def _site(self, name: str, key: SiteKey) -> Site:
-        self._check_unshared(name, key[0], key[0])
-        if key in self._bank.sites:
-            self._check_unshared(name, key[0], self._bank.sites[key].module)
-            return self._bank.sites[key]
-        path, side = key
-        if side not in ("in", "out"):
-            raise ValueError(f"adapter {name!r} has a vector at side {side!r} of {path!r}: sides are 'in' and 'out'")
-        try:
-            with self._own.lifted():
-                site = site_of(dict(self.model.named_modules()), path, side)
-        except ValueError as error:
-            raise ValueError(f"adapter {name!r} does not fit: {error}") from None
-        self._check_unshared(name, path, site.module)
-        self._targets.check(self.model, site, name)
-        self._check_worn_by(name, site)
-        return site
-
-    def _check_worn_by(self, name: str, site: Site) -> None:
-        """Raises ValueError where what applies the vectors cannot do it where a new site lies."""
-        device = computing_device(self.model.get_submodule(site.module))
-        if device.type == "meta" and not all(each.type == "meta" for each in self._bank.devices.values()):
-            raise ValueError(
-                f"adapter {name!r} acts at {site}, whose weights are on the meta device, and no hook of accelerate's "
-                "brings them elsewhere: load them first"
-            )
-        runs = device.type == "meta" or ops.backend(torch.empty(0, device=device)) == "triton"
-        if self.backend == "triton" and not runs:
-            raise ValueError(
-                f"adapter {name!r} acts at {site}, which lies on {device}, where the triton backend does not run: "
-                "patch(model, backend='torch')"
-            )
-
-    def _check_unshared(self, name: str, path: str, module: str) -> None:
-        if module in self._shared:
-            raise ValueError(
-                f"adapter {name!r} has a vector at {path!r}, which is one module at {self._shared[module]}: in PEFT "
-                "it would act at one of these, and here at all. Give each a module of its own (copy.deepcopy)"
-            )
 
     @contextmanager
     def _restoring(self, before: Wearing) -> Iterator[None]:

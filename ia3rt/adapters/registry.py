@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ia3rt.adapters.bank import Stamp, some
+from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint
 from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES, adapter_folders
 
 AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
 """A folder of adapters' folders, a mapping of names to folders, or a function of a name that gives one or None."""
 
+_TRIES = 3
 _SETTLED = 0.03
 """Seconds after which a file that changes has another time: more than the steps that file systems tell time in."""
 
@@ -104,6 +106,32 @@ def gone(name: str, error: FileNotFoundError, is_registered: bool) -> FileNotFou
     return FileNotFoundError(
         f"adapter {name!r} was registered, and its files are gone: {error}. Put them back, or delete_adapter it"
     )
+
+
+def read_whole(name: str, folder: Path, is_registered: bool) -> tuple[Checkpoint, Stamp]:
+    """An adapter as its files say it, which were not written to meanwhile, and what they were.
+
+    Args:
+        name: the adapter's.
+        folder: where it is.
+        is_registered: whether it was registered by name; else a function knows it.
+
+    Raises:
+        FileNotFoundError: its files are gone.
+        ValueError: they are damaged or of another kind, or written to each time.
+    """
+    for _ in range(_TRIES):
+        try:
+            stamp = settled_stamp_of(folder)
+            checkpoint = read_checkpoint(folder)
+            is_whole = stamp_of(folder) == stamp
+        except FileNotFoundError as error:
+            raise gone(name, error, is_registered) from error
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r} was registered, and cannot be read: {error}") from error
+        if is_whole:
+            return checkpoint, stamp
+    raise ValueError(f"adapter {name!r}: {folder} is being written while it is read: ask for it again")
 
 
 def settled_stamp_of(folder: Path) -> Stamp:
