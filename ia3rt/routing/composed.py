@@ -106,18 +106,22 @@ class _Buffer:
             for out, mix in zip(self._rows, mixes, strict=True):
                 _compose_into(out, self._columns, mix)
             return
-        composed = self._buffer.new_empty(len(mixes), self._buffer.shape[1])
-        distinct = [pieces(row) for row in composed]
-        for out, mix in zip(distinct, mixes, strict=True):
-            _compose_into(out, self._columns, mix)
         if self._staging is not None:
+            composed = self._buffer.new_empty(len(mixes), self._buffer.shape[1])
+            for row, mix in zip(composed, mixes, strict=True):
+                _compose_into(pieces(row), self._columns, mix)
             turn, count = self._staging.turn(), len(rows)
             turn.ints[:count] = [*rows]
             turn.copy(count)
             torch.index_select(composed, 0, self._index, out=self._buffer)
             return
+        first: dict[int, Sequence[Tensor]] = {}
         for out, slot in zip(self._rows, rows, strict=True):
-            for piece, source in zip(out, distinct[slot], strict=True):
+            if slot not in first:
+                _compose_into(out, self._columns, mixes[slot])
+                first[slot] = out
+                continue
+            for piece, source in zip(out, first[slot], strict=True):
                 piece.copy_(source)
 
 
