@@ -11,7 +11,7 @@ from ia3rt.bench.study.tables import tables
 _PLOTS = {
     "kept": "The share kept by each way, for two adapters and more, with intervals",
     "more": "The share kept by how many adapters are combined",
-    "pairs": "What a pair loses by how alike its adapters are",
+    "pairs": "What a pair loses by how far its adapters are from 1",
 }
 """What each plot is, by its file's name."""
 

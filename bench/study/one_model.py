@@ -160,7 +160,9 @@ class OneModel:
                 accuracies[task] = base.accuracy, own.accuracy, len(own.right)
             is_lm = learner.name.startswith(LM_NAME)
             budget = self._budget(is_lm)
-            card = card_of(self.model, learner.name, learner.tasks, accuracies, learner.seed, budget, is_lm)
+            card = card_of(
+                self.model, learner.name, learner.tasks, accuracies, learner.seed, budget, self._scale.length, is_lm
+            )
             publish(self.model, learner.name, learner.tasks, folder / learner.name, card)
 
     def _chosen(self, task: str, split: Split, count: int) -> Sequence[LabelledText]:

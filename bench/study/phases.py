@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import combinations
 
 from ia3rt.bench.study.asking import Asking
@@ -69,9 +70,9 @@ def choose(cells: Sequence[Cell], scale: Scale) -> dict[tuple[str, int], Values]
         for method in METHODS:
             tried = [each for each in cells if each.method == method.name and len(each.adapters) == size]
 
-            def mean(values: Values, tried: Sequence[Cell] = tried) -> float:
-                scores: list[float] = [each.accuracy for each in tried if each.values == values]
-                return sum(scores) / len(scores)
+            def mean(values: Values, tried: Sequence[Cell] = tried) -> Fraction:  # exact, so that equals are equal
+                scores = [Fraction(c.right.count("1"), len(c.right)) for c in tried if c.values == values]
+                return sum(scores, Fraction()) / len(scores)
 
             found[method.name, size] = max(grid_of(method, scale), key=mean) if tried else method.grid[0]
     return found

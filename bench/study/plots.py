@@ -40,6 +40,8 @@ def _kept(folder: Path) -> bytes:
         names = [row["method"] for row in sorted(first, key=lambda row: float(row["kept"]))]
         for place, size in enumerate(sizes):
             found = {row["method"]: row for row in rows if int(row["size"]) == size and row["kept"]}
+            if size != sizes[-1]:
+                found.pop(JOINT, None)  # it is one of all tasks
             shown = [(at, found[name]) for at, name in enumerate(names) if name in found]
             heights = [at + 0.22 * (1 - place) for at, _ in shown]
             _dots(axis, [row for _, row in shown], heights, _COLORS[place % 3], f"{size} adapters", across=True)
@@ -71,7 +73,7 @@ def _more(folder: Path) -> bytes:
 
 
 def _pairs(folder: Path) -> bytes:
-    """What a pair loses, by how alike its adapters are."""
+    """What a pair loses, by how far its adapters are from 1."""
     by_model: dict[str, list[Row]] = {}
     for row in read_table(folder / "pairs.csv"):
         by_model.setdefault(row["model"], []).append(row)

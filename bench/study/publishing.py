@@ -51,6 +51,7 @@ def card_of(
     accuracies: Mapping[str, tuple[float, float, int]],
     seed: int,
     budget: Budget,
+    length: int,
     learns_text: bool = False,
 ) -> str:
     """A model card.
@@ -62,6 +63,7 @@ def card_of(
         accuracies: by task: without and with the adapter, and on how many test texts.
         seed: of its texts and their order.
         budget: how it was trained.
+        length: tokens of a text that the model read.
         learns_text: whether it learned to go on with the texts, and no task.
     """
     packages = dict.fromkeys(TASKS[task].package for task in tasks)
@@ -88,7 +90,9 @@ def card_of(
         f"| numbers | {str(PUBLISHED).removeprefix('torch.')}; what the study tested are these, as they are here |",
     ]
     for task, (base, own, texts) in accuracies.items():
-        lines.append(f"| {task} | accuracy {own:.3f} on {texts} test texts, {base:.3f} without the adapter |")
+        said = f"accuracy {own:.3f} on {texts} test texts, {base:.3f} without the adapter"
+        dtype = str(model.dtype).removeprefix("torch.")
+        lines.append(f"| {task} | {said}; of the first {length} tokens of a text, by the model in {dtype} |")
     lines += ["", *_use(model, tasks, learns_text), ""]
     return "\n".join(lines)
 

@@ -30,6 +30,9 @@ from ia3rt.bench.study.tasks import TASKS, fetch
 from ia3rt.cli.errors import MissingPackageError
 from ia3rt.cli.progress import busy
 
+_KEPT_EVERY = 10.0
+"""Seconds after which it is kept how long a part took so far."""
+
 
 def run(scale: Scale, models: Sequence[type[StudyModel]], folder: Path, cache: Path, console: Console) -> None:
     """Does what is not done yet, and writes the results.
@@ -122,7 +125,8 @@ def write(
             "pairs": pairs,
             "defaults": list(summary.by_default(answered)),
             "correlations": list(summary.correlations(pairs, model)),
-            **{phase: list(summary.of_phase(answered, phase)) for phase in ("domain", "negate", "analogy", "warning")},
+            "negate": list(summary.by_negated(answered)),
+            **{phase: list(summary.of_phase(answered, phase)) for phase in ("domain", "analogy", "warning")},
         }.items():
             found.setdefault(name, []).extend(rows)
     for name, rows in found.items():
@@ -190,11 +194,22 @@ def _shown(
                 progress.update(bar, description=name)
                 if not console.is_terminal:
                     console.print(f"{datetime.now():%H:%M:%S} {name}", highlight=False)
-                started = time.perf_counter()
+                since = time.perf_counter()
+
+                def keep() -> None:
+                    nonlocal since
+                    store.took(name, time.perf_counter() - since)
+                    since = time.perf_counter()
+
+                def done(tokens: int) -> None:
+                    progress.advance(bar, each.seconds(part, tokens))
+                    if time.perf_counter() - since > _KEPT_EVERY:  # or what a killed run took would be lost
+                        keep()
+
                 try:
-                    yield lambda tokens: progress.advance(bar, each.seconds(part, tokens))
+                    yield done
                 finally:
-                    store.took(name, time.perf_counter() - started)
+                    keep()
                 ended[0] += each.seconds(part, part.tokens)
                 progress.update(bar, completed=ended[0])
 

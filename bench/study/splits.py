@@ -37,7 +37,8 @@ class Texts:
 def key_of(text: str) -> str:
     """SHA-256 of what a text begins with: its first words, whatever their case, without digits and punctuation.
 
-    Models see no more than a text's beginning, and mass mail differs in numbers only: such texts are one.
+    Models see no more than a text's beginning, and most mass mail differs in numbers only: such texts are one. What
+    differs in a word, as a reply or a mail with a random word in it, is another.
     """
     words = re.findall(r"[^\W\d_]+", text.casefold())
     return hashlib.sha256(" ".join(words[:KEY_WORDS]).encode()).hexdigest()

@@ -116,7 +116,8 @@ def spearman(xs: Sequence[float], ys: Sequence[float], draws: int = DRAWS) -> In
     Raises:
         ValueError: they are not as many.
     """
-    x, y = torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64)
+    # Rounded, so that what is equal but for how it was added up shares a rank.
+    x, y = (torch.tensor(each, dtype=torch.float64).round(decimals=9) for each in (xs, ys))
     if len(x) != len(y):
         raise ValueError(f"{len(x)} numbers cannot be ranked beside {len(y)}")
     value = float(_correlation(_ranks(x), _ranks(y)))

@@ -127,6 +127,24 @@ def of_phase(answered: Answered, phase: str) -> Iterator[Row]:
         }
 
 
+def by_negated(answered: Answered) -> Iterator[Row]:
+    """For each negated adapter and task: accuracy without any adapter, and with it, on the same texts."""
+    cells = [each for each in answered.cells if each.phase == "negate"]
+    for target, task in dict.fromkeys((each.adapters, each.task) for each in cells):
+        after = _by_seed([c for c in cells if (c.adapters, c.task) == (target, task)], answered.seeds)
+        alone = [c for c in answered.cells if c.phase == "alone" and c.method == BASE and c.task == task]
+        before = _by_seed(alone, answered.seeds)[:, : after.shape[1]]
+        yield {
+            "model": answered.cells[0].model,
+            "negated": "+".join(target),
+            "task": task,
+            "texts": after.shape[1],
+            "before": float(before.mean()),
+            "after": float(after.mean()),
+            **_columns("change", statistics.difference([after], [before])),
+        }
+
+
 def by_values(answered: Answered) -> Iterator[Row]:
     """For each size, method and values: mean accuracy on validation texts."""
     cells = [each for each in answered.cells if each.phase == "tuning"]

@@ -59,6 +59,13 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
     return sorted({int(row["size"]) for row in rows})
 
 
+def is_significant(row: Row, difference: str) -> bool:
+    """Whether a difference is one of other texts, by the corrected test, and of other seeds too, by its interval."""
+    if not row["p_holm"] or float(row["p_holm"]) >= SIGNIFICANT:
+        return False
+    return not float(row[f"{difference}_low"]) <= 0 <= float(row[f"{difference}_high"])
+
+
 def facts(folder: Path) -> dict[str, Any]:
     """What run.json says."""
     read: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
@@ -89,7 +96,7 @@ def _kept(folder: Path) -> str:
 
 def _points(folder: Path) -> str:
     def cell(row: Row) -> str:
-        mark = "**" if row["p_holm"] and float(row["p_holm"]) < SIGNIFICANT else ""
+        mark = "**" if is_significant(row, "over_product") else ""
         p = f" (p {_p(row['p_holm'])})" if row["p_holm"] else ""
         over = f"{mark}{100 * float(row['over_product']):+.1f}{mark}{p}"
         return f"{over}; {_range(row, 'routing_over')}"
@@ -105,9 +112,13 @@ def _by_size(folder: Path, title: str, cell: Callable[[Row], str], beside: Seque
         tested = [row["method"] for row in rows if int(row["size"]) == sizes[0] and row["method"] not in WORDS]
         tested.sort(key=lambda name: -float(found[name, sizes[0]]["accuracy"]))
         shown = [name for name in (OWN, *tested, JOINT, BASE) if name not in WORDS or name in beside]
+
+        def has(name: str, size: int, found: Any = found, largest: int = sizes[-1]) -> bool:
+            return (name, size) in found and (name != JOINT or size == largest)  # it is one of all tasks
+
         header = (f"{TITLES.get(model, model)}: {title}", *(_SIZES.get(size, f"all {size}") for size in sizes))
         lines = [
-            (WORDS.get(name, f"`{name}`"), *(cell(found[name, s]) if (name, s) in found else "" for s in sizes))
+            (WORDS.get(name, f"`{name}`"), *(cell(found[name, s]) if has(name, s) else "" for s in sizes))
             for name in shown
         ]
         written.append(_table(header, lines))
@@ -153,9 +164,10 @@ def _defaults(folder: Path) -> str:
 
         def cell(row: Row) -> str:
             accuracy = " and ".join(f"{100 * float(row[f'accuracy_of_{name}']):.1f}" for name in ("usual", "other"))
-            mark = "**" if float(row["p_holm"]) < SIGNIFICANT else ""
-            difference = f"{mark}{100 * float(row['difference']):+.1f}{mark}"
-            return f"{accuracy}: {difference} (p {_p(row['p_holm'])})"
+            mark = "**" if is_significant(row, "difference") else ""
+            _, low, high = (100 * float(row[f"difference{end}"]) for end in ("", "_low", "_high"))
+            difference = f"{mark}{100 * float(row['difference']):+.1f}{mark} ({low:.1f} … {high:.1f})"
+            return f"{accuracy}: {difference}, p {_p(row['p_holm'])}"
 
         header = (f"{TITLES.get(model, model)}: accuracy, %", *(_SIZES.get(size, f"all {size}") for size in sizes))
         lines = []
@@ -199,19 +211,20 @@ def _correlations(folder: Path) -> str:
 
 def _forgetting(folder: Path) -> str:
     written = []
-    without_by_model = rows_of(folder, "tasks")
     for model, rows in rows_of(folder, "negate").items():
-        of_base = [row for row in without_by_model[model] if row["method"] == BASE]
-        largest = {row["task"]: float(row["accuracy"]) for row in of_base if int(row["size"]) == sizes_of(of_base)[-1]}
-        lines = []
-        for target in dict.fromkeys(row["adapters"] for row in rows):
-            after = {row["task"]: float(row["accuracy"]) for row in rows if row["adapters"] == target}
-            others = [task for task in after if task != target]
-            was, now = (sum(each[task] for task in others) / len(others) for each in (largest, after))
-            lines.append((target, *(f"{100 * x:.1f}" for x in (largest[target], after[target], was, now))))
-        header = (f"{TITLES.get(model, model)}: accuracy, %", "target before", "negated", "others before", "negated")
+        names = list(dict.fromkeys(row["task"] for row in rows))
+        found = {(row["negated"], row["task"]): row for row in rows}
+        before = ["nothing", *(f"{100 * float(found[name, name]['before']):.0f}" for name in names)]
+        lines = [before]
+        lines += [[target, *(_change(found[target, name]) for name in names)] for target in names]
+        header = (f"{TITLES.get(model, model)}: negated", *(f"{name}, %" for name in names))
         written.append(_table(header, lines))
     return "\n\n".join(written)
+
+
+def _change(row: Row) -> str:
+    change, low, high = (100 * float(row[f"change{end}"]) for end in ("", "_low", "_high"))
+    return f"{change:+.0f} ({low:+.0f} … {high:+.0f})"
 
 
 def _analogy(folder: Path) -> str:
