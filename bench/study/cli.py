@@ -42,6 +42,7 @@ def study(
     from ia3rt.bench.study.models import MODELS
     from ia3rt.bench.study.run import run
     from ia3rt.bench.study.settings import FULL, QUICK
+    from ia3rt.bench.study.tables import shares
 
     console, scale = Console(), QUICK if quick else FULL
     folder = out or (Path("bench-results") / scale.name if quick else RESULTS)
@@ -49,6 +50,7 @@ def study(
         if not quick and not page.is_file():
             raise UsageError("--page", f"there is no {page}: run it in the repository, or name the page")
         run(scale, MODELS, folder, cache / scale.name, console)
+        console.print(shares(folder))
         console.print(Text(f"written: {folder}", style="dim"), soft_wrap=True)
         if not quick:
             write_page(page, folder)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from ia3rt.bench import markdown, readable
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, read_table
 from ia3rt.bench.study.methods import IN_A_ROW
@@ -92,6 +94,23 @@ def _kept(folder: Path) -> str:
         return _percent(row, "kept")
 
     return _by_size(folder, "share kept, %", cell, (OWN, JOINT, BASE))
+
+
+def shares(folder: Path) -> Table:
+    """The shares kept for a terminal, the best with two adapters on top."""
+    table = Table("share kept, %", box=None, header_style="bold")
+    columns: list[dict[str, Row]] = []
+    for model, rows in rows_of(folder, "methods").items():
+        for size in sizes_of(rows):
+            table.add_column(f"{TITLES.get(model, model)}, {size}", justify="right")
+            shown = (row for row in rows if int(row["size"]) == size and row["kept"])
+            columns.append(
+                {row["method"]: row for row in shown if row["method"] != JOINT or size == sizes_of(rows)[-1]}
+            )
+    for name in sorted(columns[0], key=lambda name: -float(columns[0][name]["kept"])):
+        numbers = (f"{100 * float(each[name]['kept']):.0f}" if name in each else "" for each in columns)
+        table.add_row(WORDS.get(name, name), *numbers)
+    return table
 
 
 def _points(folder: Path) -> str:

@@ -203,7 +203,9 @@ def combine(
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="W,W,…", help="One for each adapter, as in --weights 0.7,0.3; none: 1 each, of delta 0.85."
+            metavar="W,W,…",
+            help="One for each adapter, as in --weights 0.7,0.3. Where none are given: 1 each, of delta 0.85; linear "
+            "and slerp need them.",
         ),
     ] = None,
     density: Annotated[
@@ -252,8 +254,10 @@ def combine(
         combine_files(Console(stderr=True), combination, output, importances or [], base_model)
         description = describe(read_checkpoint(output))
         if as_json:
-            print_json({"adapter": str(output), "combination": asdict(combination), **asdict(description)})
+            taken = {**asdict(combination), "weights": combination.taken_weights}
+            print_json({"adapter": str(output), "combination": taken, **asdict(description)})
         else:
+            Console().print(Text(combination.in_full), soft_wrap=True)
             Console().print(render(description, str(output)))
 
 

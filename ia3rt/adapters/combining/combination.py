@@ -42,8 +42,8 @@ class Combination:
 
     Attributes:
         adapters: the adapters' names, in order.
-        weights: one finite number an adapter; None means 1 each for a `DerivedType`, 0.85 each for `delta`, and what it
-            does for a `Mix` of another type.
+        weights: one finite number an adapter; None means 0.85 each for `delta`, 1 each for a `DerivedType` but `slerp`,
+            which needs them, and what it does for a `Mix` of another type.
         combination_type: see the function of this name in ia3rt.adapters.combining, or `Mix`.
         density: for `ties`, where None means 0.4, and `dare_linear`, `dare_ties` and `magnitude_prune`, which need it:
             the share of each vector's numbers that stays, in (0, 1]. It is one of a site's whole vector, with the ones
@@ -143,6 +143,18 @@ class Combination:
         """The weights as they enter the formula."""
         weights = tuple(self.weights or (1.0,) * len(self.adapters))
         return tuple(weight / sum(weights) for weight in weights) if self.normalize else weights
+
+    @property
+    def taken_weights(self) -> tuple[float, ...] | None:
+        """The same, but None of a product, which has none."""
+        return None if self.combination_type == "product" else self.used_weights
+
+    @property
+    def in_full(self) -> str:
+        """It with what is taken where nothing was given: `ties of a and b, weights 1 and 1, density 0.4`."""
+        taken = self.taken_weights
+        weights = "" if taken is None else f", weights {' and '.join(f'{weight:g}' for weight in taken)}"
+        return f"{self}{weights}{'' if self.density is None else f', density {self.density:g}'}"
 
     @property
     def mix(self) -> Mix | None:
