@@ -595,12 +595,12 @@ class Runtime:
         if index is not None:
             check_index(index, len(read))
         rows = len(read) if index is None else len(index)
-        seen = check_images(images, rows)
+        image_rows = check_images(images, rows)
         starts = None
         if start is not None:
             check_one_sequence(self.model)
-            starts = check_start(start, rows, index is not None and index.dim() == 2, seen)
-        return self._restoring(self._wear_here(read, self._fetch(read), index, seen, starts))
+            starts = check_start(start, rows, index is not None and index.dim() == 2, image_rows)
+        return self._restoring(self._wear_here(read, self._fetch(read), index, image_rows, starts))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
