@@ -374,6 +374,7 @@ class Runtime:
         def check(mixes: Sequence[tuple[Adapter, ...]]) -> None:
             adapters = [adapter for (adapter,) in mixes]
             check_trainable(self.model, adapters)
+            self._own.check_names(adapters)
             if worn.isdisjoint(adapters):
                 check_modules(adapters)
 

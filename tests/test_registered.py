@@ -971,6 +971,10 @@ FOR_WHAT_THEY_ARE = {
     "a token": (lambda runtime: runtime.route(["own", "b"], torch.tensor([[0, 1]])), "not by token"),
     "a start": (lambda runtime: runtime.route(["own", "b"], start=[2, 2]), "not by token, nor from a start on"),
     "training": (lambda runtime: runtime.train_adapter(["own", "b"]), "which wears no vector"),
+    "a name of its own that is taken": (
+        lambda runtime: runtime.train_adapter(["own", "d"]),
+        "'own' cannot be trained: .* has a 'ia3_own_own_weight' already",
+    ),
     "a name that is taken": (lambda runtime: runtime.train_adapter("d"), "give the adapter another name"),
 }
 
@@ -981,7 +985,11 @@ def test_what_is_refused_for_what_its_adapters_are_makes_no_room(folder, truth, 
     runtime = patched(folder, rows=3)
     layer = runtime.model.get_submodule(HEAD)
     runtime.add_adapter("own", {"model.layers.1.self_attn.k_proj": torch.ones(32)}, modules={HEAD: layer.state_dict()})
-    layer.ia3_out_d = "somebody's own"
+    if case == "a name that is taken":
+        layer.ia3_out_d = "somebody's own"
+    elif case == "a name of its own that is taken":
+        layer.ia3_own_own_weight = "somebody's own"
+        runtime.set_adapter("own")
     runtime.set_adapter("a")
     runtime.set_adapter("c")
     with pytest.raises(ValueError, match=message):

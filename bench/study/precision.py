@@ -36,7 +36,7 @@ class Precision:
 
     @property
     def is_equal_but_for_noise(self) -> bool:
-        """McNemar's test: of the texts that are answered otherwise, about as many become right as wrong."""
+        """Whether no difference is certain: as many more are right as chance makes, of the texts answered otherwise."""
         gained: int = abs(self.right[1] - self.right[0])
         chance: float = _NOISE * max(1.0, self.texts - self.same) ** 0.5
         return gained <= chance

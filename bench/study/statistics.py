@@ -1,7 +1,8 @@
 """Shares kept, intervals and tests, from what was answered to each text. Plain torch; all draws come from a seed.
 
-Chance is in which texts a task has: one text is asked with many sets of adapters and with several seeds, so all of that
-is drawn together, or left out together. The tasks themselves are no sample of anything, and stay.
+Chance is in which texts a task has, and in the seeds of adapters: one text is asked with many sets of adapters and with
+several seeds, so all of that is drawn together, or left out together. The tasks themselves are no sample of anything,
+and stay.
 """
 
 from __future__ import annotations

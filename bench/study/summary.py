@@ -178,6 +178,8 @@ def by_default(answered: Answered, draws: int = statistics.DRAWS) -> Iterator[Ro
             row[name] = json.dumps(dict(values), sort_keys=True)
             row[f"accuracy_of_{name}"] = float(torch.stack([each.mean() for each in found]).mean())
         row |= _columns("difference", statistics.difference(other, one, draws))
+        product = [answered.right(PRODUCT, size, task) for task in answered.main]
+        row |= _columns("over_product", statistics.difference(other, product, draws))
         rows.append(row | {"p": statistics.sign_flip(other, one, draws)})
     adjusted = statistics.holm({str(place): float(str(row["p"])) for place, row in enumerate(rows)})
     for place, row in enumerate(rows):

@@ -186,9 +186,13 @@ def _defaults(folder: Path) -> str:
             mark = "**" if is_significant(row, "difference") else ""
             _, low, high = (100 * float(row[f"difference{end}"]) for end in ("", "_low", "_high"))
             difference = f"{mark}{100 * float(row['difference']):+.1f}{mark} ({low:.1f} … {high:.1f})"
-            return f"{accuracy}: {difference}, p {_p(row['p_holm'])}"
+            over, below, above = (100 * float(row[f"over_product{end}"]) for end in ("", "_low", "_high"))
+            return f"{accuracy}: {difference}, p {_p(row['p_holm'])}; {over:+.1f} ({below:.1f} … {above:.1f})"
 
-        header = (f"{TITLES.get(model, model)}: accuracy, %", *(_SIZES.get(size, f"all {size}") for size in sizes))
+        header = (
+            f"{TITLES.get(model, model)}: accuracy, %; the second over the product",
+            *(_SIZES.get(s, f"all {s}") for s in sizes),
+        )
         lines = []
         for method in dict.fromkeys(row["method"] for row in rows):
             row = found[method, sizes[0]]

