@@ -127,8 +127,10 @@ def forgetting(asking: Asking, scale: Scale) -> Iterator[Cell]:
 
 
 def analogy(asking: Asking, scale: Scale) -> Iterator[Cell]:
-    """Movie texts are to Amazon texts as movie sentiment is to Amazon sentiment: no label of an Amazon
-    text is seen, but for those by which one of two weights is chosen."""
+    """Movie texts are to Amazon texts as movie sentiment is to Amazon sentiment.
+
+    No label of an Amazon text is seen, but for those by which one of two weights is chosen.
+    """
 
     def asked(values: Values, seed: int, split: Split, count: int) -> Iterator[Cell]:
         known = (f"{LM_NAME}-movie", f"{LM_NAME}-amazon", "movie")

@@ -87,8 +87,8 @@ def card_of(
     rows = budget.rows if len(tasks) == 1 else budget.rows_of_joint
     trained = str(model.training_dtype).removeprefix("torch.")
     lines += [
-        f"| training | {budget.steps} steps of {rows} texts a task, AdamW, learning rate {model.lr:g}, seed {seed}; the "
-        f"model in {trained}, the vectors in float32 |",
+        f"| training | {budget.steps} steps of {rows} texts a task, AdamW, learning rate {model.lr:g}, seed {seed}; "
+        f"the model in {trained}, the vectors in float32 |",
         f"| numbers | {str(PUBLISHED).removeprefix('torch.')}; what the study tested are these, as they are here |",
     ]
     for task, (base, own, texts) in accuracies.items():
