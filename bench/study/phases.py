@@ -82,7 +82,7 @@ def test(asking: Asking, scale: Scale, chosen: Chosen) -> Iterator[Cell]:
     """Each method on all sets, and what goes wrong on one of them."""
     for seed in scale.seeds:
         for tasks in all_sets(scale.main):
-            count = scale.test_of_triples if len(tasks) == 3 else scale.test
+            count = _texts_of(tasks, scale)
             for method in METHODS:
                 if method.takes(len(tasks)):
                     values = chosen[method.name, len(tasks)]
@@ -99,8 +99,8 @@ def defaults(asking: Asking, scale: Scale) -> Iterator[Cell]:
         for tasks in chosen:
             for name, compared in DEFAULTS.items():
                 for values in compared:
-                    asked = (asking, "defaults", methods[name], values, seed, tasks, tasks, "test", scale.test)
-                    yield from _asked(*asked)
+                    asked = (asking, "defaults", methods[name], values, seed, tasks, tasks, "test")
+                    yield from _asked(*asked, _texts_of(tasks, scale))
 
 
 def domain(asking: Asking, scale: Scale, chosen: Chosen) -> Iterator[Cell]:
@@ -146,6 +146,12 @@ def analogy(asking: Asking, scale: Scale) -> Iterator[Cell]:
 def sizes(scale: Scale) -> list[int]:
     """How many adapters are combined: two, three, and all."""
     return sorted({len(tasks) for tasks in all_sets(scale.main)})
+
+
+def _texts_of(tasks: Sequence[str], scale: Scale) -> int:
+    """Test texts a task of a set."""
+    count: int = scale.test_of_triples if len(tasks) == 3 else scale.test
+    return count
 
 
 def _asked(
