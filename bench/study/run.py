@@ -82,7 +82,6 @@ def run(scale: Scale, models: Sequence[type[StudyModel]], folder: Path, cache: P
             "begun": pieces[0],
             "ended": _now(),
             "pieces": len(pieces),
-            "minutes": round(sum(_seconds(each, plan) for each, plan in zip(ready, plans, strict=True)) / 60),
             "scale": asdict(scale),
             "left_out": left_out,
             "seconds": {part: round(taken) for part, taken in sorted(store.seconds.items())},

@@ -80,7 +80,7 @@ def _run(folder: Path) -> str:
     pieces = ", in pieces" if run["pieces"] > 1 else ""
     left = "".join(f" Left out: {name}, as {why}." for name, why in run["left_out"].items())
     asked = (
-        f"Run from {run['begun']} to {run['ended']} (UTC){pieces}, planned as {run['minutes']:.0f} minutes: "
+        f"Run from {run['begun']} to {run['ended']} (UTC){pieces}: "
         f"{len(scale['seeds'])} seeds, "
         f"{scale['budget']['steps']} steps an adapter, {scale['test']} test texts a task ({scale['test_of_triples']} "
         f"for sets of three), {scale['validation']} for choosing values.{left}"
