@@ -9,7 +9,7 @@ from typing import Any
 
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, read_table
 from ia3rt.bench.study.methods import IN_A_ROW
-from ia3rt.bench.study.tables import TITLES, rows_of, sizes_of
+from ia3rt.bench.study.tables import TITLES, compared, rows_of, sizes_of
 
 Row = Mapping[str, str]
 
@@ -39,10 +39,8 @@ def _kept(folder: Path) -> bytes:
         first = [row for row in rows if int(row["size"]) == sizes[0] and row["method"] != OWN and row["kept"]]
         names = [row["method"] for row in sorted(first, key=lambda row: float(row["kept"]))]
         for place, size in enumerate(sizes):
-            found = {row["method"]: row for row in rows if int(row["size"]) == size and row["kept"]}
-            if size != sizes[-1]:
-                found.pop(JOINT, None)  # it is one of all tasks
-            shown = [(at, found[name]) for at, name in enumerate(names) if name in found]
+            found = compared(rows, size)
+            shown = [(at, found[name]) for at, name in enumerate(names) if name in found and found[name]["kept"]]
             heights = [at + 0.22 * (1 - place) for at, _ in shown]
             _dots(axis, [row for _, row in shown], heights, _COLORS[place % 3], f"{size} adapters", across=True)
         axis.axvline(100, color="black", linewidth=1)

@@ -61,6 +61,12 @@ def sizes_of(rows: Sequence[Row]) -> list[int]:
     return sorted({int(row["size"]) for row in rows})
 
 
+def compared(rows: Sequence[Row], size: int) -> dict[str, Row]:
+    """The rows of methods.csv for sets of a size, by method; the adapter of all tasks beside all at once only."""
+    is_all = size == sizes_of(rows)[-1]
+    return {row["method"]: row for row in rows if int(row["size"]) == size and (row["method"] != JOINT or is_all)}
+
+
 def is_significant(row: Row, difference: str) -> bool:
     """Whether a difference is one of other texts, by the corrected test, and of other seeds too, by its interval."""
     if not row["p_holm"] or float(row["p_holm"]) >= SIGNIFICANT:
@@ -80,8 +86,7 @@ def _run(folder: Path) -> str:
     pieces = ", in pieces" if run["pieces"] > 1 else ""
     left = "".join(f" Left out: {name}, as {why}." for name, why in run["left_out"].items())
     asked = (
-        f"Run from {run['begun']} to {run['ended']} (UTC){pieces}: "
-        f"{len(scale['seeds'])} seeds, "
+        f"Run from {run['begun']} to {run['ended']} (UTC){pieces}: {len(scale['seeds'])} seeds, "
         f"{scale['budget']['steps']} steps an adapter, {scale['test']} test texts a task ({scale['test_of_triples']} "
         f"for sets of three), {scale['validation']} for choosing values.{left}"
     )
@@ -103,10 +108,7 @@ def shares(folder: Path) -> Table:
     for model, rows in rows_of(folder, "methods").items():
         for size in sizes_of(rows):
             table.add_column(f"{TITLES.get(model, model)}, {size}", justify="right")
-            shown = (row for row in rows if int(row["size"]) == size and row["kept"])
-            columns.append(
-                {row["method"]: row for row in shown if row["method"] != JOINT or size == sizes_of(rows)[-1]}
-            )
+            columns.append({name: row for name, row in compared(rows, size).items() if row["kept"]})
     for name in sorted(columns[0], key=lambda name: -float(columns[0][name]["kept"])):
         numbers = (f"{100 * float(each[name]['kept']):.0f}" if name in each else "" for each in columns)
         table.add_row(WORDS.get(name, name), *numbers)
@@ -127,17 +129,13 @@ def _by_size(folder: Path, title: str, cell: Callable[[Row], str], beside: Seque
     written = []
     for model, rows in rows_of(folder, "methods").items():
         sizes = sizes_of(rows)
-        found = {(row["method"], int(row["size"])): row for row in rows}
-        tested = [row["method"] for row in rows if int(row["size"]) == sizes[0] and row["method"] not in WORDS]
-        tested.sort(key=lambda name: -float(found[name, sizes[0]]["accuracy"]))
+        found = [compared(rows, size) for size in sizes]
+        tested = [name for name in found[0] if name not in WORDS]
+        tested.sort(key=lambda name: -float(found[0][name]["accuracy"]))
         shown = [name for name in (OWN, *tested, JOINT, BASE) if name not in WORDS or name in beside]
-
-        def has(name: str, size: int, found: Any = found, largest: int = sizes[-1]) -> bool:
-            return (name, size) in found and (name != JOINT or size == largest)  # it is one of all tasks
-
-        header = (f"{TITLES.get(model, model)}: {title}", *(_SIZES.get(size, f"all {size}") for size in sizes))
+        header = (f"{TITLES.get(model, model)}: {title}", *_in_words(sizes))
         lines = [
-            (WORDS.get(name, f"`{name}`"), *(cell(found[name, s]) if has(name, s) else "" for s in sizes))
+            (WORDS.get(name, f"`{name}`"), *(cell(of_size[name]) if name in of_size else "" for of_size in found))
             for name in shown
         ]
         written.append(_table(header, lines))
@@ -169,7 +167,7 @@ def _values(folder: Path) -> str:
             if values:
                 said = ", ".join(f"{name} {value:g}" for name, value in values.items())
                 chosen.setdefault(row["method"], {})[int(row["size"])] = said
-        header = (f"{TITLES.get(model, model)}: chosen", *(_SIZES.get(size, f"all {size}") for size in sizes))
+        header = (f"{TITLES.get(model, model)}: chosen", *_in_words(sizes))
         lines = [(f"`{name}`", *(of_size.get(size, "") for size in sizes)) for name, of_size in chosen.items()]
         written.append(_table(header, lines))
     return "\n\n".join(written)
@@ -184,19 +182,16 @@ def _defaults(folder: Path) -> str:
         def cell(row: Row) -> str:
             accuracy = " and ".join(f"{100 * float(row[f'accuracy_of_{name}']):.1f}" for name in ("usual", "other"))
             mark = "**" if is_significant(row, "difference") else ""
-            _, low, high = (100 * float(row[f"difference{end}"]) for end in ("", "_low", "_high"))
-            difference = f"{mark}{100 * float(row['difference']):+.1f}{mark} ({low:.1f} … {high:.1f})"
-            over, below, above = (100 * float(row[f"over_product{end}"]) for end in ("", "_low", "_high"))
+            value, low, high = _points_of(row, "difference")
+            difference = f"{mark}{value:+.1f}{mark} ({low:.1f} … {high:.1f})"
+            over, below, above = _points_of(row, "over_product")
             return f"{accuracy}: {difference}, p {_p(row['p_holm'])}; {over:+.1f} ({below:.1f} … {above:.1f})"
 
-        header = (
-            f"{TITLES.get(model, model)}: accuracy, %; the second over the product",
-            *(_SIZES.get(s, f"all {s}") for s in sizes),
-        )
+        header = (f"{TITLES.get(model, model)}: accuracy, %; the second over the product", *_in_words(sizes))
         lines = []
         for method in dict.fromkeys(row["method"] for row in rows):
             row = found[method, sizes[0]]
-            usual, other = ({**json.loads(row[name])} for name in ("usual", "other"))
+            usual, other = (json.loads(row[name]) for name in ("usual", "other"))
             (option,) = (name for name in usual if usual[name] != other[name])
             what = f"`{method}`, {option} {usual[option]:g} and {other[option]:g}"
             lines.append((what, *(cell(found[method, size]) for size in sizes)))
@@ -237,8 +232,7 @@ def _forgetting(folder: Path) -> str:
     for model, rows in rows_of(folder, "negate").items():
         names = list(dict.fromkeys(row["task"] for row in rows))
         found = {(row["negated"], row["task"]): row for row in rows}
-        before = ["nothing", *(f"{100 * float(found[name, name]['before']):.0f}" for name in names)]
-        lines = [before]
+        lines = [["nothing", *(f"{100 * float(found[name, name]['before']):.0f}" for name in names)]]
         lines += [[target, *(_change(found[target, name]) for name in names)] for target in names]
         header = (f"{TITLES.get(model, model)}: negated", *(f"{name}, %" for name in names))
         written.append(_table(header, lines))
@@ -246,7 +240,7 @@ def _forgetting(folder: Path) -> str:
 
 
 def _change(row: Row) -> str:
-    change, low, high = (100 * float(row[f"change{end}"]) for end in ("", "_low", "_high"))
+    change, low, high = _points_of(row, "change")
     return f"{change:+.0f} ({low:+.0f} … {high:+.0f})"
 
 
@@ -294,15 +288,24 @@ def _checks(folder: Path) -> str:
     return _table(("what was checked", "model"), lines)
 
 
+def _in_words(sizes: Sequence[int]) -> list[str]:
+    return [_SIZES.get(size, f"all {size}") for size in sizes]
+
+
+def _points_of(row: Row, name: str) -> list[float]:
+    """An estimate and its interval, times 100."""
+    return [100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high")]
+
+
 def _percent(row: Row, name: str) -> str:
     if not row[name]:
         return "–"
-    value, low, high = (100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    value, low, high = _points_of(row, name)
     return f"{value:.0f} ({low:.0f} … {high:.0f})"
 
 
 def _range(row: Row, name: str) -> str:
-    value, low, high = (100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    value, low, high = _points_of(row, name)
     return f"{value:.1f} ({low:.1f} … {high:.1f})"
 
 
