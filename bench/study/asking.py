@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,26 +22,43 @@ Prompts = Mapping[tuple[str, Split], Sequence[Prompt]]
 MERGED = "merged"
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the first `count` texts of a split, with an adapter's vectors and `owner`'s head.
+
+    The other fields are those of the `Cell` that it becomes.
+    """
+
+    phase: Phase
+    adapters: tuple[str, ...]
+    method: str
+    values: Values
+    seed: int
+    vectors: str | None
+    owner: str
+    task: str
+    split: Split
+    count: int
+
+    def prompts(self, of_all: Prompts) -> Sequence[Prompt]:
+        """The texts, as many of each label."""
+        return balanced_part(of_all[self.task, self.split], self.task, self.count)
+
+    def answered(self, model: str, predicted: Sequence[int], right: Sequence[int]) -> Cell:
+        """What became of it."""
+        digits, rights = ("".join(map(str, each)) for each in (predicted, right))
+        who = (model, self.phase, self.adapters, self.method, dict(self.values), self.seed)
+        return Cell(*who, self.task, self.split, digits, rights)
+
+
 class Asking(Protocol):
     """Who answers: a model, or who counts."""
 
     def combined(self, method: Method, names: Sequence[str], values: Values) -> AbstractContextManager[str]:
         """A context in which a combination of adapters is there, and its name."""
 
-    def cell(
-        self,
-        phase: Phase,
-        tasks: tuple[str, ...],
-        method: str,
-        values: Values,
-        seed: int,
-        vectors: str | None,
-        owner: str,
-        task: str,
-        split: Split,
-        count: int,
-    ) -> Cell:
-        """What is answered to the first `count` texts of a split, with an adapter's vectors and `owner`'s head."""
+    def cell(self, asked: Question) -> Cell:
+        """What is answered."""
 
 
 class ModelAsking:
@@ -77,22 +95,10 @@ class ModelAsking:
             self._model.rt.set_adapter(None)
             self._model.rt.delete_adapter(MERGED)
 
-    def cell(
-        self,
-        phase: Phase,
-        tasks: tuple[str, ...],
-        method: str,
-        values: Values,
-        seed: int,
-        vectors: str | None,
-        owner: str,
-        task: str,
-        split: Split,
-        count: int,
-    ) -> Cell:
+    def cell(self, asked: Question) -> Cell:
         """Asks, or says what was answered by the same numbers to the same texts before."""
-        prompts = balanced_part(self._prompts[task, split], task, count)
-        mix = self._model.worn(vectors, owner, task)
+        prompts, task = asked.prompts(self._prompts), asked.task
+        mix = self._model.worn(asked.vectors, asked.owner, task)
         numbers = [self._model.rt.get_adapter(each) for each in mix.adapters]
         worn = [(dict(each.vectors), dict(each.modules)) for each in numbers]
         tensors = [x for vectors_, modules in worn for x in (*vectors_.values(), *_flat(modules))]
@@ -106,8 +112,7 @@ class ModelAsking:
         self._done(sum(len(each.ids) for each in prompts))
         predicted = scores.argmax(1).tolist()
         right = [int(one == each.label) for one, each in zip(predicted, prompts, strict=True)]
-        digits, rights = ("".join(map(str, each)) for each in (predicted, right))
-        return Cell(self._model.name, phase, tasks, method, dict(values), seed, task, split, digits, rights)
+        return asked.answered(self._model.name, predicted, right)
 
 
 class Counting:
@@ -127,25 +132,13 @@ class Counting:
         """Makes nothing."""
         yield MERGED
 
-    def cell(
-        self,
-        phase: Phase,
-        tasks: tuple[str, ...],
-        method: str,
-        values: Values,
-        seed: int,
-        vectors: str | None,
-        owner: str,
-        task: str,
-        split: Split,
-        count: int,
-    ) -> Cell:
+    def cell(self, asked: Question) -> Cell:
         """Counts."""
-        prompts = balanced_part(self._prompts[task, split], task, count)
+        prompts = asked.prompts(self._prompts)
         self.tokens += sum(len(each.ids) for each in prompts)
         self.rows += len(prompts)
-        zeros = "0" * len(prompts)
-        return Cell("", phase, tasks, method, dict(values), seed, task, split, zeros, zeros)
+        zeros = [0] * len(prompts)
+        return asked.answered("", zeros, zeros)
 
 
 def balanced_part(prompts: Sequence[Prompt], task: str, count: int) -> Sequence[Prompt]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 
-from ia3rt.bench.study.asking import Asking
+from ia3rt.bench.study.asking import Asking, Question
 from ia3rt.bench.study.cells import BASE, JOINT, OWN, Cell, Phase
 from ia3rt.bench.study.methods import DEFAULTS, IN_A_ROW, METHODS, SUM_OF_ONES, Combining, Method, Values, weighted
 from ia3rt.bench.study.sets import all_sets, cycle
@@ -44,10 +44,12 @@ def alone(asking: Asking, scale: Scale) -> Iterator[Cell]:
     for seed in scale.seeds:
         for task in (*scale.main, *scale.domain):
             own, joint = adapter_name(task, seed), adapter_name(JOINT_NAME, seed)
-            yield asking.cell("alone", (task,), OWN, {}, seed, own, own, task, "test", scale.test)
-            yield asking.cell("alone", (), BASE, {}, seed, None, own, task, "test", scale.test)
+            yield asking.cell(Question("alone", (task,), OWN, {}, seed, own, own, task, "test", scale.test))
+            yield asking.cell(Question("alone", (), BASE, {}, seed, None, own, task, "test", scale.test))
             if task in scale.main:
-                yield asking.cell("alone", scale.main, JOINT, {}, seed, joint, joint, task, "test", scale.test)
+                yield asking.cell(
+                    Question("alone", scale.main, JOINT, {}, seed, joint, joint, task, "test", scale.test)
+                )
 
 
 def tuning(asking: Asking, scale: Scale) -> Iterator[Cell]:
@@ -111,7 +113,7 @@ def domain(asking: Asking, scale: Scale, chosen: Chosen) -> Iterator[Cell]:
         for one in tasks:
             for task in tasks:
                 vectors, owner = adapter_name(one, seed), adapter_name(task, seed)
-                yield asking.cell("domain", (one,), OWN, {}, seed, vectors, owner, task, "test", scale.test)
+                yield asking.cell(Question("domain", (one,), OWN, {}, seed, vectors, owner, task, "test", scale.test))
         for pair in combinations(tasks, 2):
             for method in methods:
                 values = chosen[method.name, 2]
@@ -169,4 +171,4 @@ def _asked(
     with asking.combined(method, names, values) as merged:
         for task in tasks:
             own = adapter_name(task, seed)
-            yield asking.cell(phase, adapters, method.name, values, seed, merged, own, task, split, count)
+            yield asking.cell(Question(phase, adapters, method.name, values, seed, merged, own, task, split, count))

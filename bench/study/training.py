@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ia3rt.bench.study.models import Prompt, StudyModel
+from ia3rt.bench.study.models import BATCH, Prompt, StudyModel
 from ia3rt.bench.study.settings import Budget
 from ia3rt.examples.tasks import length_pools
 
@@ -191,8 +191,8 @@ def _validation_loss(
         model.rt.set_adapter(model.worn(learner.name, learner.name, task))
         total = 0.0
         with torch.no_grad():
-            for start in range(0, len(prompts), 32):
-                batch = prompts[start : start + 32]
+            for start in range(0, len(prompts), BATCH):
+                batch = prompts[start : start + BATCH]
                 total += float(losses(batch, task).sum())
                 done(sum(len(each.ids) for each in batch) // TRAINING_COST)
         means.append(total / len(prompts))
