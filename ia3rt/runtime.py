@@ -825,8 +825,7 @@ class Runtime:
         self._own.begin()
         self._routing.refresh()
         generation.install(self.model, self._routing)
-        self._hooks = [self.model.register_forward_pre_hook(self._own.before_forward, with_kwargs=True)]
-        self._hooks += hooks.install(self.model, self._routing)
+        self._hooks = hooks.install(self.model, self._routing)
 
     def _uninstall(self) -> None:
         self._routing.release()

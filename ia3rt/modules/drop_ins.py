@@ -10,7 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.site import Side, Site
 from ia3rt.modules.experts import IA3Experts
-from ia3rt.modules.first_hook import register_first
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.pair import pair_layers
 from ia3rt.modules.reached import Reached
@@ -105,8 +104,7 @@ class DropIns:
         self._hooks = call_layers(modules, paths)
         self._routing.guard = None
         if paths:
-            reached = self._routing.guard = Reached(modules, paths)
-            self._hooks.append(register_first(self._model, reached.before_call))
+            self._routing.guard = Reached(modules, paths)
 
     def _is_ours(self, module: nn.Module) -> bool:
         return isinstance(module, Wearer) and module.ia3_routing is self._routing

@@ -15,6 +15,7 @@ from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.sharding import is_split, is_tensor_parallel
 from ia3rt.modules.tried import PLAIN_DTYPES
 from ia3rt.modules.wearer import How, Wearer, original_class
+from ia3rt.routing.traced import routing_of
 from ia3rt.routing.worn import Worn
 
 
@@ -37,17 +38,17 @@ class IA3Experts(Wearer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """down(s_in ∘ act(s_out ∘ (gate_up x + bias))) + bias of each expert, weighted and summed for each token."""
         given = (*args, *(kwargs[name] for name in type(self).ia3_names[len(args) :])) if kwargs else args
-        worn, tokens = self.ia3_now(), self._ia3_tokens(given[0])
+        worn, tokens = self.ia3_worn(), self._ia3_tokens(given[0])
         up, down = (self._ia3_scales(position, tokens, worn) for position in (self.ia3_out, self.ia3_in))
         if up is None and down is None:
             y = super().forward(*args, **kwargs)
         else:
             y = self._ia3_compute(Acting(up, down), *given)
-        self.ia3_routing.rows.carry(given[0], y)
+        routing_of(self.ia3_key).rows.carry(given[0], y)
         return y
 
     def _ia3_scales(self, position: int | None, tokens: Tensor, worn: Worn) -> Scales | None:
-        found = None if position is None else self.ia3_routing.rows.numbered(self, position, tokens, worn)
+        found = None if position is None else routing_of(self.ia3_key).rows.numbered(self, position, tokens, worn)
         return None if found is None else Scales(found[0].view(len(found[0]), self.ia3_experts, -1), found[1])
 
     def _ia3_tokens(self, x: Tensor) -> Tensor:

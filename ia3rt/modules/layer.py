@@ -20,6 +20,7 @@ from ia3rt.modules.sites import module_widths
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.modules.weights import dense_weight, quantised_weight
 from ia3rt.routing.tables import MixTables
+from ia3rt.routing.traced import routing_of
 from ia3rt.routing.worn import Worn
 
 _Positions: TypeAlias = "tuple[int | None, int | None]"
@@ -61,15 +62,18 @@ class IA3Layer(Wearer):
         super().__init_subclass__()
         original: Any = original_class(cls)
         cls.ia3_own = own_forward(original)
+        if original is nn.Linear:
+            cls.ia3_unscaled = _torchs  # type: ignore[method-assign]
         cls.ia3_input = next(islice(inspect.signature(original.forward).parameters, 1, None), "input")
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """s_out ∘ layer(s_in ∘ x); the layer's bias is scaled too (Liu et al. 2022)."""
         if x is None:
-            x = kwargs.pop(type(self).ia3_input)
+            x = kwargs.pop(self.ia3_input)
+        worn = self.ia3_worn()
         if args or kwargs:  # of a layer with more to it: by its own forward alone
-            return self.ia3_forward(self.ia3_now(), self.ia3_in, self.ia3_out, x, (args, kwargs))
-        return self.ia3_forward(self.ia3_now(), self.ia3_in, self.ia3_out, x)
+            return self.ia3_forward(worn, self.ia3_in, self.ia3_out, x, (args, kwargs))
+        return self.ia3_forward(worn, self.ia3_in, self.ia3_out, x)
 
     def ia3_forward(
         self,
@@ -82,30 +86,35 @@ class IA3Layer(Wearer):
         """`forward` with the vectors at these positions: who applies the other itself says None for it."""
         if x.is_nested:
             return self._by_padding(worn, l_in, l_out, x)
-        is_worn = rest is None and (l_in is not None or l_out is not None)
-        if is_worn and self.ia3_routing.backend == "triton" and not self._is_left_to_compiler(worn):
+        is_left = worn.is_left_to_compiler and self._is_left()  # whatever is looked at then is checked at each call
+        is_worn = rest is None and not is_left and (l_in is not None or l_out is not None)
+        if is_worn and self.ia3_routing.backend == "triton":
             fused = self._by_kernel(worn, (l_in, l_out), x)
             if fused is not None:
                 return fused
         if l_in is not None:
             s_in = self.ia3_scale(l_in, x, worn)
             x = x if s_in is None else eager.scaled(x, s_in)
-        own = type(self).ia3_own
-        if own is not None and rest is None:
+        own = None if is_left or rest is not None else type(self).ia3_own
+        if own is not None:
             y = own(self, x)
             if y is not None:  # ours to write on
                 s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
                 return y if s_out is None else eager.scale_(y, s_out)
         args, kwargs = rest or ((), {})
-        y = super().forward(x, *args, **kwargs)
+        y = self.ia3_unscaled(x) if is_left and rest is None else super().forward(x, *args, **kwargs)
         if not isinstance(y, Tensor):
             return self._not_scaled(worn, l_out, y)  # type: ignore[no-any-return]
         s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
         return y if s_out is None else eager.scaled(y, s_out)
 
-    def _is_left_to_compiler(self, worn: Worn) -> bool:
+    def ia3_unscaled(self, x: Tensor) -> Tensor:
+        """What the layer's own forward gives for x; a method of ours, which compiled code does not look up each time."""
+        return super().forward(x)  # type: ignore[no-any-return]
+
+    def _is_left(self) -> bool:
         """Whether a compiler multiplies by the vectors: where it also compiles what multiplies by the weight."""
-        return worn.is_left_to_compiler and dense_weight(self)[0] is not None
+        return routing_of(self.ia3_key).backend == "torch" or dense_weight(self)[0] is not None
 
     def _not_scaled(self, worn: Worn, l_out: int | None, y: Any) -> Any:
         """What is no tensor, as a layer gives that only code could tell of, where no adapter is worn.
@@ -211,6 +220,10 @@ class IA3Layer(Wearer):
 
         tables = self.ia3_now().tables
         return bool(Routing.of(tables.mixes, tables.route, rows).per_row)
+
+
+def _torchs(self: nn.Module, x: Tensor) -> Tensor:
+    return nn.Linear.forward(self, x)  # type: ignore[arg-type]
 
 
 def is_as_patched(layer: nn.Module | None) -> TypeGuard[IA3Layer]:

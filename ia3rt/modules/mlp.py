@@ -45,8 +45,10 @@ class IA3MLP(Wearer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """down(s ∘ act(gate) ∘ up); the rounding is that of scaling the second matrix's input."""
-        worn = self.ia3_now()
-        by_kernel = not worn.is_left_to_compiler and self.ia3_routing.backend == "triton"
+        worn = self.ia3_worn()
+        if worn.is_left_to_compiler:
+            return super().forward(*args, **kwargs)  # it fuses what is multiplied, wherever that is
+        by_kernel = self.ia3_routing.backend == "triton"
         down = self._ia3_layer(by_kernel)
         if down is None or kwargs or len(args) != 1:
             return super().forward(*args, **kwargs)

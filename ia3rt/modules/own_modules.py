@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.bank import Adapter
 from ia3rt.modules.brought import Brought
@@ -16,6 +17,7 @@ from ia3rt.modules.memory import Memory
 from ia3rt.modules.own_reached import OwnReached
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
+from ia3rt.routing.hooks import Hook
 from ia3rt.routing.routing import Routing
 
 
@@ -33,6 +35,7 @@ class OwnModules:
         self._held: dict[str, OwnOfOne] = {}
         self._reached = OwnReached(model, routing)
         self._resized: dict[Adapter, str] = {}
+        self._hook: RemovableHandle | None = None  # where there are such
 
     def build(self, name: str, brought: Brought) -> dict[str, nn.Module]:
         """Makes an adapter's own modules, by path; `keep` makes them worn.
@@ -68,6 +71,7 @@ class OwnModules:
                 lay(module, held)
             held.add(adapter, own)
         self._look_within()
+        self._hook_on()
 
     def drop(self, adapter: Adapter) -> None:
         """Forgets an adapter's own modules."""
@@ -75,6 +79,7 @@ class OwnModules:
             self._held[path].remove(adapter)
         self._resized.pop(adapter, None)
         self._look_within()
+        self._hook_on()
 
     def states(self, adapters: Iterable[Adapter]) -> Brought:
         """The tensors of these adapters' own modules, as they are now."""
@@ -194,10 +199,12 @@ class OwnModules:
         for held in self._held.values():
             lay(held.module, held)
         self._look_within()
+        self._hook_on()
 
     def end(self) -> None:
         """Gives the model's modules back."""
         self._reached.place({})
+        self._hook_off()
         for held in self._held.values():
             lift(held.module)
 
@@ -209,9 +216,20 @@ class OwnModules:
             held.runs_whole = acts or issubclass(held.cls, Wearer)
         self._reached.place({path: held.module for path, held in self._held.items() if held.own})
 
-    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _hook_on(self) -> None:
+        self._hook_off()
+        if self._resized:
+            before = Hook(self._routing, self._before_forward, self._before_forward)
+            self._hook = self._model.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _hook_off(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook: models divide their logits by the vocabulary's size of their config for a loss."""
-        if not self._resized or kwargs.get("labels") is None:
+        if kwargs.get("labels") is None:
             return
         for mix in self._routing.route.mixes:
             for adapter in mix.adapters:

@@ -12,9 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ia3rt.modules.first_hook import register_first
 from ia3rt.modules.set_forward import is_reached
-from ia3rt.routing.hooks import models_in
+from ia3rt.routing.hooks import Hook, models_in, nothing
 from ia3rt.routing.routing import Routing
-from ia3rt.routing.traced import is_traced
 
 
 class _Place(NamedTuple):
@@ -77,10 +76,11 @@ class OwnReached:
         elif not self._hooks:
             for each in models_in(self._model):
                 look = self._before_forward if each is self._model else self._before_part
-                self._hooks.append(register_first(each, look))
+                traced = look if each is self._model else nothing
+                self._hooks.append(register_first(each, Hook(self._routing, look, traced)))
 
     def _before_part(self, *args: object) -> None:
-        if not is_traced() and self._routing.forward() is None:
+        if self._routing.forward() is None:
             self._before_forward()
 
     def _before_forward(self, *args: object) -> None:

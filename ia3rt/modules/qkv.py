@@ -60,7 +60,7 @@ class IA3QKV(Wearer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, its vectors applied on the way."""
-        if is_traced() and self.ia3_now().is_left_to_compiler:
+        if is_traced() and self.ia3_worn().is_left_to_compiler:
             return super().forward(*args, **kwargs)
         positions = self._ia3_positions()
         if positions is None or not self._fits(positions, args, kwargs):
@@ -100,7 +100,7 @@ class IA3QKV(Wearer):
         assert form is not None
         if cos.dtype is not x.dtype or (not form.is_partial and cos.shape[-1] != self.head_dim):
             return False  # torch would compute in another dtype, or not at all
-        worn = self.ia3_now()
+        worn = self.ia3_worn()
         return not worn.by_row or all(
             position is None or layer.ia3_is_row_major(position, x, worn)
             for layer, position in zip(self._projections(), positions, strict=True)
@@ -112,7 +112,7 @@ class IA3QKV(Wearer):
 
     def ia3_rotated(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
         """q, k and v of x [batch, length, width]: projected, scaled, rotated, [batch, heads, length, D]."""
-        form, worn = self.ia3_form, self.ia3_now()
+        form, worn = self.ia3_form, self.ia3_worn()
         assert form is not None
         projected, vectors = [], []
         for layer in self._projections():

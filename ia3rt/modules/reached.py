@@ -16,7 +16,6 @@ from ia3rt.modules.readers import reader_of
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.watch import Watch
 from ia3rt.modules.wearer import Wearer
-from ia3rt.routing.traced import is_traced
 
 
 class Reached:
@@ -44,42 +43,18 @@ class Reached:
         made._begin(copy.deepcopy(self._places, memo))
         return made
 
-    def before_call(self, model: nn.Module, args: object) -> None:
-        """A forward pre-hook of the model, also where it was compiled: its code is traced, or runs beside what was.
+    def check(self, is_compiled: bool) -> None:
+        """Looks, before a forward, whether anything on the way to a layer is another one than at the last look.
+
+        Args:
+            is_compiled: whether the forward is, so that nothing can watch it.
 
         Raises:
-            ValueError: other code has put another module in the place of a layer or of what is around it; and in a
-                compiled model, which nothing can watch: a forward hides a layer's vectors, as far as its code says so.
+            ValueError: other code has put another module in the place of a layer or of what is around it; or a
+                compiled forward hides a layer's vectors, as far as its code says so.
         """
-        if is_traced():
-            # Where `forward` is looked up, a compiler traces again once another is set; not by `__dict__` alone.
-            for path in self._paths.split("\n"):  # one text: compiled code checks each that it reads, at every call
-                module: nn.Module | None = model
-                for name in filter(None, path.split(".")):
-                    module = None if module is None else module._modules.get(name)
-                    if module is None or module.forward is None or "forward" in module.__dict__:
-                        break
-                if not isinstance(module, (IA3Layer, IA3Experts)) or "forward" in module.__dict__:
-                    self._look()
-                    return
-        elif self._places.have_changed():
-            self._see_places(_is_compiled())
-
-    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
-        """Gives what watches a forward of the model, or of a model in it, where none of its kind was watched.
-
-        Raises:
-            ValueError: other code has put another module in the place of a layer or of what is around it.
-        """
-        if model is not self._places.root and self._places.have_changed():
-            self._see_places(False)
-        kind = model, model.training, torch.is_grad_enabled(), _is_one_token(args, kwargs)
-        if kind in self._watched:
-            return None
-        watched = self._watched
-        return Watch(self._places.layers, lambda: watched.add(kind), lambda: _check_as_read(self._places))
-
-    def _see_places(self, is_compiled: bool) -> None:
+        if not self._places.have_changed():
+            return
         self._places.check()
         if is_compiled:
             _check_as_read(self._places)
@@ -90,11 +65,26 @@ class Reached:
         self._places.note()
         self._watched = set()
 
+    def traced(self, model: nn.Module) -> None:
+        """`check` where a compiled function calls the model, so that a compiler reads this. Raises as `check`."""
+        # Where `forward` is looked up, a compiler traces again once another is set; not by `__dict__` alone.
+        for path in self._paths.split("\n"):  # one text: compiled code checks each that it reads, at every call
+            module: nn.Module | None = model
+            for name in filter(None, path.split(".")):
+                module = None if module is None else module._modules.get(name)
+                if module is None or module.forward is None or "forward" in module.__dict__:
+                    break
+            if not isinstance(module, (IA3Layer, IA3Experts)) or "forward" in module.__dict__:
+                self._look()
+                return
 
-def _is_compiled() -> bool:
-    """Whether this is called by a compiled model, as code that the compiler found nothing to compile in."""
-    callback: object = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-    return callback is not None
+    def watch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
+        """What watches a forward of the model, or of a model in it, where none of its kind was watched."""
+        kind = model, model.training, torch.is_grad_enabled(), _is_one_token(args, kwargs)
+        if kind in self._watched:
+            return None
+        watched = self._watched
+        return Watch(self._places.layers, lambda: watched.add(kind), lambda: _check_as_read(self._places))
 
 
 def _is_one_token(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

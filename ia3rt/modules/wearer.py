@@ -18,6 +18,7 @@ from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.set_forward import cell_of_class_forward, is_class_forward
 from ia3rt.routing.layout import Layout, Unknown
 from ia3rt.routing.routing import Routing
+from ia3rt.routing.traced import is_traced, routing_of
 from ia3rt.routing.worn import Worn
 
 
@@ -40,6 +41,7 @@ class Wearer(nn.Module):
 
     Attributes:
         ia3_routing: what the model's rows wear, shared by all its patched modules.
+        ia3_key: finds it where a compiler reads along.
         ia3_now: gives what they wear now, as it is read on the device of the module's vectors.
         ia3_in, ia3_out: the positions in the bank of the sites that act here; None where there is none.
         ia3_layouts: where the rows of a batch are in what is scaled here, by its number of dimensions.
@@ -47,6 +49,7 @@ class Wearer(nn.Module):
     """
 
     ia3_routing: Routing
+    ia3_key: int
     ia3_in: int | None
     ia3_out: int | None
     ia3_layouts: dict[int, Layout | Unknown]
@@ -67,7 +70,9 @@ class Wearer(nn.Module):
         if not whole:
             memo.update((id(value), value) for value in ours.values())
         made = memo[id(self)] = copied_as_pickle_does(self, memo)
-        if not whole:
+        if whole:
+            vars(made)["ia3_key"] = vars(made)["ia3_routing"].key
+        else:
             for name in [name for name in made._parameters if name.startswith("ia3_")]:
                 del made._parameters[name]
             unwrap(made)
@@ -79,15 +84,19 @@ class Wearer(nn.Module):
     def ia3_begin(self) -> None:
         """Looks at the module once, when it is made a drop-in."""
 
+    def ia3_worn(self) -> Worn:
+        """What the module's rows wear now."""
+        return routing_of(self.ia3_key).traced() if is_traced() else self.ia3_now()
+
     def ia3_scale(self, position: int, x: Tensor, worn: Worn) -> Tensor | None:
         """What x, [..., width], is multiplied by; None where that is nothing.
 
         Raises:
             ValueError: rows wear different mixes, and it is not known whose each element of x is.
         """
-        return (
-            worn.composed.scale(position) if not worn.by_row else self.ia3_routing.rows.scale(self, position, x, worn)
-        )
+        if not worn.by_row:
+            return worn.composed.scale(position)
+        return routing_of(self.ia3_key).rows.scale(self, position, x, worn)
 
     def ia3_is_row_major(self, position: int, x: Tensor, worn: Worn) -> bool:
         """Whether x, at a site, lies as the kernels read it where rows wear different mixes.
@@ -95,7 +104,7 @@ class Wearer(nn.Module):
         Raises:
             ValueError: it is not known whose each element of x is.
         """
-        return self.ia3_routing.rows.are_major(self, position, x, worn)
+        return routing_of(self.ia3_key).rows.are_major(self, position, x, worn)
 
     def ia3_hows(self, rows: int) -> dict[int, How]:
         """What applies the vectors that this module applies, by position, for so many rows: see explanation.py."""
@@ -179,7 +188,7 @@ def _mixin_in_front(metaclass: type[type]) -> type[type]:
 def wrap(module: nn.Module, mixin: type[Wearer], routing: Routing, follow: Callable[[nn.Module], None]) -> None:
     """Turns `module` into its drop-in; it wears nothing until `place` says where its vectors are."""
     become(module, patched_class(mixin, type(module)))
-    vars(module).update(ia3_routing=routing, ia3_now=routing.now, ia3_follow=follow)
+    vars(module).update(ia3_routing=routing, ia3_key=routing.key, ia3_now=routing.now, ia3_follow=follow)
     vars(module).update(ia3_in=None, ia3_out=None, ia3_layouts={})
     module.ia3_begin()  # type: ignore[operator]
 

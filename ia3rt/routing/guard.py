@@ -21,5 +21,11 @@ class Watch(Protocol):
 class Guard(Protocol):
     """What sees to it that the forwards of a model reach its layers."""
 
-    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
-        """Raises ValueError where that is seen not to be; gives what has to watch this forward, if anything."""
+    def check(self, is_compiled: bool) -> None:
+        """Raises ValueError where that is seen not to be, before any forward. Nothing watches a compiled one."""
+
+    def traced(self, model: nn.Module) -> None:
+        """The same where a compiler reads it."""
+
+    def watch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
+        """What has to watch this forward, if anything."""

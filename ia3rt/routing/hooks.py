@@ -4,55 +4,87 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from ia3rt.routing.routing import Routing
 
+_dynamo = torch._C._dynamo.eval_frame
+
 
 class Hook:
-    """A method of a Routing as a hook.
+    """Bound methods as a hook of a model, which may be compiled.
 
-    It is copied with the whole model, whose copy has a Routing of its own. With a part of it, of which no Runtime says
-    what it wears, it becomes one that does nothing.
+    torch calls the hooks of the module that is compiled outside of what it compiles. Each would be compiled by itself,
+    and what is checked and done around so small a piece of code takes several times as long as the piece: they run as
+    they are there, past the compiler. Hooks within what is compiled are a part of it, as where a compiled function
+    calls the model.
+
+    Args:
+        routing: of the model. The hook is copied with the whole model, whose copy has a Routing of its own; with a part
+            of it, of which no Runtime says what it wears, it becomes one that does nothing.
+        run: called before, or after, what is not compiled.
+        traced: read by the compiler.
+        ahead: called where what comes is compiled; `run` where None.
     """
 
-    def __new__(cls, routing: Routing, method: str) -> Hook:
-        """One whose code is its own: a compiler counts by code what it compiled, and stops at eight."""
-        call = Hook.__call__
-        own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
-        return object.__new__(type("Hook", (Hook,), {"__call__": own, "__module__": __name__}))
-
-    def __init__(self, routing: Routing, method: str) -> None:
-        self._routing, self._method = routing, method
-        self.run: Callable[..., None] = getattr(routing, method)
+    def __init__(
+        self,
+        routing: Routing,
+        run: Callable[..., None],
+        traced: Callable[..., None],
+        ahead: Callable[..., None] | None = None,
+    ) -> None:
+        self._routing = routing
+        self._run, self._traced, self._ahead = run, traced, ahead or run
 
     def __call__(self, *args: Any) -> None:
-        """What the method does."""
-        self.run(*args)
+        """What the methods do."""
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():  # and not by a function of ours
+            self._traced(*args)
+            return
+        compiler = _dynamo.set_eval_frame(None)
+        if compiler is None:
+            self._run(*args)
+            return
+        try:
+            self._ahead(*args)
+        finally:
+            _dynamo.set_eval_frame(compiler)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         """The same of the copied model, or nothing."""
         if not self._routing.is_copied(memo):
-            return _nothing
-        return Hook(copy.deepcopy(self._routing, memo), self._method)
+            return nothing
+        run, traced, ahead = copy.deepcopy((self._run, self._traced, self._ahead), memo)
+        return Hook(copy.deepcopy(self._routing, memo), run, traced, ahead)
 
 
-def _nothing(*args: object) -> None:
-    return None
+# What torch's own `skip_code` does, without the second that importing the compiler takes.
+_dynamo.set_code_exec_strategy(
+    Hook.__call__.__code__, _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.DEFAULT)
+)
+
+
+def nothing(*args: object) -> None:
+    """What a hook does where there is nothing to do."""
 
 
 def install(model: nn.Module, routing: Routing) -> list[RemovableHandle]:
     """Lets a forward of the model, and of each model inside it, bind what is worn; gives what takes that back."""
     hooks: list[RemovableHandle] = []
     for module in models_in(model):
-        what = "forward" if module is model else "part"
-        hooks.append(module.register_forward_pre_hook(Hook(routing, f"before_{what}"), with_kwargs=True))
-        hooks.append(module.register_forward_hook(Hook(routing, f"after_{what}"), always_call=True))
+        is_whole = module is model
+        before = Hook(
+            routing, routing.before_forward, routing.before_traced if is_whole else nothing, routing.before_compiled
+        )
+        after = Hook(routing, routing.after_forward, routing.after_traced if is_whole else nothing)
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after, always_call=True))
     return hooks
 
 

@@ -29,7 +29,7 @@ from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.rows import RowScales
 from ia3rt.routing.start import check_one_sequence
-from ia3rt.routing.traced import is_traced
+from ia3rt.routing.traced import is_traced, know
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Shelf, Worn
@@ -49,12 +49,14 @@ class Routing:
         rows: scales for rows that wear different mixes.
         settle: brings what is worn to where layers are that were moved to other devices since.
         guard: what sees to it that a forward reaches the layers that wear vectors, if there are any.
+        key: by which drop-ins find it where a compiler reads them.
     """
 
     def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
         self.bank = bank
         self.backend: Backend = backend
         self.fuses_gate_up = fuses_gate_up
+        self.key = know(self)
         self.trained: TrainedAdapters | None = None
         self.guard: Guard | None = None
         self.settle: Callable[[], object] = bank.settle
@@ -105,16 +107,29 @@ class Routing:
         """Whether this context wears something of its own, of which other threads know nothing."""
         return self._context.wearing is not self._context.everywhere
 
+    def traced(self) -> Worn:
+        """`now` where a compiler reads it, and `now_on`: composed mixes are found by position, wherever they lie.
+
+        Raises:
+            RuntimeError: it cannot be told.
+        """
+        if self._context.has_tasks:
+            raise RuntimeError(
+                "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
+                "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
+            )
+        held = self._context.local.held.worn
+        worn = self._of_thread if held is None else held
+        if self.backend == "triton" and not worn.is_left_to_compiler and len(self.bank.tables) > 1:
+            raise RuntimeError(
+                "the model's sites lie on several devices, and a part of it is compiled by itself, where the "
+                "kernels can read one device only: compile the whole model, call it uncompiled, or "
+                "patch(model, backend='torch')"
+            )
+        return worn
+
     def now(self) -> Worn:
-        """What a layer wears that is called now."""
-        if is_traced():
-            if self._context.has_tasks:
-                raise RuntimeError(
-                    "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
-                    "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
-                )
-            held = self._context.local.held.worn
-            return self._of_thread if held is None else held
+        """What a layer wears that is called now; `traced` where a compiler reads along."""
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             return forward.worn
@@ -131,15 +146,6 @@ class Routing:
         Args:
             place: of the device, among the bank's tables.
         """
-        if is_traced():
-            worn = self.now()  # composed mixes are found by position, wherever they lie
-            if self.backend == "triton" and not worn.is_left_to_compiler:
-                raise RuntimeError(
-                    "the model's sites lie on several devices, and a part of it is compiled by itself, where the "
-                    "kernels can read one device only: compile the whole model, call it uncompiled, or "
-                    "patch(model, backend='torch')"
-                )
-            return worn
         forward = self._context.forward()
         if forward is not None and forward.task == _current_task():
             if forward.placed is None:
@@ -289,40 +295,58 @@ class Routing:
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 
+        Those inside may be called without it, as `generate` does.
+
         Raises:
             ValueError: the route's rows or tokens are not the batch's, or the forward would not reach a layer.
         """
-        if is_traced():
-            if not self.bank.is_settled:
-                raise RuntimeError(
-                    "layers were moved to other devices since the last forward: call the model once by itself, not "
-                    "compiled, so that their vectors follow"
-                )
-            self._compiled.compose()
-            self._context.local.held.worn = None
-            worn = self.now()
-            self._context.local.held.worn = worn  # to the end: other threads may switch meanwhile
-            if torch.is_grad_enabled():
-                worn.lent = True  # which a backward pass reads
-            if worn.route.by_token:
-                raise ValueError(
-                    "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
-                    "given to torch.compile (of generate(), disable_compile=True), or route rows"
-                )
-            if worn.by_row:
-                given = named_arguments(self._names, args, kwargs)
-                self._check_rows(worn, main_input(given, model))
-                names = tuple(name for name, x in given.items() if isinstance(x, Tensor))
-                self._compiled.see(names, worn.is_of_one_row)
-            return
-        self._start(model, args, kwargs, sys._getframe(2))  # past the hook
+        self._start(model, args, kwargs, sys._getframe(2), is_compiled=False)  # past the hook
 
-    def before_part(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A forward pre-hook of the models inside the model, which may be called without it, as `generate` does."""
-        if not is_traced():
-            self._start(model, args, kwargs, sys._getframe(2))  # past the hook
+    def before_compiled(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The same where the forward that comes is compiled: what is followed in others cannot be followed in it.
 
-    def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType) -> None:
+        Raises:
+            ValueError: as `before_forward`; or tokens wear mixes of their own.
+        """
+        self._compose()
+        self._start(model, args, kwargs, sys._getframe(2), is_compiled=True)  # past the hook
+
+    def before_traced(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The same where a compiled function calls the model, so that a compiler reads this.
+
+        Raises:
+            ValueError: as `before_compiled`.
+            RuntimeError: layers were moved.
+        """
+        if not self.bank.is_settled:
+            raise RuntimeError(
+                "layers were moved to other devices since the last forward: call the model once by itself, not "
+                "compiled, so that their vectors follow"
+            )
+        if self.guard is not None:
+            self.guard.traced(model)
+        self._compiled.compose()
+        self._context.local.held.worn = None
+        worn = self.traced()
+        self._context.local.held.worn = worn  # to the end: other threads may switch meanwhile
+        if torch.is_grad_enabled():
+            worn.lent = True  # which a backward pass reads
+        self._check_compiled(worn)
+        if worn.by_row:
+            given = named_arguments(self._names, args, kwargs)
+            self._check_rows(worn, main_input(given, model))
+            self._compiled.see(_tensors(given), worn.is_of_one_row)
+
+    def _check_compiled(self, worn: Worn) -> None:
+        if worn.route.by_token:
+            raise ValueError(
+                "each token wears a mix of its own, which a compiled model cannot follow: call the model that was "
+                "given to torch.compile (of generate(), disable_compile=True), or route rows"
+            )
+
+    def _start(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType, is_compiled: bool
+    ) -> None:
         if not self.bank.is_settled:
             self.settle()
         self._leave_ended(caller)
@@ -333,15 +357,22 @@ class Routing:
             return
         arguments: Mapping[str, Any] | None = None
         batch: Tensor | None = None
-        watch = None if self.guard is None or task != -1 else self.guard.before_forward(model, args, kwargs)
+        watch = None
+        if self.guard is not None:
+            self.guard.check(is_compiled)
+            watch = self.guard.watch(model, args, kwargs) if task == -1 and not is_compiled else None
         again = self._past.find() if task != -1 else None
         worn = self._here() if again is None else again
+        if is_compiled:
+            self._check_compiled(worn)
         if again is None and worn.rows is not None:
             arguments = named_arguments(parameter_names(model), args, kwargs)
             batch = main_input(arguments, model)
             worn = self._over_batch(model, worn, arguments, batch)
+            if is_compiled:
+                self._compiled.run(_tensors(arguments), worn.is_of_one_row)
         forward = Forward(self._bound(worn), model, task, outer, caller)
-        if arguments is not None:
+        if arguments is not None and not is_compiled:
             forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
             if worn.is_behind and worn.rows is not None and forward.tokens is not None:
                 forward.most = worn.rows * forward.tokens
@@ -351,24 +382,17 @@ class Routing:
             forward.watch = watch
             watch.start()
 
+    def after_traced(self, model: nn.Module, args: object, output: object) -> None:
+        """A forward hook, where a compiler reads it."""
+        self._context.local.held.worn = None
+
     def after_forward(self, model: nn.Module, args: object, output: object) -> None:
-        """A forward hook, which is called after an error too.
+        """A forward hook of the model and of the models inside it, which is called after an error too.
 
         Raises:
             ValueError: the forward did not reach a layer.
         """
-        if is_traced():
-            self._context.local.held.worn = None
-        else:
-            self.after_part(model, args, output)
-
-    def after_part(self, model: nn.Module, args: object, output: object) -> None:
-        """A forward hook of the models inside the model, which may be called without it.
-
-        Raises:
-            ValueError: as `after_forward`.
-        """
-        forward = None if is_traced() else self._context.forward()
+        forward = self._context.forward()
         if forward is None or forward.owner is not model:
             return
         forward.calls -= 1
@@ -551,3 +575,8 @@ class Routing:
         if model is not None:
             made.attach(memo.get(id(model), model))
         return made
+
+
+def _tensors(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the arguments that are tensors."""
+    return tuple(name for name, x in arguments.items() if isinstance(x, Tensor))
