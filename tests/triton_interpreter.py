@@ -1,8 +1,9 @@
 """Repairs Triton's interpreter where it computes otherwise than a GPU does.
 
 It holds bf16 as raw uint16, so that tl.dot multiplies bit patterns, and it truncates fp32 → bf16 where hardware rounds
-to nearest even. Elementwise bf16 arithmetic stays broken: kernels do it in fp32. It replaces Triton's language while a
-kernel runs, for all threads, so that one waits for another here. And it leaves products of fp32 to a
+to nearest even. Elementwise bf16 arithmetic stays broken: kernels do it in fp32. It replaces Triton's language for all
+threads, so that one waits for another here, and does so for each kernel that runs, which takes longer than most of ours
+do in it: here it stays replaced. And it leaves products of fp32 to a
 library, which adds them in parts, where compiled code multiplies and adds one after another: a sum that is too long
 would err on a GPU only.
 """
@@ -12,6 +13,7 @@ import threading
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
@@ -30,6 +32,26 @@ def _added_in_order(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
     for k in range(a.shape[-1]):
         d = (a[..., :, k, None] * b[..., None, k, :] + d).astype(np.float32)
     return d
+
+
+class _Kept:
+    """What was replaced, and stays so."""
+
+    def restore(self) -> None:
+        """Nothing."""
+
+
+def _replaced_once() -> None:
+    """Let the language stay replaced: no process that interprets kernels compiles any."""
+    replace, replaced = interpreter._patch_lang, set()
+
+    def replace_once(fn):
+        if id(fn.__globals__) not in replaced:  # of a module, which stays
+            replace(fn)
+            replaced.add(id(fn.__globals__))
+        return _Kept()
+
+    interpreter._patch_lang = replace_once
 
 
 def install() -> None:
@@ -59,6 +81,7 @@ def install() -> None:
         with lock:
             return run(self, *args, **kwargs)
 
+    _replaced_once()
     GridExecutor.__call__ = run_alone
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
