@@ -36,7 +36,7 @@ from ia3rt.modules.chosen import check_rows
 from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
 from ia3rt.modules.own_modules import OwnModules
-from ia3rt.modules.parts import reading_the_models
+from ia3rt.modules.parts import ReadingTheModels
 from ia3rt.modules.renamed import by_todays_names
 from ia3rt.modules.sites import Targets
 from ia3rt.modules.trainable import check_trainable
@@ -60,7 +60,7 @@ def _alone(method: Callable[Concatenate[Runtime, P], R]) -> Callable[Concatenate
 
     @functools.wraps(method)
     def run(self: Runtime, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._routing.lock, reading_the_models():
+        with self._routing.lock, ReadingTheModels():
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -775,7 +775,7 @@ class Runtime:
     def _read(self, name: str, folder: Path) -> HostRow:
         """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
         checkpoint, stamp = read_whole(name, folder, self._tiers.is_registered(name))
-        with reading_the_models():
+        with ReadingTheModels():
             read = by_todays_names(self.model, checkpoint.vectors)
             own = brought.of_file(self.model, name, checkpoint)
         if own.states:

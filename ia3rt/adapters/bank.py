@@ -189,7 +189,7 @@ class ResolvedMix(NamedTuple):
     def terms(self) -> tuple[object, ...]:
         """What is equal for equal mixes, in whatever order they are written: factors, or terms with their weights."""
         if self.weights is None:
-            return tuple(sorted(self.rows))
+            return self.rows if len(self.rows) < 2 else tuple(sorted(self.rows))
         return tuple(added_up(zip(self.rows, self.weights, strict=True)).items())
 
 

@@ -88,7 +88,7 @@ class Mix:
         if spec is None:
             return BASE
         if isinstance(spec, str):
-            return _single(spec)
+            return named(spec)
         if isinstance(spec, Mapping):
             if any(isinstance(spec.get(field), Sequence) for field in _FIELDS):  # and no weight of such an adapter
                 return cls.of_data(spec)
@@ -96,7 +96,7 @@ class Mix:
         if isinstance(spec, Sequence) and all(isinstance(name, str) for name in spec):
             if not spec:
                 raise ValueError("an empty list of adapters: use None for the base model")
-            return cls(tuple(spec))
+            return _product(tuple(spec))
         raise TypeError(
             f"{spec!r} is no mix: give an adapter's name, None, a list of names, a mapping of name to weight, or a Mix"
         )
@@ -204,6 +204,12 @@ BASE = Mix(())
 
 
 @functools.lru_cache(1024)
-def _single(name: str) -> Mix:
+def _product(names: tuple[str, ...]) -> Mix:
+    return Mix(names)
+
+
+@functools.lru_cache(1024)
+def named(name: str) -> Mix:
+    """The mix of one adapter."""
     # Checking a mix takes a tenth of switching to it, and most switches are to one of a few adapters.
     return Mix((name,))

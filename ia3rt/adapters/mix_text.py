@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable
 
-from ia3rt.adapters.mix import CombinationType, Mix, MixLike, added_up
+from ia3rt.adapters.mix import CombinationType, Mix, MixLike, added_up, named
 from ia3rt.adapters.shortened import short
 
 MOST = 64
@@ -46,8 +46,10 @@ def read_mix(spec: MixLike, is_adapter: Callable[[str], bool]) -> Mix:
         ValueError: text that begins as a mix and goes on as none, or what `Mix.of` refuses.
         TypeError: as `Mix.of`.
     """
-    mix = parse(spec) if isinstance(spec, str) and not is_adapter(spec) else None
-    return Mix.of(spec) if mix is None else mix
+    if not isinstance(spec, str):
+        return Mix.of(spec)
+    mix = None if is_adapter(spec) else parse(spec)
+    return named(spec) if mix is None else mix
 
 
 def parse(name: str) -> Mix | None:

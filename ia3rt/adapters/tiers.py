@@ -226,14 +226,17 @@ class Tiers:
         rests, missing = self._bank.complements(sums) if sums else ([], 0)
         if sums:
             self._check_capacity(len(fetched.adapters) + len(fetched.rows), len(rests) + missing)
-        brings = bool(fetched.rows) or missing > 0
-        if brings or check is not None:
-            planned = self._planned(mixes, fetched)
-            for adapters in planned if brings else ():
-                check_modules(adapters)
+        if not fetched.rows and not missing:
+            resolved = [self._bank.resolve(mix) for mix in mixes]
             if check is not None:
-                check(planned)
-        held = self.bring(fetched, missing) if brings else None
+                check([mix.adapters for mix in resolved])
+            return resolved
+        planned = self._planned(mixes, fetched)
+        for adapters in planned:
+            check_modules(adapters)
+        if check is not None:
+            check(planned)
+        held = self.bring(fetched, missing)
         resolved = [self._bank.resolve(mix) for mix in mixes]
         del held, rests  # what one mix needs was not evicted for another one
         return resolved

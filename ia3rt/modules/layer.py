@@ -109,7 +109,7 @@ class IA3Layer(Wearer):
         return y if s_out is None else eager.scaled(y, s_out)
 
     def ia3_unscaled(self, x: Tensor) -> Tensor:
-        """What the layer's own forward gives for x; a method of ours, which compiled code does not look up each time."""
+        """What the layer's own forward gives for x: a method of ours, which compiled code does not look up again."""
         return super().forward(x)  # type: ignore[no-any-return]
 
     def _is_left(self) -> bool:

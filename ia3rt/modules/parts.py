@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -39,14 +38,16 @@ class _Here(threading.local):
 _here = _Here()
 
 
-@contextmanager
-def reading_the_models() -> Iterator[None]:
+class ReadingTheModels:
     """A context in which this thread reads the model's own parts, whatever is worn, as who changes adapters has to."""
-    before, _here.reads_models = _here.reads_models, True
-    try:
-        yield
-    finally:
-        _here.reads_models = before
+
+    def __enter__(self) -> None:
+        """Begins it. A class, as a switch enters one: a generator takes three times as long."""
+        self._before, _here.reads_models = _here.reads_models, True
+
+    def __exit__(self, *error: object) -> None:
+        """Ends it."""
+        _here.reads_models = self._before
 
 
 def reads_the_models() -> bool:

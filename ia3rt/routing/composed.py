@@ -14,6 +14,7 @@ from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site
 from ia3rt.routing.staging import Staging
+from ia3rt.routing.streams import current_stream
 
 
 class Scales(Protocol):
@@ -112,7 +113,7 @@ class _Buffer:
                 _compose_into(pieces(row), self._columns, mix)
             turn, count = self._staging.turn(), len(rows)
             turn.ints[:count] = [*rows]
-            turn.copy(count)
+            turn.copy(count, current_stream(self.whole.device) if self.whole.is_cuda else None)
             torch.index_select(composed, 0, self._index, out=self._buffer)
             return
         first: dict[int, Sequence[Tensor]] = {}

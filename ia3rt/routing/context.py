@@ -46,11 +46,7 @@ class _Local(threading.local):
 
 
 def _is_in_a_task() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+    return asyncio._get_running_loop() is not None  # get_running_loop() raises an error where there is none
 
 
 def _unset(variable: ContextVar[T], token: Token[T] | None, value: T) -> None:

@@ -7,8 +7,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ia3rt.routing.streams import current_stream
-
 _TURNS = 16  # switches that may be on their way to the device at once; one more waits for the first
 
 
@@ -20,7 +18,7 @@ class Turn:
         table: the int32 table of the device that they are for; None where they are not copied.
 
     Attributes:
-        ints: the numbers as int32; written by slices, which costs a twentieth of making a tensor.
+        ints: the numbers as int32; written here, which costs a twentieth of making a tensor.
         floats: the same memory as float32.
     """
 
@@ -37,15 +35,15 @@ class Turn:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def copy(self, count: int) -> None:
-        """Copies the first `count` numbers into the table, in the current stream of its device."""
+    def copy(self, count: int, stream: torch.cuda.Stream | None) -> None:
+        """Copies the first `count` numbers into the table, in the current stream of its device, which `stream` is."""
         assert self._table is not None
         views = self._first.get(count)
         if views is None:
             views = self._first[count] = self._table[:count], self._memory[:count]
         views[0].copy_(views[1], non_blocking=True)
         if self._copied is not None:
-            self._copied.record(current_stream(self._table.device))
+            self._copied.record(stream)
 
 
 class Staging:

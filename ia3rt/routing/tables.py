@@ -57,38 +57,42 @@ class MixTables:
         tables._lay_out()
         return tables
 
-    def write(self, bank: DeviceTable, mixes: Sequence[ResolvedMix], rows: int) -> None:
+    def write(
+        self, bank: DeviceTable, mixes: Sequence[ResolvedMix], rows: int, stream: torch.cuda.Stream | None
+    ) -> None:
         """Writes the distinct mixes in use, in place where they fit into what was there before.
 
         There is room for a mix a row of the batch, so that a captured forward of so many rows holds under any route.
         """
-        device = bank.device
         if bank.table is not self._table:
             self._table, self.bank = bank.table, bank.columns
-        size = max(_MIX_SIZE, *(len(mix.rows) for mix in mixes))
-        slots = max(_SLOTS, rows, len(mixes), len(self.mixes))
-        fits = self.mixes.device == device and len(self.mixes) >= slots and self.mixes.shape[1] >= 2 + 2 * size
-        if self._mix_staging is None or not fits:
-            self.mixes = torch.zeros(slots, 2 + 2 * size, dtype=torch.int32, device=device)
+            if self.mixes.device != bank.device:
+                self._mix_staging = self._route_staging = None
+        size = _MIX_SIZE
+        for mix in mixes:
+            size = max(size, len(mix.rows))
+        _, slots, width = self.layout  # asking a tensor takes longer
+        if self._mix_staging is None or max(rows, len(mixes)) > slots or 2 + 2 * size > width:
+            slots, width = max(_SLOTS, rows, len(mixes), slots), 2 + 2 * size
+            self.mixes = torch.zeros(slots, width, dtype=torch.int32, device=bank.device)
             self._mix_staging = Staging(self.mixes.view(-1))
             self._lay_out()
-        turn, width = self._mix_staging.turn(), self.mixes.shape[1]
+        turn = self._mix_staging.turn()
         _pack(turn, mixes, width)
-        turn.copy(len(mixes) * width)
+        turn.copy(len(mixes) * width, stream)
 
-    def write_route(self, slots: list[int]) -> None:
+    def write_route(self, slots: list[int], stream: torch.cuda.Stream | None) -> None:
         """Writes which of the mixes each row wears; in place where as many rows were there before."""
-        device, count = self.mixes.device, len(slots)
-        if self._route_staging is None or self.route.device != device or len(self.route) != count:
-            self.route = torch.empty(count, dtype=torch.int32, device=device)
+        if self._route_staging is None or len(slots) != self.layout[0]:
+            self.route = torch.empty(len(slots), dtype=torch.int32, device=self.mixes.device)
             self._route_staging, self._slots = Staging(self.route), None
             self._lay_out()
         if slots == self._slots:
             return  # as between any two switches of all rows
         self._slots = slots
         turn = self._route_staging.turn()
-        turn.ints[:count] = [*slots]
-        turn.copy(count)
+        turn.ints[: len(slots)] = [*slots]
+        turn.copy(len(slots), stream)
 
     def _lay_out(self) -> None:
         self.layout = len(self.route), *self.mixes.shape
@@ -103,12 +107,15 @@ def pack_mixes(mixes: Sequence[ResolvedMix], size: int) -> Tensor:
 
 def _pack(turn: Turn, mixes: Sequence[ResolvedMix], width: int) -> None:
     """Lays mixes out as rows of `width` numbers; what is behind a mix's count is not read, and stays as it was."""
-    start, size = 0, (width - 2) // 2
+    start, size, ints = 0, (width - 2) // 2, turn.ints
     for mix in mixes:
-        count = len(mix.rows)
-        turn.ints[start : start + 2 + count] = [PRODUCT if mix.weights is None else LINEAR, count, *mix.rows]
+        ints[start] = PRODUCT if mix.weights is None else LINEAR
+        ints[start + 1] = len(mix.rows)
+        for place, row in enumerate(mix.rows, start + 2):  # a slice of ctypes takes as long as ten of its numbers
+            ints[place] = row
         if mix.weights is not None:
-            turn.floats[start + 2 + size : start + 2 + size + count] = list(mix.weights)
+            for place, weight in enumerate(mix.weights, start + 2 + size):
+                turn.floats[place] = weight
         start += width
 
 

@@ -51,9 +51,10 @@ class Memory:
             self.placed = tuple(MixTables() for _ in bank.tables)
         if backend == "triton":
             rows = 1 if route.index is None else route.index.numel()
-            for tables, here in zip(self.placed, bank.tables, strict=True):
-                tables.write(here, route.mixes, rows)
-                tables.write_route([0] if by_row is None else by_row)
+            for place, (tables, here) in enumerate(zip(self.placed, bank.tables, strict=True)):
+                stream = streams[place] if streams else None
+                tables.write(here, route.mixes, rows, stream)
+                tables.write_route([0] if by_row is None else by_row, stream)
 
 
 class Worn:
@@ -82,6 +83,18 @@ class Worn:
         lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
     """
 
+    # Most have none of these, and what is made by each switch is made by the microsecond.
+    before_start: Worn | None = None
+    after_start: Worn | None = None
+    is_behind = False
+    lent = False
+    shelf: Shelf | None = None
+    of: Worn | None = None
+    """Whose numbers these are."""
+    _acts: frozenset[int] | None = None
+    _kept: weakref.ref[Worn] | None = None
+    """It holds this one."""
+
     def __init__(self, route: Route, rows: int | None, composed: Scales, placed: tuple[MixTables, ...]) -> None:
         self.route = route
         self.rows = rows
@@ -93,17 +106,9 @@ class Worn:
         self.length: int | None = None
         self.tokens = self.tables.tokens
         self.images: Sequence[int] | None = None
-        self.before_start: Worn | None = None
-        self.after_start: Worn | None = None
-        self.is_behind = False
-        self.lent = False
         self.memory: Memory | None = None
-        self.shelf: Shelf | None = None
-        self.of: Worn | None = None  # whose numbers these are
         self.spread: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         self.major: set[tuple[int, int, int]] = set()
-        self._acts: frozenset[int] | None = None
-        self._kept: weakref.ref[Worn] | None = None  # it holds this one
         self.streams: Streams = ()
 
     @property
