@@ -1,8 +1,9 @@
-"""Drop-ins as a decoding step of Llama-3-8B calls them, and the ops behind them."""
+"""Drop-ins as a decoding step of Llama-3-8B calls them, and the ops behind them; and what switches adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import ia3rt
 from ia3rt import ops
 from ia3rt.modules.attention import attention_forward
 
-Case = tuple[str, Callable[[], object], Callable[[], object]]
+Case = tuple[str, Callable[[], object], Callable[[], object] | None]
 DTYPE = torch.bfloat16
 HIDDEN, INNER, KEY_VALUE, HEAD = 4096, 14336, 1024, 128
 LENGTH = 1024  # of the cache
+ADAPTERS = 16
 
 
 def _projections(*names: str) -> dict[str, nn.Linear]:
@@ -23,13 +25,14 @@ def _projections(*names: str) -> dict[str, nn.Linear]:
 
 
 def cases() -> Iterator[Case]:
-    """Make each case: its name, the drop-in's part, and the op on the same tensors."""
+    """Make each case: its name, the drop-in's part, and the op on the same tensors, if there is one."""
     yield _activation()
     yield _pair()
     yield _linear()
     yield _scale()
     yield _rope()
     yield _attention()
+    yield from _switches()
 
 
 def _patched(model: nn.Module, **names: object) -> ia3rt.Runtime:
@@ -123,6 +126,19 @@ def _attention() -> Case:
         lambda: attention_forward(module, q, k, v, None),
         lambda: ops.attention(q, k, v, *[None] * 5, mixes, route, *options),
     )
+
+
+def _switches() -> Iterator[Case]:
+    """What a server says before each forward: between two of a kind, as what is worn already is worn in no time."""
+    layers = _projections("q_proj", "k_proj", "v_proj")
+    runtime = ia3rt.patch(nn.ModuleDict(layers), backend="triton")
+    names = [f"adapter{number}" for number in range(ADAPTERS)]
+    for name in names:
+        runtime.add_adapter(name, {site.key: torch.ones(site.width) for site in runtime.sites})
+    one, three, rows = cycle(names[:2]), cycle((names[:3], names[1:4])), cycle((names, names[::-1]))
+    yield "set_adapter", lambda: runtime.set_adapter(next(one)), None
+    yield "set_adapter, a product of three", lambda: runtime.set_adapter(next(three)), None
+    yield f"route, {ADAPTERS} rows", lambda: runtime.route(next(rows)), None
 
 
 def _row(width: int) -> Tensor:

@@ -40,8 +40,8 @@ def launch(
         for title in ("launches", "µs", f"× {UNIT}", "op, µs", f"× {UNIT}"):
             table.add_column(title, justify="right")
         for time in times:
-            own, op = (time.microseconds, time.units), (time.op_microseconds, time.op_units)
-            cells = (f"{number:.2f}" for pair in (own, op) for number in pair)
+            numbers = time.microseconds, time.units, time.op_microseconds, time.op_units
+            cells = ("" if number is None else f"{number:.2f}" for number in numbers)
             table.add_row(time.operation, str(time.launches), *cells)
         console.print(table)
         note = (

@@ -31,7 +31,7 @@ class HostTime:
         launches: how many kernels that are.
         microseconds: from the drop-in's forward to the last launch; the median over rounds.
         units: the same in times of torch.mul(x, y) on 16 numbers; the median of the rounds' ratios.
-        op_microseconds: the same of the public op, which checks all its arguments.
+        op_microseconds: the same of the public op, which checks all its arguments; None where there is none.
         op_units: the same.
     """
 
@@ -39,8 +39,8 @@ class HostTime:
     launches: int
     microseconds: float
     units: float
-    op_microseconds: float
-    op_units: float
+    op_microseconds: float | None
+    op_units: float | None
 
 
 def host_times() -> tuple[float, list[HostTime]]:
@@ -65,23 +65,31 @@ def _measure() -> tuple[float, list[HostTime]]:
 
     torch.set_num_threads(1)
     ways: dict[str, Callable[[int], object]] = {}
-    counts = {}
+    counts: dict[str, int] = {}
     for name, drop_in, op in cases():
         for _ in range(4):  # compiled, then noted, then launched directly
             launched.clear()
             drop_in()
             counts[name] = len(launched)
-        ways |= {name: _turns(drop_in), f"{name}, op": _turns(op)}
+        ways[name] = _turns(drop_in)
+        if op is not None:
+            ways[f"{name}, op"] = _turns(op)
     x, y = torch.ones(16), torch.ones(16)
     ways[UNIT] = _turns(lambda: torch.mul(x, y))
     seconds = sample_interleaved(ways, range(ROUNDS), after=lambda _: launched.clear())
     unit = seconds[UNIT]
 
-    def of(name: str) -> tuple[float, float]:
+    def of(name: str) -> tuple[float, float] | tuple[None, None]:
+        if name not in seconds:
+            return None, None
         ratios = [each / one for each, one in zip(seconds[name], unit, strict=True)]
         return 1e6 * statistics.median(seconds[name]) / CALLS, statistics.median(ratios)
 
-    times = [HostTime(name, count, *of(name), *of(f"{name}, op")) for name, count in counts.items()]
+    times = []
+    for name, count in counts.items():
+        microseconds, units = of(name)
+        assert microseconds is not None and units is not None
+        times.append(HostTime(name, count, microseconds, units, *of(f"{name}, op")))
     return 1e6 * statistics.median(unit) / CALLS, times
 
 

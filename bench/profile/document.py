@@ -117,7 +117,8 @@ def launching_table(unit: float, times: Sequence[HostTime]) -> str:
     rows = []
     for time in times:
         numbers = time.microseconds, time.units, time.op_microseconds, time.op_units
-        rows.append((time.operation, str(time.launches), *(f"{number:.2f}" for number in numbers)))
+        cells = ("" if number is None else f"{number:.2f}" for number in numbers)
+        rows.append((time.operation, str(time.launches), *cells))
     header = ("one row, bfloat16", "launches", "µs", f"× {UNIT}", "public op, µs", f"× {UNIT}")
     return "\n\n".join((head, str(markdown.table(header, rows))))
 

@@ -15,7 +15,7 @@ from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.sharding import is_split, is_tensor_parallel
 from ia3rt.modules.tried import PLAIN_DTYPES
 from ia3rt.modules.wearer import How, Wearer, original_class
-from ia3rt.routing.traced import routing_of
+from ia3rt.routing.routing import routing_of
 from ia3rt.routing.worn import Worn
 
 

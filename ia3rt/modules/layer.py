@@ -19,8 +19,8 @@ from ia3rt.modules.prepared import Prepared, can_prepare, has_parameters
 from ia3rt.modules.sites import module_widths
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.modules.weights import dense_weight, quantised_weight
+from ia3rt.routing.routing import routing_of
 from ia3rt.routing.tables import MixTables
-from ia3rt.routing.traced import routing_of
 from ia3rt.routing.worn import Worn
 
 _Positions: TypeAlias = "tuple[int | None, int | None]"

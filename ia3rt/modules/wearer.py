@@ -17,8 +17,8 @@ from ia3rt.adapters.site import Side
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.set_forward import cell_of_class_forward, is_class_forward
 from ia3rt.routing.layout import Layout, Unknown
-from ia3rt.routing.routing import Routing
-from ia3rt.routing.traced import is_traced, routing_of
+from ia3rt.routing.routing import Routing, routing_of
+from ia3rt.routing.traced import is_traced
 from ia3rt.routing.worn import Worn
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
 import warnings
 import weakref
@@ -29,12 +30,25 @@ from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.rows import RowScales
 from ia3rt.routing.start import check_one_sequence
-from ia3rt.routing.traced import is_traced, know
+from ia3rt.routing.traced import is_traced
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Shelf, Worn
 
 _current_task = torch._C._current_graph_task_id
+_keys = itertools.count()
+_routings: dict[int, weakref.ref[Routing]] = {}
+
+
+def routing_of(key: int) -> Routing:
+    """The Routing of a model, as its drop-ins ask for it where a compiler reads them.
+
+    Compiled code checks at each call that what it found in two places to be one object still is, in Python: for a
+    drop-in's own reference that took as long as all else that it checks of a layer. Here it finds it in one place.
+    """
+    routing = _routings[key]()
+    assert routing is not None  # a drop-in holds it
+    return routing
 
 
 class Routing:
@@ -52,11 +66,19 @@ class Routing:
         key: by which drop-ins find it where a compiler reads them.
     """
 
+    key: int
+
+    def __new__(cls, *args: object) -> Routing:
+        """One that is found by its key already while it is copied, as its drop-ins are copied meanwhile."""
+        made = object.__new__(cls)
+        made.key = key = next(_keys)
+        _routings[key] = weakref.ref(made, lambda _: _routings.pop(key, None))
+        return made
+
     def __init__(self, bank: Bank, backend: Backend, fuses_gate_up: bool) -> None:
         self.bank = bank
         self.backend: Backend = backend
         self.fuses_gate_up = fuses_gate_up
-        self.key = know(self)
         self.trained: TrainedAdapters | None = None
         self.guard: Guard | None = None
         self.settle: Callable[[], object] = bank.settle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 
@@ -86,8 +87,10 @@ def test_what_runs_keeps_what_it_began_with(server, truth) -> None:
     ids = truth.prompts[0].tolist()
     assert load(server, "swapped", truth.folder / "a").status_code == 200
 
-    async def swap(http: httpx.AsyncClient) -> None:
-        for turn in range(12):
+    async def swap(http: httpx.AsyncClient, ended: asyncio.Event) -> None:
+        for turn in itertools.count():
+            if ended.is_set():
+                return
             body = {"lora_name": "swapped", "lora_path": str(truth.folder / ("lora", "a", "b")[turn % 3])}
             done = await http.post("/v1/load_lora_adapter", json={**body, "load_inplace": True})
             assert done.status_code == 200, done.text
@@ -95,10 +98,13 @@ def test_what_runs_keeps_what_it_began_with(server, truth) -> None:
     async def run() -> list[list[int]]:
         limits = httpx.Limits(max_keepalive_connections=0)
         async with client(server) as api, httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
-            swapping = asyncio.create_task(swap(http))
-            answers = []
-            while not swapping.done():
+            ended = asyncio.Event()
+            swapping = asyncio.create_task(swap(http, ended))
+            answers: list[list[int]] = []
+            while len(answers) < 24 or (len(answers) < 240 and len({*map(tuple, answers)}) < 2):  # however busy it is
                 answers += await asyncio.gather(*(ask(api, "swapped", ids) for _ in range(4)))
+                assert not swapping.done() or swapping.exception() is None, swapping.exception()
+            ended.set()
             await swapping
             return answers
 
