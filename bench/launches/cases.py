@@ -24,6 +24,11 @@ def _projections(*names: str) -> dict[str, nn.Linear]:
     return {name: nn.Linear(HIDDEN, KEY_VALUE, bias=False, dtype=DTYPE) for name in names}
 
 
+class _KeysAndValues(nn.ModuleDict):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self["k_proj"](x), self["v_proj"](x)
+
+
 def cases() -> Iterator[Case]:
     """Make each case: its name, the drop-in's part, and the op on the same tensors, if there is one."""
     yield _activation()
@@ -66,10 +71,11 @@ def _activation() -> Case:
 
 def _pair() -> Case:
     layers = _projections("q_proj", "k_proj", "v_proj")
-    runtime = _patched(nn.ModuleDict(layers))
+    runtime = _patched(_KeysAndValues(layers))
     (l_k, l_v), mixes, route = _worn(runtime)
     x, key, value = _row(HIDDEN), layers["k_proj"], layers["v_proj"]
-    runtime._routing.before_forward(runtime.model, (), {})  # within a forward, the first computes for both
+    runtime.model(x)  # the first forward is watched, which would go on
+    runtime._routing.before_forward(runtime.model, (x,), {})  # within a forward, the first computes for both
     weights = key.weight, None, l_k, value.weight, None, l_v
     return (
         "linear_pair (k and v)",

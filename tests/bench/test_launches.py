@@ -20,7 +20,11 @@ def test_the_command_times_every_operation(tmp_path: Path) -> None:
         "scale": 1,
         "rope (q, k and v)": 1,
         "attention": 2,
+        "set_adapter": 0,
+        "set_adapter, a product of three": 0,
+        "route, 16 rows": 0,
     }
     for time in found["times"]:
-        assert time["microseconds"] > 0 and time["op_microseconds"] > 0
+        assert time["microseconds"] > 0
+        assert (time["op_microseconds"] is None) == (time["launches"] == 0)
         assert time["operation"] in run.output
