@@ -50,12 +50,14 @@ class IA3Layer(Wearer):
             of the vectors that are applied.
         ia3_own: what computes as the original class's forward does, past it, with a result that may be overwritten.
         ia3_input: how that forward calls its input.
+        ia3_is_dense: whether its weight was a matrix when it was patched, which a compiler multiplies by.
     """
 
     ia3_pair: JointLaunch | None = None
     ia3_prepared: dict[_Positions, Prepared | None]
     ia3_own: ClassVar[Callable[[nn.Module, Tensor], Tensor | None] | None]
     ia3_input: ClassVar[str]
+    ia3_is_dense: bool
 
     def __init_subclass__(cls) -> None:
         """Looks at the original class once, when the drop-in class is made."""
@@ -65,6 +67,10 @@ class IA3Layer(Wearer):
         if original is nn.Linear:
             cls.ia3_unscaled = _torchs  # type: ignore[method-assign]
         cls.ia3_input = next(islice(inspect.signature(original.forward).parameters, 1, None), "input")
+
+    def ia3_begin(self) -> None:
+        """Sees whether a kernel could read its weight as it is: compiled code would look at each call."""
+        vars(self)["ia3_is_dense"] = dense_weight(self)[0] is not None
 
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """s_out ∘ layer(s_in ∘ x); the layer's bias is scaled too (Liu et al. 2022)."""
@@ -114,7 +120,7 @@ class IA3Layer(Wearer):
 
     def _is_left(self) -> bool:
         """Whether a compiler multiplies by the vectors: where it also compiles what multiplies by the weight."""
-        return routing_of(self.ia3_key).backend == "torch" or dense_weight(self)[0] is not None
+        return self.ia3_is_dense or routing_of(self.ia3_key).backend == "torch"
 
     def _not_scaled(self, worn: Worn, l_out: int | None, y: Any) -> Any:
         """What is no tensor, as a layer gives that only code could tell of, where no adapter is worn.

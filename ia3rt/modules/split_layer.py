@@ -26,6 +26,7 @@ class IA3SplitLayer(IA3Layer):
 
     def ia3_begin(self) -> None:
         """Sees which part it has, while its parameters are the split ones: during a forward others may stand there."""
+        super().ia3_begin()
         vars(self)["ia3_part"] = part_of(self)
 
     def ia3_scale(self, position: int, x: Tensor, worn: Worn) -> Tensor | None:
