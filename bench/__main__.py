@@ -101,6 +101,12 @@ def launching(file: Annotated[Path, typer.Argument(help="docs/performance.md")] 
 
 
 @app.command()
+def calling(file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md")) -> None:
+    """Time what calls of compiled models cost the host, and write the table in docs/performance.md."""
+    profiles.write_calling(file)
+
+
+@app.command()
 def served(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="Runs of `ia3rt bench serve`.")],
     file: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/serving.md"),

@@ -9,6 +9,7 @@ import torch
 
 from ia3rt.bench import markdown, readable
 from ia3rt.bench.interleaved import Timing
+from ia3rt.bench.launches.compiled_calls import CALLS, LAYERS, ROUNDS, call_times
 from ia3rt.bench.launches.measured import UNIT, HostTime, host_times
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.profile import above, memory, scaling
@@ -121,6 +122,19 @@ def launching_table(unit: float, times: Sequence[HostTime]) -> str:
         rows.append((time.operation, str(time.launches), *cells))
     header = ("one row, bfloat16", "launches", "µs", f"× {UNIT}", "public op, µs", f"× {UNIT}")
     return "\n\n".join((head, str(markdown.table(header, rows))))
+
+
+def write_calling(file: Path) -> None:
+    """Times calls of compiled models, and writes the table."""
+    times = list(call_times())
+    head = readable.ran(f"medians of {CALLS} calls, the least of {ROUNDS} rounds", machine(), versions())
+    header = ("µs a call, compiled", *(f"{layers} layers" for layers in LAYERS), "a layer more")
+    rows = []
+    for each in times:
+        taken = [each.microseconds[layers] for layers in LAYERS]
+        more = (taken[-1] - taken[0]) / (LAYERS[-1] - LAYERS[0])
+        rows.append((each.contender, *(f"{micro:.0f}" for micro in taken), f"{more:.1f}"))
+    markdown.replace(file, "calling", "\n\n".join((head, str(markdown.table(header, rows)))))
 
 
 def times_table(result: Result) -> str:

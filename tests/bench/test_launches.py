@@ -1,11 +1,20 @@
-"""`ia3rt bench launch` on this machine: what it counts, and that it prints and writes what it timed."""
+"""`ia3rt bench launch` on this machine: what it counts, and that it prints and writes what it timed; compiled calls."""
 
 import json
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner
 
+from ia3rt.bench.launches.compiled_calls import microseconds
 from ia3rt.cli.main import app
+
+
+def test_a_call_of_a_compiled_model_is_timed() -> None:
+    """With a graph that computes nothing, more layers take longer by their checks alone."""
+    torch._dynamo.reset()
+    assert 0 < microseconds("ia3rt, torch backend", 1, 200) < microseconds("ia3rt, torch backend", 6, 200)
+    torch._dynamo.reset()
 
 
 def test_the_command_times_every_operation(tmp_path: Path) -> None:
