@@ -195,6 +195,7 @@ class Routing:
 
     def wear_everywhere(self, route: Route) -> None:
         """Makes `route` what all contexts wear that have nothing of their own, and this one too."""
+        self._leave_ended(sys._getframe())
         own, worn = self._context.wearing, self.lay(route)
         self._replace(self._context.everywhere, worn)
         if own is not self._context.everywhere:
@@ -205,6 +206,7 @@ class Routing:
 
     def wear_here(self, route: Route, images: Sequence[int] | None = None) -> Wearing:
         """Makes `route` what this context wears; gives what it wore before."""
+        self._leave_ended(sys._getframe())
         before = self._context.wearing
         with self.lock:
             self._check_captured(route)
@@ -239,6 +241,7 @@ class Routing:
 
     def wear_again(self, before: Wearing) -> None:
         """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning."""
+        self._leave_ended(sys._getframe())
         route = before.worn.route
         gone = {adapter for mix in route.mixes for adapter in mix.adapters if adapter.is_deleted}
         for adapter in gone:
@@ -253,6 +256,7 @@ class Routing:
 
     def cover(self) -> None:
         """Lets nothing be worn, as adapters are in the weights now, until `uncover`."""
+        self._leave_ended(sys._getframe())
         self._covering = Wearing(self.lay(Route((self.bank.resolve(BASE),))))
         self._merging = self._context.wearing
 
@@ -330,7 +334,6 @@ class Routing:
         Raises:
             ValueError: as `before_forward`; or tokens wear mixes of their own.
         """
-        self._compose()
         self._start(model, args, kwargs, sys._getframe(2), is_compiled=True)  # past the hook
 
     def before_traced(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -377,6 +380,8 @@ class Routing:
             if outer.owner is model:
                 outer.calls += 1
             return
+        if is_compiled:
+            self._compose()
         arguments: Mapping[str, Any] | None = None
         batch: Tensor | None = None
         watch = None

@@ -279,6 +279,55 @@ def test_a_forward_that_ctrl_c_ended_is_over(runtime, routed) -> None:
     assert not torch._C._len_torch_dispatch_stack()
 
 
+@pytest.mark.parametrize("compile_in_place", [False, True], ids=["torch.compile", "model.compile"])
+def test_a_compiled_forward_that_ctrl_c_ended_is_over(runtime, compile_in_place) -> None:
+    """Also for compiled functions that call the model, whose code finds by itself what is worn."""
+    is_interrupted = False
+
+    def backend(graph, _):
+        def run(*inputs):
+            if is_interrupted:
+                raise KeyboardInterrupt
+            return graph.forward(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    model = runtime.model
+    function = torch.compile(lambda: model(input_ids=IDS).logits, backend=backend)
+    if compile_in_place:
+        model.compile(backend=backend)
+    compiled = model if compile_in_place else torch.compile(model, backend=backend)
+    runtime.set_adapter("a")
+    with torch.no_grad():
+        for run in (function, lambda: compiled(input_ids=IDS).logits):
+            close(run(), logits(truth(runtime, "a"), IDS))
+        is_interrupted = True
+        with pytest.raises(KeyboardInterrupt):
+            compiled(input_ids=IDS)
+        is_interrupted = False
+        runtime.set_adapter("b")
+        expected = logits(truth(runtime, "b"), IDS)
+        mlp, x = model.model.layers[0].mlp, torch.ones(1, 64)
+        close(mlp(x), truth(runtime, "b").model.layers[0].mlp(x.double()))
+        close(function(), expected)
+        close(compiled(input_ids=IDS).logits, expected)
+    torch._dynamo.reset()
+
+
+def test_rows_are_the_first_that_a_model_compiled_in_place_is_called_with(runtime) -> None:
+    """To see where it has its rows, a forward runs that is not compiled."""
+    torch._dynamo.reset()
+    model, names = runtime.model, ["b", None, "a"]
+    model.compile(backend="eager")
+    runtime.route(names)
+    by_row = logits(model, IDS)
+    for row, name in enumerate(names):
+        alone = tiny_model().double() if name is None else truth(runtime, name)
+        close(by_row[row], logits(alone, IDS)[row])
+    torch._dynamo.reset()
+
+
 def test_a_function_of_autograds_may_run_a_whole_forward_again(runtime) -> None:
     """As the reentrant way of checkpointing does, which records the forward before it calls it."""
     model = runtime.model
