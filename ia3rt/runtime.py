@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix, check_modules
+from ia3rt.adapters.adapter import Adapter
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ia3rt.adapters.combining.combination import Combination, DerivedType
 from ia3rt.adapters.combining.config import combined_config
@@ -26,9 +27,11 @@ from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
 from ia3rt.adapters.registry import AdapterSource, Registry, read_whole
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
+from ia3rt.adapters.together import check_modules
 from ia3rt.modules import brought
 from ia3rt.modules.adapter_sites import AdapterSites
 from ia3rt.modules.brought import Brought

@@ -21,7 +21,7 @@ from load_truth import Worn as Wanted
 from tiny import scaled, tiny_model, token_ids
 
 import ia3rt
-from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.host import HostRow
 from ia3rt.routing.worn import Worn
 

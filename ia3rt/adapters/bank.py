@@ -4,92 +4,28 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
-from ia3rt.adapters.mix import Mix, added_up
+from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.pieces import pieces
+from ia3rt.adapters.resolved import ResolvedMix, rest_of
+from ia3rt.adapters.shortened import some
 from ia3rt.adapters.site import Site, SiteKey
+from ia3rt.adapters.together import check_modules
 
-Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
-"""An adapter's files: name, inode, size and the nanosecond of the last change, each."""
-_MOST_TOLD = 12
-_ROUNDING = 1e-12  # of weights, in float64; far below what float32 tells from 1
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class Adapter:
-    """A resident adapter. Compared by identity, so that a name used again is not taken for the old adapter.
-
-    Attributes:
-        name: what users call it.
-        row: its row of the bank.
-        sites: where it acts; everywhere else its row is ones.
-        shared: at which of them, experts, it has one vector for all; its row has it once for each.
-        stamp: of one that was registered, its files as they were read; None of one that was loaded, or trained since.
-        is_deleted: whether `Bank.remove` took it out.
-        config: the adapter_config.json it came with, empty where it came from none.
-        modules: the paths of the model's modules of which it has its own; rows that wear it go through its own.
-        embeddings: which of them are saved embeddings, the whole vocabulary of the model that it was trained on.
-        free: the bank's free rows, to which its row goes when nothing holds it any more.
-    """
-
-    name: str
-    row: int
-    sites: frozenset[Site]
-    config: dict[str, Any] = field(default_factory=dict)
-    modules: frozenset[str] = frozenset()
-    embeddings: frozenset[str] = frozenset()
-    free: list[int] = field(default_factory=list, repr=False)
-    shared: frozenset[Site] = frozenset()
-    stamp: Stamp | None = None
-    is_deleted: bool = False
-
-    def __del__(self) -> None:
-        """Frees its row: not when it is deleted, as a forward that wears it may run."""
-        self.free.append(self.row)
-
-    @cached_property
-    def site_in_experts(self) -> Site | None:
-        """A site at one of a mixture's experts, each a module that does not know whose its rows are; None for none."""
-        return next((site for site in self.sites if "experts" in site.path.split(".") and not site.experts), None)
-
-
-def check_modules(adapters: Collection[Adapter]) -> None:
-    """Checks that adapters can be worn together: of each module there is one, and it wears their vectors.
-
-    Raises:
-        ValueError: two of them have their own of one module, or one has a vector within another's own.
-    """
-    for owner in adapters:
-        for path in sorted(owner.modules):
-            for adapter in adapters:
-                theirs = next((p for p in sorted(adapter.modules) if _is_within(p, path)), None)
-                if theirs is not None and adapter is not owner:
-                    raise ValueError(
-                        f"adapters {owner.name!r} and {adapter.name!r} each have their own module {theirs!r}: a row "
-                        "can go through one of them only, so they cannot be combined"
-                    )
-                site = next((site for site in adapter.sites if _is_within(site.path, path)), None)
-                if site is not None:
-                    raise ValueError(
-                        f"adapter {adapter.name!r} acts at {site}, within {path!r}, where adapter {owner.name!r} has "
-                        "its own module, which wears no vector: they cannot be combined"
-                    )
 
 
 def _check_slices(name: str, site: Site, vector: Tensor) -> None:
@@ -120,33 +56,8 @@ def _collect_all() -> None:
     gc.collect()
 
 
-def some(names: Collection[str]) -> str:
-    """Names as an error tells them; not all of thousands."""
-    told = ", ".join(map(repr, islice(names, _MOST_TOLD))) or "none"
-    return told if len(names) <= _MOST_TOLD else f"{told} and {len(names) - _MOST_TOLD:,} more"
-
-
 def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
     return frozenset().union(*of_each)
-
-
-def leaves_a_rest(mix: Mix) -> bool:
-    """Whether a mix is a weighted sum that needs a row for what its adapters leave as it is."""
-    return mix.weights is not None and mix.combination_type != "delta" and bool(_rest(mix))
-
-
-def _rest(mix: Mix) -> float:
-    """What the weights leave of 1; nothing where that is only what rounding left of it."""
-    weights = mix.weights or ()
-    try:
-        rest = 1.0 - math.fsum(weights)
-    except OverflowError:  # of numbers that sum to infinity in turn
-        rest = 1.0 - sum(weights)
-    return rest if abs(rest) > _ROUNDING else 0.0
-
-
-def _is_within(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
 
 
 def _fits(vector: Tensor, site: Site) -> bool:
@@ -161,36 +72,6 @@ def _numbers(site: Site) -> str:
     if not site.experts:
         return f"{site.width} numbers"
     return f"[{site.experts}, {site.width_of_one}], or [{site.width_of_one}] for all experts alike"
-
-
-class ResolvedMix(NamedTuple):
-    """A mix whose adapters are resident: what the kernels and the torch backend evaluate.
-
-    Whoever holds it holds its rows: they are not used for anything else meanwhile.
-
-    `delta` has become `linear` here: 1 + Σ w_j (l_j - 1) is the weighted sum with the identity at 1 - Σ w_j. And
-    `linear` has got the complement of its adapters' sites at that weight: where none of them acts, the sum is 1.
-    """
-
-    mix: Mix
-    adapters: tuple[Adapter, ...]
-    rows: tuple[int, ...]
-    weights: tuple[float, ...] | None
-    complement: Adapter | None = None
-
-    def without_others(self, mix: Mix) -> ResolvedMix:
-        """The same of the adapters that are left in `mix`, which is this mix, or a product of some of its adapters."""
-        if mix == self.mix:
-            return self
-        left = tuple(adapter for adapter in self.adapters if adapter.name in mix.adapters)
-        return ResolvedMix(mix, left, tuple(adapter.row for adapter in left), None)
-
-    @property
-    def terms(self) -> tuple[object, ...]:
-        """What is equal for equal mixes, in whatever order they are written: factors, or terms with their weights."""
-        if self.weights is None:
-            return self.rows if len(self.rows) < 2 else tuple(sorted(self.rows))
-        return tuple(added_up(zip(self.rows, self.weights, strict=True)).items())
 
 
 class NoRowError(ValueError):
@@ -323,7 +204,7 @@ class Bank:
         check_modules(adapters)
         rows, weights = tuple(adapter.row for adapter in adapters), mix.weights
         complement = None
-        if weights is not None and (rest := _rest(mix)):
+        if weights is not None and (rest := rest_of(mix)):
             if mix.combination_type == "delta":
                 rows, weights = (0, *rows), (rest, *weights)
             else:

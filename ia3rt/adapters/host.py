@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ia3rt.adapters.bank import Stamp
+from ia3rt.adapters.adapter import Stamp
 from ia3rt.adapters.site import Site
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from ia3rt.adapters.bank import Stamp, some
+from ia3rt.adapters.adapter import Stamp
 from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint
 from ia3rt.adapters.folder import CONFIG_NAME, FILE_NAMES, adapter_folders
+from ia3rt.adapters.shortened import some
 
 AdapterSource: TypeAlias = "str | Path | Mapping[str, str | Path] | Callable[[str], str | Path | None]"
 """A folder of adapters' folders, a mapping of names to folders, or a function of a name that gives one or None."""

@@ -18,11 +18,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ia3rt.adapters.bank import Adapter, Bank, NoRowError, ResolvedMix, Stamp, check_modules, leaves_a_rest, some
+from ia3rt.adapters.adapter import Adapter, Stamp
+from ia3rt.adapters.bank import Bank, NoRowError
 from ia3rt.adapters.host import HostRow, HostTier
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.registry import AdapterSource, Registry, gone, stamp_of
+from ia3rt.adapters.resolved import ResolvedMix, leaves_a_rest
+from ia3rt.adapters.shortened import some
 from ia3rt.adapters.site import Site
+from ia3rt.adapters.together import check_modules
 
 
 @dataclass(eq=False, slots=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.bank import Adapter, ResolvedMix
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.routing.route import Route
 
 

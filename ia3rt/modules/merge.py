@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
+from ia3rt.adapters.adapter import Adapter
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.modules.channels import channel_weight, channel_widths, scaled_channels
 from ia3rt.modules.experts_forms import matrices_of

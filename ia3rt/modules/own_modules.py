@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.copied import copied, own_state, tensors_of
 from ia3rt.modules.memory import Memory

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.modules.chosen import Choice, choose
 from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ia3rt.adapters.bank import Adapter
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.sharding import fsdp_modules, is_tensor_parallel
 from ia3rt.routing.training import check_names

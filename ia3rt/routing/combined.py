@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.combining.combination import Combination
 from ia3rt.adapters.combining.derive import Importances, derived_vectors
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site
 from ia3rt.routing.composed import composed_vectors
 

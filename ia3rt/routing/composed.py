@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ia3rt.adapters.bank import Bank, ResolvedMix
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.pieces import pieces
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site
 from ia3rt.routing.staging import Staging
 from ia3rt.routing.streams import current_stream

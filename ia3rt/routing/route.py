@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ia3rt.adapters.bank import ResolvedMix
+from ia3rt.adapters.resolved import ResolvedMix
 
 Backend: TypeAlias = Literal["torch", "triton"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ia3rt.adapters.bank import Adapter, Bank
+from ia3rt.adapters.adapter import Adapter
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
 from ia3rt.routing.batch import cached, is_text, main_input, named_arguments, parameter_names

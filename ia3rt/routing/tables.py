@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ia3rt.adapters.bank import ResolvedMix
 from ia3rt.adapters.device_table import DeviceTable
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.routing.staging import Staging, Turn
 
 PRODUCT, LINEAR = 0, 1

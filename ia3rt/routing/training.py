@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.bank import Adapter, Bank, ResolvedMix
+from ia3rt.adapters.adapter import Adapter
+from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site
 from ia3rt.routing.averaging import Averaging, mesh_of
 from ia3rt.routing.route import Backend, Route

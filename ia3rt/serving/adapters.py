@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ia3rt.adapters.bank import some
 from ia3rt.adapters.checkpoint import read_config
 from ia3rt.adapters.folder import CONFIG_NAME, adapter_folders
+from ia3rt.adapters.shortened import some
 from ia3rt.serving.access import shown
 from ia3rt.serving.limits import check_files, read_served
 from ia3rt.serving.vllm.names import check_loaded_name

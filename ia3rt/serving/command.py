@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ia3rt.adapters.bank import some
+from ia3rt.adapters.shortened import some
 from ia3rt.cli.errors import MissingPackageError, UsageError
 from ia3rt.serving import cpu
 from ia3rt.serving.adapters import Served, find_adapters

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ia3rt.adapters.bank import Adapter, Bank
+from ia3rt.adapters.adapter import Adapter
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.combining.arithmetic import analogy, negate
 from ia3rt.adapters.combining.combination import Combination
 from ia3rt.adapters.combining.fisher import fisher
