@@ -26,6 +26,7 @@ from ia3rt.adapters.host import HostRow
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
+from ia3rt.adapters.packing import pack
 from ia3rt.adapters.registry import AdapterSource, Registry, read_whole
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site, SiteKey
@@ -808,7 +809,7 @@ class Runtime:
                     "patch(target_modules=…), or load_adapter() one that acts there before"
                 )
         vectors = {self._adapter_sites.site(name, key): vector for key, vector in read.items()}
-        return self._bank.pack(name, vectors), vectors
+        return pack(name, vectors, self._bank.sites, self._bank.dtype), vectors
 
     def _check_name(self, name: str) -> None:
         self._bank.check_name(name)

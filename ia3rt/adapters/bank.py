@@ -19,27 +19,13 @@ from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.pieces import pieces
+from ia3rt.adapters.packing import all_sites, pack
 from ia3rt.adapters.resolved import ResolvedMix, rest_of
 from ia3rt.adapters.shortened import some
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.together import check_modules
 
 T = TypeVar("T")
-
-
-def _check_slices(name: str, site: Site, vector: Tensor) -> None:
-    """Raises ValueError where a vector acts outside of the part of a site that `patch` was told of."""
-    if site.slices is None:
-        return
-    others = site.slices.outside(site.width)
-    outside = others[vector.detach().reshape(-1)[others.to(vector.device)].cpu() != 1.0]
-    if len(outside):
-        raise ValueError(
-            f"adapter {name!r} scales more of {site.path!r} than {' and '.join(site.slices.names)}, which is what "
-            f"patch(target_modules=…) says of it: {len(outside)} of the {len(others)} other numbers are not 1, the "
-            f"first that of column {outside[0].item()}. To wear it, patch() with None there, for the whole module"
-        )
 
 
 def _nothing() -> None:
@@ -58,20 +44,6 @@ def _collect_all() -> None:
 
 def _all_sites(of_each: Iterable[frozenset[Site]]) -> frozenset[Site]:
     return frozenset().union(*of_each)
-
-
-def _fits(vector: Tensor, site: Site) -> bool:
-    """Whether a vector, in any shape, is one for a site: for all experts there, for each of them, or a layer's."""
-    *above, last = [size for size in vector.shape if size != 1] or [1]
-    if site.experts and (above or last != site.width):
-        return [*above, last] in ([site.width_of_one], [site.experts, site.width_of_one])
-    return not above and last == site.width
-
-
-def _numbers(site: Site) -> str:
-    if not site.experts:
-        return f"{site.width} numbers"
-    return f"[{site.experts}, {site.width_of_one}], or [{site.width_of_one}] for all experts alike"
 
 
 class NoRowError(ValueError):
@@ -233,46 +205,6 @@ class Bank:
                 f"an adapter named {name!r} is already loaded: delete_adapter it first, or use another name"
             )
 
-    def pack(self, name: str, vectors: Mapping[Site, Tensor]) -> Tensor:
-        """Lays an adapter's vectors out as a bank row of its own: float32, on the CPU, ones where it has no vector.
-
-        Sites that the bank lacks come after those it has, in the order of `vectors`.
-
-        Raises:
-            ValueError: a vector of another width than its site's, of complex numbers, or with a NaN or inf, or with
-                other numbers than ones outside of its site's slices; or nothing to load.
-        """
-        if not vectors:
-            raise ValueError(f"adapter {name!r} has no vectors")
-        for site, vector in vectors.items():
-            if vector.is_complex():
-                raise ValueError(f"adapter {name!r} has a vector of {vector.dtype} at {site}: expected real numbers")
-            if not _fits(vector, site):
-                raise ValueError(
-                    f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected "
-                    f"{_numbers(site)}. It was made for a model of another size"
-                )
-            _check_slices(name, site, vector)
-        sites = self.all_sites(vectors)
-        row = torch.empty(sum(site.width for site in sites))
-        for site, columns in zip(sites, torch.split(row, [site.width for site in sites]), strict=True):
-            if site in vectors:
-                columns.view(site.experts or 1, -1).copy_(vectors[site].detach().reshape(-1, site.width_of_one))
-            else:
-                columns.fill_(1.0)
-        if not all(piece.to(self.dtype).isfinite().all() for piece in pieces(row)):
-            for site, vector in vectors.items():
-                if not vector.isfinite().all():
-                    raise ValueError(
-                        f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged"
-                    )
-            raise ValueError(f"adapter {name!r} has values too large for the bank's {self.dtype}: use float32")
-        return row
-
-    def all_sites(self, vectors: Mapping[Site, Tensor]) -> list[Site]:
-        """The bank's sites and then those of `vectors` that it lacks."""
-        return [*self.sites.values(), *(site for site in vectors if site.key not in self.sites)]
-
     @outside_inference_mode
     def add(
         self,
@@ -291,8 +223,8 @@ class Bank:
             NoRowError: it does not grow, and no row can be had.
         """
         self.check_name(name)
-        row = self.pack(name, vectors)
-        sites = {site.key: site for site in self.all_sites(vectors)}
+        row = pack(name, vectors, self.sites, self.dtype)
+        sites = all_sites(self.sites, vectors)
         if len(sites) > len(self.sites):
             if not self.grows:
                 raise ValueError(
