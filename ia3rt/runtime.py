@@ -393,7 +393,7 @@ class Runtime:
             trained.end()
             raise
         for adapter in adapters:
-            self._bank.keep(adapter.name)  # its files hold other numbers from now on
+            self._bank.adapters.keep(adapter.name)  # its files hold other numbers from now on
         self._routing.trained = trained
         if route is None:
             self._routing.refresh()
@@ -433,7 +433,7 @@ class Runtime:
         if self._routing.trained is not None and adapter in self._routing.trained.adapters:
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._tiers.forget(adapter_name)
-        self._routing.drop(self._bank.remove(adapter_name))
+        self._routing.drop(self._bank.adapters.remove(adapter_name))
         self._own.drop(adapter)
 
     def register(self, source: AdapterSource) -> list[str]:
@@ -812,7 +812,7 @@ class Runtime:
         return pack(name, vectors, self._bank.sites, self._bank.dtype), vectors
 
     def _check_name(self, name: str) -> None:
-        self._bank.check_name(name)
+        self._bank.adapters.check_name(name)
         if self._tiers.is_registered(name):
             raise ValueError(f"an adapter named {name!r} is registered: delete_adapter it first, or use another name")
 

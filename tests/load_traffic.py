@@ -21,7 +21,7 @@ from tiny import VOCABULARY
 from torch import Tensor
 
 import ia3rt
-from ia3rt.adapters.bank import NoRowError
+from ia3rt.adapters.residents import NoRowError
 
 LENGTH, NEW = 6, 3
 FRESH = 1.05

@@ -99,17 +99,17 @@ def check_rows(runtime: ia3rt.Runtime) -> None:
     runtime.set_adapter(None)
     gc.collect()
     bank = runtime._bank
-    rows = [adapter.row for adapter in (*bank.adapters.values(), *bank._complements.values())]
-    assert sorted([*rows, *bank._free]) == list(range(1, ROWS + 1))
-    assert not bank.pinned & bank.evictable.keys()
+    rows = [adapter.row for adapter in (*bank.adapters.values(), *bank.adapters.complements.values())]
+    assert sorted([*rows, *bank._free.rows]) == list(range(1, ROWS + 1))
+    assert not bank.adapters.pinned & bank.adapters.evictable.keys()
 
 
 def check_held(runtime: ia3rt.Runtime, folder: Path) -> None:
     """Nothing holds what is in neither tier and worn by nobody; one leak a request would be thousands."""
     bank, shelf = runtime._bank, runtime._routing._shelf
     alive = gc.get_objects()
-    adapters = [each for each in alive if type(each) is Adapter and each.free is bank._free]
-    assert len(adapters) == len(bank.adapters) + len(bank._complements)
+    adapters = [each for each in alive if type(each) is Adapter and each.free is bank._free.rows]
+    assert len(adapters) == len(bank.adapters) + len(bank.adapters.complements)
     assert sum(type(each) is HostRow and each.folder.is_relative_to(folder) for each in alive) <= HOST
     assert sum(type(each) is Worn and each.shelf is shelf for each in alive) < 20
     assert not runtime._tiers._reading

@@ -23,7 +23,7 @@ from tiny import logits, peft_model, save_each, tiny_model, token_ids
 from where import home
 
 import ia3rt
-from ia3rt.adapters import bank, device_table, registry, tiers
+from ia3rt.adapters import device_table, registry, residents, tiers
 from ia3rt.routing import worn
 
 NAMES = "abcdef"
@@ -116,7 +116,7 @@ def test_what_is_registered_is_worn_as_in_peft(folder, truth):
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_no_row_stays_taken_by_what_was_worn(folder, monkeypatch, no_garbage_collection, backend, grad):
     """Neither autograd's memory of forwards nor cycles of objects hold rows, on either backend."""
-    monkeypatch.setattr(bank, "_collect", lambda: pytest.fail("only garbage held a row"))
+    monkeypatch.setattr(residents, "_collect", lambda: pytest.fail("only garbage held a row"))
     runtime = ia3rt.patch(tiny_model().to(home(backend)), backend=backend, capacity=2, grow=False)
     runtime.register(folder)
     roomy = ia3rt.patch(tiny_model().to(home(backend)), backend=backend)
@@ -186,13 +186,14 @@ def test_no_row_left_is_an_error_that_says_who_holds_them_and_changes_nothing(fo
     runtime.pin("a")
     runtime.set_adapter("b")
     runtime.prefetch("c").result()
-    before = runtime.adapters, set(runtime._bank.evictable), runtime._bank.table.clone(), runtime.stats().evictions
+    resident = runtime._bank.adapters
+    before = runtime.adapters, set(resident.evictable), runtime._bank.table.clone(), runtime.stats().evictions
     message = (
         r"2 more rows of the bank wanted, 1 can be had.*1 worn by.*\('b'\).*1 pinned \('a'\).*1 loaded.*\('mine'\)"
     )
     with pytest.raises(ValueError, match=message):
         runtime.route(["d", "e", "b", "b"])
-    after = runtime.adapters, set(runtime._bank.evictable), runtime._bank.table, runtime.stats().evictions
+    after = runtime.adapters, set(resident.evictable), runtime._bank.table, runtime.stats().evictions
     assert sorted(after[0]) == sorted(before[0]) and after[1] == before[1] and after[3] == before[3]
     assert torch.equal(after[2], before[2])
     assert torch.equal(logits(runtime.model, IDS), truth["b"])
@@ -940,8 +941,8 @@ def test_what_is_refused_leaves_everything_as_it_was(folder, truth, case, door):
     }
 
     def state() -> tuple[object, ...]:
-        own, told = runtime._bank, runtime.stats()
-        return runtime.adapters, list(own.evictable), sorted(own.pinned), list(own._free), told.evictions, told.resident
+        own, free, told = runtime._bank.adapters, runtime._bank._free.rows, runtime.stats()
+        return runtime.adapters, list(own.evictable), sorted(own.pinned), list(free), told.evictions, told.resident
 
     before, table = state(), runtime._bank.table.clone()
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -22,7 +22,7 @@ class Adapter:
         sites: where it acts; everywhere else its row is ones.
         shared: at which of them, experts, it has one vector for all; its row has it once for each.
         stamp: of one that was registered, its files as they were read; None of one that was loaded, or trained since.
-        is_deleted: whether `Bank.remove` took it out.
+        is_deleted: whether `Residents.remove` took it out.
         config: the adapter_config.json it came with, empty where it came from none.
         modules: the paths of the model's modules of which it has its own; rows that wear it go through its own.
         embeddings: which of them are saved embeddings, the whole vocabulary of the model that it was trained on.

@@ -19,10 +19,11 @@ from typing import Any, TypeAlias
 import torch
 
 from ia3rt.adapters.adapter import Adapter, Stamp
-from ia3rt.adapters.bank import Bank, NoRowError
+from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.host import HostRow, HostTier
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.registry import AdapterSource, Registry, gone, stamp_of
+from ia3rt.adapters.residents import NoRowError
 from ia3rt.adapters.resolved import ResolvedMix, leaves_a_rest
 from ia3rt.adapters.shortened import some
 from ia3rt.adapters.site import Site
@@ -184,7 +185,7 @@ class Tiers:
                 fetched.adapters[name] = adapter
                 if adapter.stamp is not None:
                     self._hits += counts
-                    if name in bank.evictable and time.monotonic() - self._looked.get(name, 0.0) > _FRESH:
+                    if name in bank.adapters.evictable and time.monotonic() - self._looked.get(name, 0.0) > _FRESH:
                         stale.append(name)
         for name in stale:
             folder = self._registry.find(name)
@@ -224,10 +225,10 @@ class Tiers:
         for name, adapter in fetched.adapters.items():
             known = name in self._registry.folders or self._registry.finders
             if name not in self._bank.adapters and known and not adapter.is_deleted:
-                self._bank.restore(adapter)  # it was retired, and the newer one is evicted already
+                self._bank.adapters.hold(adapter)  # it was forgotten, and the newer one is evicted already
                 self._looked.pop(name, None)
         sums = self._sums(mixes, fetched)
-        rests, missing = self._bank.complements(sums) if sums else ([], 0)
+        rests, missing = self._bank.adapters.complements_for(sums) if sums else ([], 0)
         if sums:
             self._check_capacity(len(fetched.adapters) + len(fetched.rows), len(rests) + missing)
         if not fetched.rows and not missing:
@@ -261,12 +262,12 @@ class Tiers:
         held = [bank.adapters[name] for name in fetched.rows if name not in absent]
         begun, tables = time.perf_counter(), bank.tables
         for name in absent:
-            if name in bank.evictable:  # its files are others now, so it goes first
-                bank.evictable.move_to_end(name, last=False)
+            if name in bank.adapters.evictable:  # its files are others now, so it goes first
+                bank.adapters.evictable.move_to_end(name, last=False)
         bank.make_room(len(absent) + more)
         for name, row in absent.items():
             if name in bank.adapters:
-                bank.retire(name)
+                bank.adapters.forget(name)
             held.append(bank.place(_adapter(name, row), row.row))
             self._looked[name] = fetched.looked[name]
         if bank.tables is not tables:
@@ -278,8 +279,8 @@ class Tiers:
         """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises as `resolve`."""
         (adapter,) = self.resolve((Mix((name,)),), fetched)[0].adapters
         if adapter.stamp is not None:
-            self._bank.pinned.add(name)
-            self._bank.evictable.pop(name, None)
+            self._bank.adapters.pinned.add(name)
+            self._bank.adapters.evictable.pop(name, None)
 
     def unpin(self, name: str) -> None:
         """Lets an adapter make room again; called with the lock.
@@ -287,11 +288,11 @@ class Tiers:
         Raises:
             ValueError: it was not pinned.
         """
-        if name not in self._bank.pinned:
+        if name not in self._bank.adapters.pinned:
             raise ValueError(f"adapter {name!r} is not pinned")
-        self._bank.pinned.discard(name)
+        self._bank.adapters.pinned.discard(name)
         if self._bank.adapters[name].stamp is not None:
-            self._bank.evictable[name] = None
+            self._bank.adapters.evictable[name] = None
 
     def prefetch(self, names: list[str]) -> Future[None]:
         """Brings adapters in by a thread of its own; on CUDA they are copied in a stream of its own.
@@ -315,13 +316,13 @@ class Tiers:
         return TierStats(
             registered=len(self._registry.folders),
             resident=len(bank.adapters),
-            pinned=len(bank.pinned),
+            pinned=len(bank.adapters.pinned),
             rows=bank.rows - 1,
             hits=self._hits,
             misses=self._host_loads + self._disk_loads,
             host_loads=self._host_loads,
             disk_loads=self._disk_loads,
-            evictions=bank.evictions,
+            evictions=bank.adapters.evictions,
             host_evictions=self._host.evictions,
             changed=self._changed,
             device_bytes=bank.nbytes,
@@ -366,7 +367,7 @@ class Tiers:
     def _planned(self, mixes: Iterable[Mix], fetched: Fetched) -> list[tuple[Adapter, ...]]:
         """The adapters of each mix; of those that would have to be brought in, what they would be."""
         absent = {n: row for n, row in fetched.rows.items() if self._is_absent(n, row, fetched.looked[n])}
-        would_be, resident = {name: _adapter(name, row) for name, row in absent.items()}, self._bank.adapter
+        would_be, resident = {name: _adapter(name, row) for name, row in absent.items()}, self._bank.adapters.find
         return [tuple([would_be.get(name) or resident(name) for name in mix.adapters]) for mix in mixes]
 
     def _is_absent(self, name: str, row: HostRow, looked: float) -> bool:
@@ -377,7 +378,7 @@ class Tiers:
         resident = self._bank.adapters.get(name)
         if resident is None:
             return True
-        if resident.stamp in (row.stamp, None) or name in self._bank.pinned:
+        if resident.stamp in (row.stamp, None) or name in self._bank.adapters.pinned:
             return False
         return self._looked.get(name, 0.0) <= looked  # else another thread brought in what is newer
 

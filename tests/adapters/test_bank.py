@@ -43,7 +43,7 @@ def test_a_freed_row_is_used_again_and_the_old_adapter_is_not_the_new_one() -> N
     bank = make(capacity=1)
     old = bank.add("x", vectors())
     row, table = old.row, bank.table
-    assert bank.remove("x") is old and "x" not in bank.adapters
+    assert bank.adapters.remove("x") is old and "x" not in bank.adapters
     del old
     assert bank.add("x", vectors()).row == row and bank.table is table
 
@@ -51,7 +51,7 @@ def test_a_freed_row_is_used_again_and_the_old_adapter_is_not_the_new_one() -> N
 def test_a_row_that_somebody_holds_is_not_used_again() -> None:
     bank = make(capacity=1)
     held = bank.resolve(Mix((bank.add("x", vectors()).name,)))
-    bank.remove("x")
+    bank.adapters.remove("x")
     new = bank.add("x", vectors())
     assert new is not held.adapters[0] and new.row != held.rows[0]
 
@@ -95,10 +95,10 @@ def test_what_was_added_is_taken_back_where_what_follows_fails(wide, capacity):
     bank = Bank(sites[:1], torch.device("cpu"), torch.float32, capacity=capacity)
     for name in "xy":
         bank.add(name, {sites[0]: torch.rand(3)})
-    table, was, free = bank.table, bank.table[: 2 + 1].clone(), list(bank._free)
+    table, was, free = bank.table, bank.table[: 2 + 1].clone(), list(bank._free.rows)
     with pytest.raises(KeyboardInterrupt), bank.all_or_nothing():
         bank.add("z", {site: torch.rand(site.width) for site in (sites if wide else sites[:1])})
         raise KeyboardInterrupt
     assert bank.table is table and torch.equal(bank.table[: 2 + 1], was)
-    assert (list(bank.sites.values()), list(bank.adapters), bank._free) == (sites[:1], ["x", "y"], free)
+    assert (list(bank.sites.values()), list(bank.adapters), bank._free.rows) == (sites[:1], ["x", "y"], free)
     bank.add("z", {sites[0]: torch.rand(3)})

@@ -43,7 +43,7 @@ print(parallel_regions(lambda: whole.mul_(1.5)))
 print(sum(parallel_regions(lambda: routing.wear_everywhere(Route((mix,)))) for mix in mixes))
 print(parallel_regions(lambda: routing.wear_here(Route.by_row([*mixes, *mixes]))))
 vectors = {site: torch.rand(site.width) for site in sites[1:]}
-print(parallel_regions(lambda: (bank.add("d", vectors), bank.remove("d"))))
+print(parallel_regions(lambda: (bank.add("d", vectors), bank.adapters.remove("d"))))
 """
 
 
