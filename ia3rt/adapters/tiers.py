@@ -1,7 +1,7 @@
 """Registered adapters: known by name, and brought into the bank from the host's memory or the disk when one is wanted.
 
 Three tiers: the bank's rows on the device, rows in the host's memory, files. `fetch` reads what has to be read, without
-the lock, so that others go on meanwhile; `bring` copies it into the bank, with the lock. Nothing that `fetch` gave is
+the lock, so that others go on meanwhile; `resolve` copies it into the bank, with the lock. Nothing that `fetch` gave is
 evicted as long as somebody holds it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -219,8 +219,8 @@ class Tiers:
             check: refuses adapters, given those of each mix, before any is brought in and others make room for it.
 
         Raises:
-            NoRowError: as `bring`.
-            ValueError: as `Bank.resolve`, and as `check`.
+            NoRowError: there is no room for all of them. Nothing was evicted for them then.
+            ValueError: one was deleted meanwhile; or as `Bank.resolve`, and as `check`.
         """
         for name, adapter in fetched.adapters.items():
             known = name in self._registry.folders or self._registry.finders
@@ -236,44 +236,16 @@ class Tiers:
             if check is not None:
                 check([mix.adapters for mix in resolved])
             return resolved
-        planned = self._planned(mixes, fetched)
+        absent = self._absent(fetched)
+        planned = self._planned(mixes, absent)
         for adapters in planned:
             check_modules(adapters)
         if check is not None:
             check(planned)
-        held = self.bring(fetched, missing)
+        held = self._bring(fetched, absent, missing)
         resolved = [self._bank.resolve(mix) for mix in mixes]
         del held, rests  # what one mix needs was not evicted for another one
         return resolved
-
-    def bring(self, fetched: Fetched, more: int = 0) -> list[Adapter]:
-        """Makes rows that were fetched resident, and gives their adapters, so that they are held; called with the lock.
-
-        Args:
-            fetched: whose rows.
-            more: how many rows are wanted besides.
-
-        Raises:
-            ValueError: one was deleted meanwhile.
-            NoRowError: there is no room for all of them. Nothing was evicted for them then.
-        """
-        bank = self._bank
-        absent = {name: row for name, row in fetched.rows.items() if self._is_absent(name, row, fetched.looked[name])}
-        held = [bank.adapters[name] for name in fetched.rows if name not in absent]
-        begun, tables = time.perf_counter(), bank.tables
-        for name in absent:
-            if name in bank.adapters.evictable:  # its files are others now, so it goes first
-                bank.adapters.evictable.move_to_end(name, last=False)
-        bank.make_room(len(absent) + more)
-        for name, row in absent.items():
-            if name in bank.adapters:
-                bank.adapters.forget(name)
-            held.append(bank.place(_adapter(name, row), row.row))
-            self._looked[name] = fetched.looked[name]
-        if bank.tables is not tables:
-            self._grown()
-        self._load_seconds += time.perf_counter() - begun
-        return held
 
     def pin(self, name: str, fetched: Fetched) -> None:
         """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises as `resolve`."""
@@ -364,9 +336,16 @@ class Tiers:
                 found.append([row.sites for row in rows if row is not None])
         return found
 
-    def _planned(self, mixes: Iterable[Mix], fetched: Fetched) -> list[tuple[Adapter, ...]]:
+    def _absent(self, fetched: Fetched) -> dict[str, HostRow]:
+        """The rows that were fetched and are to be brought in; called with the lock.
+
+        Raises:
+            ValueError: one was deleted meanwhile.
+        """
+        return {name: row for name, row in fetched.rows.items() if self._is_absent(name, row, fetched.looked[name])}
+
+    def _planned(self, mixes: Iterable[Mix], absent: Mapping[str, HostRow]) -> list[tuple[Adapter, ...]]:
         """The adapters of each mix; of those that would have to be brought in, what they would be."""
-        absent = {n: row for n, row in fetched.rows.items() if self._is_absent(n, row, fetched.looked[n])}
         would_be, resident = {name: _adapter(name, row) for name, row in absent.items()}, self._bank.adapters.find
         return [tuple([would_be.get(name) or resident(name) for name in mix.adapters]) for mix in mixes]
 
@@ -381,6 +360,34 @@ class Tiers:
         if resident.stamp in (row.stamp, None) or name in self._bank.adapters.pinned:
             return False
         return self._looked.get(name, 0.0) <= looked  # else another thread brought in what is newer
+
+    def _bring(self, fetched: Fetched, absent: Mapping[str, HostRow], more: int = 0) -> list[Adapter]:
+        """Makes rows that were fetched resident, and gives their adapters, so that they are held; called with the lock.
+
+        Args:
+            fetched: whose rows.
+            absent: those of them that `_absent` gave.
+            more: how many rows are wanted besides.
+
+        Raises:
+            NoRowError: there is no room for all of them. Nothing was evicted for them then.
+        """
+        bank = self._bank
+        held = [bank.adapters[name] for name in fetched.rows if name not in absent]
+        begun, tables = time.perf_counter(), bank.tables
+        for name in absent:
+            if name in bank.adapters.evictable:  # its files are others now, so it goes first
+                bank.adapters.evictable.move_to_end(name, last=False)
+        bank.make_room(len(absent) + more)
+        for name, row in absent.items():
+            if name in bank.adapters:
+                bank.adapters.forget(name)
+            held.append(bank.place(_adapter(name, row), row.row))
+            self._looked[name] = fetched.looked[name]
+        if bank.tables is not tables:
+            self._grown()
+        self._load_seconds += time.perf_counter() - begun
+        return held
 
     def _unknown(self, name: str) -> ValueError:
         loaded, registered = some(self._bank.adapters), some(self._registry.folders)
@@ -425,7 +432,7 @@ class Tiers:
         for name in names:
             fetched = self.fetch([name], counts=False)
             with bank.lock, suppress(NoRowError), self._beside():
-                self.bring(fetched)
+                self._bring(fetched, self._absent(fetched))
 
     def _beside(self) -> ExitStack:
         """A context in a stream of its own on each CUDA device."""
