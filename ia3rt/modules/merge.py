@@ -177,7 +177,7 @@ class MergedWeights:
             if not parameter.isfinite().all():
                 raise ValueError(f"cannot merge into {path!r}: its own weight or bias holds a NaN or inf")
             raise ValueError(f"merging overflows {parameter.dtype} in {path!r}: export the model in a wider dtype")
-        _check_writable(path, parameter)
+        _check_writable(path, parameter)  # again for sites' tensors, but for the first time for those of own modules
         place = self._place(path, parameter)
         if place not in self._originals:
             self._originals[place] = parameter.detach().clone().cpu()

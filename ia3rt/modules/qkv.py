@@ -60,13 +60,14 @@ class IA3QKV(Wearer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, its vectors applied on the way."""
-        if is_traced() and self.ia3_worn().is_left_to_compiler:
+        worn = self.ia3_worn()
+        if is_traced() and worn.is_left_to_compiler:
             return super().forward(*args, **kwargs)
         positions = self._ia3_positions()
-        if positions is None or not self._fits(positions, args, kwargs):
+        if positions is None or not self._fits(worn, positions, args, kwargs):
             return super().forward(*args, **kwargs)
         assert self.ia3_form is not None
-        return self.ia3_form.worn(self, *args, **kwargs)
+        return self.ia3_form.worn(self, worn, *args, **kwargs)
 
     def _ia3_positions(self) -> _Positions | None:
         """The positions of the vectors that are to be applied here; None where the projections have to wear them.
@@ -89,7 +90,7 @@ class IA3QKV(Wearer):
                 positions.append(None)
         return tuple(positions) if self.ia3_module.apply_rotary_pos_emb is rotary else None
 
-    def _fits(self, positions: _Positions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _fits(self, worn: Worn, positions: _Positions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the kernel computes what the attention's own forward would, for these arguments."""
         x = args[0] if args else kwargs.get("hidden_states")
         at = type(self).ia3_angles
@@ -100,7 +101,6 @@ class IA3QKV(Wearer):
         assert form is not None
         if cos.dtype is not x.dtype or (not form.is_partial and cos.shape[-1] != self.head_dim):
             return False  # torch would compute in another dtype, or not at all
-        worn = self.ia3_worn()
         return not worn.by_row or all(
             position is None or layer.ia3_is_row_major(position, x, worn)
             for layer, position in zip(self._projections(), positions, strict=True)
@@ -110,10 +110,8 @@ class IA3QKV(Wearer):
         assert self.ia3_form is not None
         return [self._modules[name] for name in self.ia3_form.projections]
 
-    def ia3_rotated(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+    def ia3_rotated(self, worn: Worn, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
         """q, k and v of x [batch, length, width]: projected, scaled, rotated, [batch, heads, length, D]."""
-        form, worn = self.ia3_form, self.ia3_worn()
-        assert form is not None
         projected, vectors = [], []
         for layer in self._projections():
             if isinstance(layer, IA3Layer):

@@ -33,7 +33,8 @@ class Form(NamedTuple):
         sizes: what `parts` has to know of an attention.
         parts: (an output of each projection [..., width], *sizes) to q, k and v, views [..., heads, D]; so are vectors
             taken apart, of which there may be none.
-        worn: the forward with the vectors, which scale the projections' outputs.
+        worn: (the attention, what its rows wear, what the forward is given): the forward with the vectors, which scale
+            the projections' outputs.
         is_partial: whether some of a head's numbers may not be rotated.
     """
 
@@ -140,8 +141,8 @@ def _gpt_neox(self, hidden_states, attention_mask, layer_past=None, position_emb
     return attn_output, attn_weights
 
 
-def _gpt_neox_worn(self, hidden_states, attention_mask, layer_past=None, position_embeddings=None, **kwargs):
-    query, key, value = self.ia3_rotated(hidden_states, position_embeddings)
+def _gpt_neox_worn(self, worn, hidden_states, attention_mask, layer_past=None, position_embeddings=None, **kwargs):
+    query, key, value = self.ia3_rotated(worn, hidden_states, position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
     output, weights = self.ia3_attend(query, key, value, attention_mask, **kwargs)

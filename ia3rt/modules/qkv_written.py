@@ -106,15 +106,22 @@ def forwards(projected: str, *manners: Manner) -> Iterator[tuple[Callable[..., A
 
 
 def _worn(manner: Manner, tells: bool) -> Callable[..., Any]:
-    def worn(
-        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None, **kwargs
+    def forward(
+        self,
+        worn,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        cache=None,
+        past_key_values=None,
+        **kwargs,
     ):
         cache = past_key_values if cache is None else cache  # its earlier name, which transformers still takes
-        query, key, value = self.ia3_rotated(hidden_states, position_embeddings)
+        query, key, value = self.ia3_rotated(worn, hidden_states, position_embeddings)
         if cache is not None:
             more = {"kwargs": kwargs} if tells else {}
             key, value = cache.update(key, value, self.layer_idx, **more)
         output, weights = self.ia3_attend(query, key, value, attention_mask, **manner.given(self), **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
-    return worn
+    return forward
