@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.adapters.resolved import ResolvedMix
+from ia3rt.routing.listed import listed
 
 Backend: TypeAlias = Literal["torch", "triton"]
 
@@ -120,7 +121,7 @@ def check_images(images: object, rows: int) -> list[int] | None:
     Raises:
         ValueError: `images` do not hold one of so many rows each.
     """
-    given = images.tolist() if hasattr(images, "tolist") else images  # a tensor's or an array's numbers
+    given = listed(images)
     if given is None:
         return None
     if not isinstance(given, Sequence) or not all(isinstance(row, int) and 0 <= row < rows for row in given):

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ia3rt.routing.listed import listed
+
 _FAR = 2**62
 """Behind any token, and a number of int64."""
 
@@ -28,7 +30,7 @@ def check_start(start: object, rows: int, by_token: bool, images: object) -> lis
             "start counts the tokens of a row, and images have none: give start or images. To let the base model see "
             "an image, run the part of the prompt with the image without a route, and go on with its cache"
         )
-    given = start.tolist() if hasattr(start, "tolist") else start  # a tensor's or an array's numbers
+    given = listed(start)
     given = [given] * rows if hasattr(given, "__index__") else given
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ValueError(
