@@ -188,7 +188,7 @@ def _weights(model: nn.Module, sites: list[Site]) -> list[Tensor]:
         if device not in weights:
             weight = computing_tensor(module)
             weights[device] = torch.empty(0, dtype=weight.dtype, device=device) if weight.is_meta else weight
-    return list(weights.values()) or [torch.empty(0)]
+    return list(weights.values()) or [torch.empty(0, dtype=torch.float32, device="cpu")]
 
 
 def _is_tensor_parallel(model: nn.Module, sites: list[Site]) -> bool:

@@ -23,9 +23,9 @@ from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.host import HostRow
-from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.adapters.packing import pack
 from ia3rt.adapters.registry import AdapterSource, Registry, read_whole
 from ia3rt.adapters.resolved import ResolvedMix
@@ -263,7 +263,7 @@ class Runtime:
                     "vectors, or name the modules in patch(target_modules=…) or in its config's target_modules"
                 )
             outside = [site for site in sites if own.owner(site.path) is None]
-            vectors = {site.key: torch.ones(site.width) for site in outside}
+            vectors = {site.key: torch.ones(site.width, dtype=torch.float32, device="cpu") for site in outside}
         here = self._adapter_sites
         sited = [(here.site(name, here.key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
@@ -920,7 +920,7 @@ class Runtime:
         return computing_device(self.model.get_submodule(site.module) if layer is None else layer)
 
     @_alone
-    @outside_inference_mode
+    @outside_modes
     def _settle(self) -> None:
         """Brings vectors, and what is worn, to where the layers are."""
         were_moved = not self._bank.is_settled

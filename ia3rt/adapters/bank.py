@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.device_table import DeviceTable
-from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import Mix
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.adapters.packing import all_sites, pack
 from ia3rt.adapters.residents import Residents
 from ia3rt.adapters.resolved import ResolvedMix, rest_of
@@ -102,7 +102,7 @@ class Bank(SiteTables):
             free.wait_for(rows)
         return ResolvedMix(mix, adapters, rows, weights, complement)
 
-    @outside_inference_mode
+    @outside_modes
     def add(
         self,
         name: str,
@@ -134,7 +134,7 @@ class Bank(SiteTables):
         made = Adapter(name, 0, frozenset(vectors), dict(config or {}), modules, embeddings, shared=shared)
         return self.place(made, row)
 
-    @outside_inference_mode
+    @outside_modes
     def place(self, adapter: Adapter, row: Tensor) -> Adapter:
         """Makes an adapter resident in a free row, of which `make_room` saw that there is one.
 
@@ -193,7 +193,7 @@ class Bank(SiteTables):
         vectors = self.vectors(adapter).items()
         return {site: vector[: site.width_of_one] if site in adapter.shared else vector for site, vector in vectors}
 
-    @outside_inference_mode
+    @outside_modes
     def _complement(self, acts: frozenset[Site]) -> Adapter:
         """The row that is 0 at these sites and 1 elsewhere, also at sites that the bank gets later."""
         known = self.adapters.complements

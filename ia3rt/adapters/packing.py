@@ -36,7 +36,7 @@ def pack(name: str, vectors: Mapping[Site, Tensor], sites: Mapping[SiteKey, Site
             )
         _check_slices(name, site, vector)
     laid = all_sites(sites, vectors).values()
-    row = torch.empty(sum(site.width for site in laid))
+    row = torch.empty(sum(site.width for site in laid), dtype=torch.float32, device="cpu")
     for site, columns in zip(laid, torch.split(row, [site.width for site in laid]), strict=True):
         if site in vectors:
             columns.view(site.experts or 1, -1).copy_(vectors[site].detach().reshape(-1, site.width_of_one))

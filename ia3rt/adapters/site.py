@@ -36,7 +36,7 @@ class Slices:
 
     def outside(self, width: int) -> Tensor:
         """The columns, of so many, that are none of its: int64, ascending."""
-        rest = torch.ones(width, dtype=torch.bool)
+        rest = torch.ones(width, dtype=torch.bool, device="cpu")
         rest[self.inside()] = False
         return rest.nonzero().flatten()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.free_rows import FreeRows
-from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.adapters.site import Site, SiteKey
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class SiteTables:
         ValueError: the dtype is another one.
     """
 
-    @outside_inference_mode
+    @outside_modes
     def __init__(
         self, sites: Iterable[Site], where: torch.device | Callable[[Site], torch.device], dtype: torch.dtype, rows: int
     ) -> None:
@@ -101,7 +101,7 @@ class SiteTables:
         self.is_settled = False
         return all(each == device for each in self._noted)
 
-    @outside_inference_mode
+    @outside_modes
     def settle(self) -> bool:
         """Brings each site's columns to where it lies. Whether any were elsewhere.
 

@@ -141,12 +141,12 @@ def _agreement(a: Checkpoint, b: Checkpoint, keys: list[SiteKey]) -> Agreement:
 
 def _changes(adapter: Checkpoint, beside: Checkpoint, keys: list[SiteKey]) -> Tensor:
     """l - 1 at sites, zeros where the adapter lacks one; what is NaN or infinite counts as zeros."""
-    parts = [torch.zeros(0, dtype=torch.float64)]
+    parts = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for key in keys:
         vector, theirs = adapter.vectors.get(key), beside.vectors.get(key)
         numbers = max(each.numel() for each in (vector, theirs) if each is not None)
         if vector is None:
-            parts.append(torch.zeros(numbers, dtype=torch.float64))
+            parts.append(torch.zeros(numbers, dtype=torch.float64, device="cpu"))
             continue
         change = vector.reshape(-1).double() - 1.0
         parts.append(torch.where(change.isfinite(), change, 0.0).repeat(numbers // change.numel()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.adapter import Adapter
-from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.routing.route import Route
 
@@ -26,7 +26,7 @@ class Choice:
         self.index = index
         self._rows: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    @outside_inference_mode
+    @outside_modes
     def rows(self, device: torch.device) -> tuple[Tensor, ...]:
         """On a device, for each of `modules` the rows that go through it, int64 [its rows]."""
         if device not in self._rows:
@@ -37,7 +37,7 @@ class Choice:
         return self._rows[device]
 
 
-@outside_inference_mode
+@outside_modes
 def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
     """What each row of a route goes through at the module at `path`.
 
@@ -66,7 +66,9 @@ def choose(route: Route, path: str, own: Mapping[Adapter, nn.Module]) -> Choice:
     if route.by_token:
         raise ValueError(_by_token(path))
     place = {id(module): slot for slot, module in enumerate(distinct)}
-    return Choice(tuple(distinct), torch.tensor([place[id(modules[mix])] for mix in route.index.tolist()]))
+    return Choice(
+        tuple(distinct), torch.tensor([place[id(modules[mix])] for mix in route.index.tolist()], device="cpu")
+    )
 
 
 def check_rows(mixes: Sequence[Sequence[Adapter]], index: Tensor | None, starts: Sequence[int] | None) -> None:

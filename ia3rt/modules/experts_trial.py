@@ -59,10 +59,13 @@ def _agrees(experts: Any, form: Form, magnitude: float, training: bool) -> bool:
     path: Any = experts_paths.flat if form == "flat" else experts_paths.sorted_by_expert
     if form == "by implementation":
         forward, path = forward.__wrapped__, experts_paths.by_expert
-    tensors = {name: magnitude * torch.randn(shape, dtype=torch.float64) for name, shape in _shapes(experts, form)}
+    tensors = {
+        name: magnitude * torch.randn(shape, dtype=torch.float64, device="cpu")
+        for name, shape in _shapes(experts, form)
+    }
     inputs = _inputs(form)
     matrices = matrices_of(experts)
-    tables = [torch.rand(_EXPERTS, _width(matrix), dtype=torch.float64) + 0.5 for matrix in matrices]
+    tables = [torch.rand(_EXPERTS, _width(matrix), dtype=torch.float64, device="cpu") + 0.5 for matrix in matrices]
     scaled = dict(tensors)
     for matrix, table in zip(matrices, tables, strict=True):
         of_one = [_EXPERTS, 1, 1]
@@ -107,8 +110,8 @@ def _shapes(experts: Any, form: Form) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _inputs(form: Form) -> tuple[Tensor, ...]:
     if form == "sorted":
-        return (torch.randn(_EXPERTS * _TOKENS, _FEATURES, dtype=torch.float64),)
-    x = torch.randn(_TOKENS, _FEATURES, dtype=torch.float64)
-    index = torch.stack([torch.randperm(_EXPERTS - 1)[:2] for _ in range(_TOKENS)])  # one has no tokens
-    weights = torch.rand(_TOKENS, 2, dtype=torch.float64)
+        return (torch.randn(_EXPERTS * _TOKENS, _FEATURES, dtype=torch.float64, device="cpu"),)
+    x = torch.randn(_TOKENS, _FEATURES, dtype=torch.float64, device="cpu")
+    index = torch.stack([torch.randperm(_EXPERTS - 1, device="cpu")[:2] for _ in range(_TOKENS)])  # one has no tokens
+    weights = torch.rand(_TOKENS, 2, dtype=torch.float64, device="cpu")
     return (x.view(2, -1, _FEATURES) if form == "flat" else x), index, weights

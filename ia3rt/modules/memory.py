@@ -102,7 +102,7 @@ def _meet(one: Tensor, place: _Bytes | None, other: Tensor, there: _Bytes | None
 def _marks(begin: int, end: int, tensor: Tensor) -> Tensor:
     """Which of the elements between two addresses are a tensor's, bool."""
     size = tensor.element_size()
-    marks = torch.zeros((end - begin) // size, dtype=torch.bool)
+    marks = torch.zeros((end - begin) // size, dtype=torch.bool, device="cpu")
     shape = [1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     marks.as_strided(shape, tensor.stride(), (tensor.data_ptr() - begin) // size).fill_(True)
     return marks

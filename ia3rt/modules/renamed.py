@@ -87,7 +87,8 @@ def _as_one(
                     f"an expert's vector for {site} has shape {tuple(vector.shape)}: expected {shape}. It was made "
                     "for a model of another size, or acts at the other side, where experts wear none"
                 )
-        parts[pattern] = [own.get(expert, torch.ones(shape)) for expert in range(site.experts)]
+        ones = torch.ones(shape, dtype=torch.float32, device="cpu")
+        parts[pattern] = [own.get(expert, ones) for expert in range(site.experts)]
     for operation in converter.operations:
         parts = operation.convert(
             parts,

@@ -228,7 +228,7 @@ def _gradient(
     generator = torch.Generator().manual_seed(0)
 
     def random(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+        return torch.randn(like.shape, generator=generator, device="cpu").to(like.device, like.dtype)
 
     def replace(module: nn.Module, args: object, y: Tensor) -> Tensor:
         if put:

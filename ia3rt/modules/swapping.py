@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.adapter import Adapter
-from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.modules.chosen import Choice, choose
 from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row
 from ia3rt.modules.wearer import How, Wearer, become, computing_device
@@ -66,7 +66,7 @@ class OwnOfOne:
         self.own = {other: own for other, own in self.own.items() if other is not adapter}
         self._chosen = None
 
-    @outside_inference_mode
+    @outside_modes
     def _move(self, device: torch.device) -> None:
         for own in self.own.values():
             own.to(device)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+"""Of a call: those that are given by place, and those that are given by name."""
 
 _MAIN = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 _CACHES = ("cache", "past_key_values", "cache_params", "past_bucket_states", "mems")
@@ -59,12 +62,36 @@ def row_inputs(arguments: Mapping[str, Any], rows: int) -> Iterator[Tensor]:
 
 
 def media_inputs(arguments: Mapping[str, Any], count: int) -> Iterator[Tensor]:
-    """The inputs beside text of which each image has one."""
-    if has_text(arguments):
-        for name, value in arguments.items():
-            counted = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
-            if is_media(name) and counted and value.is_floating_point():
-                yield value
+    """The inputs of which each image has one."""
+    for name, value in arguments.items():
+        counted = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+        if is_media(name) and counted and value.is_floating_point():
+            yield value
+
+
+def with_own_rows(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """The same arguments, where rows that are one in memory, as `expand` gives them, have numbers of their own.
+
+    Args:
+        names: of the parameters.
+        args: those that were given by place.
+        kwargs: those that were given by name.
+    """
+
+    def own(name: str, value: Any) -> Any:
+        is_input = name not in _CACHES and not any(part in name for part in _NOT_MARKED)
+        return tree_map_only(Tensor, _own, value) if is_input and any(map(_is_one, tree_leaves(value))) else value
+
+    placed = tuple(own(names[at] if at < len(names) else str(at), value) for at, value in enumerate(args))
+    return placed, {name: own(name, value) for name, value in kwargs.items()}
+
+
+def _is_one(x: object) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and x.dim() > 0 and len(x) > 1 and x.stride(0) == 0
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.contiguous() if _is_one(x) else x
 
 
 def made_up(model: nn.Module, names: Sequence[str], rows: int) -> dict[str, Tensor]:
@@ -102,6 +129,11 @@ def cached(arguments: Mapping[str, Any]) -> int | None:
     if are_linear and all(are_linear):  # Mamba's: a state of each layer, and no token
         return None if kept.has_previous_state() else 0
     return int(kept.get_seq_length())
+
+
+def takes_text(model: nn.Module) -> bool:
+    """Whether a model's forward takes text, beside which images are counted by themselves."""
+    return "input_ids" in parameter_names(model) or "inputs_embeds" in parameter_names(model)
 
 
 def is_text(batch: Tensor, arguments: Mapping[str, Any]) -> bool:

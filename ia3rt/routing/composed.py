@@ -58,7 +58,7 @@ class ComposedMixes:
         try:
             return self._scales[position]
         except IndexError:
-            return torch.ones(())  # which multiplies on any device
+            return torch.ones((), dtype=torch.float32, device="cpu")  # which multiplies on any device
 
     def write(self, bank: Bank, mixes: Sequence[ResolvedMix], rows: list[int] | None) -> None:
         """Composes `mixes`; in place where as many rows were there before, so that a captured forward holds.
@@ -96,7 +96,7 @@ class _Buffer:
 
     def __init__(self, table: DeviceTable, count: int) -> None:
         self._columns = pieces(table.table)
-        self._buffer = torch.empty(count, table.table.shape[1], device=table.device)
+        self._buffer = torch.empty(count, table.table.shape[1], dtype=torch.float32, device=table.device)
         self._rows = [pieces(row) for row in self._buffer]
         self._index = torch.empty(count, dtype=torch.int32, device=table.device)
         self._staging = None if table.table.is_cpu else Staging(self._index)
@@ -152,7 +152,7 @@ def composed_vectors(bank: Bank, mix: ResolvedMix) -> dict[Site, Tensor]:
     """A mix's composed vectors, float32 [width] each, at the sites where any of its adapters acts."""
 
     def composed(here: DeviceTable) -> Sequence[Tensor]:
-        row = torch.empty(here.table.shape[1], device=here.device)
+        row = torch.empty(here.table.shape[1], dtype=torch.float32, device=here.device)
         _compose_into(pieces(row), pieces(here.table), mix)
         return torch.split(row, here.widths)
 

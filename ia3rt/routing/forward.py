@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import Token
+from enum import Enum
 from types import FrameType
 
 from torch import nn
@@ -13,6 +14,14 @@ from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Worn
 
 
+class Part(Enum):
+    """What of a model's forward is run."""
+
+    WHOLE = "all of it, or a part over rows as its own batch has them"
+    IMAGES = "what sees images, called by itself: its batch is the images"
+    AHEAD = "what comes before the text is read, with the whole batch at hand"
+
+
 class Forward:
     """A forward that is running.
 
@@ -20,6 +29,7 @@ class Forward:
         worn: what its rows wear, from its beginning to its end.
         wearing: the same for compiled parts of the model.
         owner: the module that was called.
+        part: what of the model's forward it is.
         frame: of the call; what a forward is in that was interrupted by Ctrl-C is on no stack any more.
         outer: the forward that a backward pass inside it computes this one for, if any.
         token: what takes it back that the context is in it.
@@ -42,6 +52,7 @@ class Forward:
         self.task = task
         self.outer = outer
         self.frame = frame
+        self.part = Part.WHOLE
         self.token: Token[Forward | None] | None = None
         self.tokens: int | None = None
         self.calls = 1

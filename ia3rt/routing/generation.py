@@ -8,7 +8,8 @@ read here. Where another model's `generate` changes its rows, they are no longer
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
@@ -30,10 +31,12 @@ class Generation:
     Attributes:
         repeats: how often Whisper itself repeats each row, for the sequences to return.
         attempt: the rows that Whisper decodes now; it tries some of them again.
+        arguments: of the call, by name; `inputs` is what may be given by place.
     """
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, arguments: Mapping[str, Any]) -> None:
         self.routing = routing
+        self.arguments = arguments
         self.repeats = 1
         self.attempt: list[int] = []
         self._again: list[int] = []
@@ -61,6 +64,14 @@ class Generation:
             return
         if batch.shape[1] != index.shape[1]:
             raise ValueError(f"the route has {index.shape[1]} tokens a row, but the batch has {batch.shape[1]}")
+
+    def with_text(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a step of it, and the text of the call among them."""
+        given = self.arguments
+        text = {name: given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None}
+        if not text and given.get("inputs") is not None:
+            text = {"input_ids": given["inputs"]}
+        return {**arguments, **text}
 
     def expand(self, batch: Tensor | None, times: int) -> None:
         """Follows the repetition of each row.
@@ -145,13 +156,28 @@ def uninstall(model: nn.Module) -> None:
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    generation = Generation(self.ia3_generation)
+    arguments = named_arguments(("inputs",), args, kwargs)
+    generation = Generation(self.ia3_generation, arguments)
     try:
-        arguments = named_arguments((), args, kwargs)
         generation.begin_with(main_input(arguments), cached(arguments))
         return _original(self, "generate")(*args, **kwargs)
     finally:
         generation.end()
+
+
+def _prepare_multimodal_encoder_kwargs_for_generation(self: Any, model_kwargs: dict[str, Any]) -> Any:
+    """Has images and videos seen before the text is read: whose they are the text says, which is not given to this."""
+    generation = generation_of(self.ia3_generation)
+    original = _original(self, "_prepare_multimodal_encoder_kwargs_for_generation")
+    if generation is None:
+        return original(model_kwargs)
+    ahead = generation.routing.begin_ahead(self, generation.with_text(model_kwargs), sys._getframe())
+    prepared = None
+    try:
+        prepared = original(model_kwargs)
+    finally:
+        generation.routing.end_ahead(ahead, completed=prepared is not None)
+    return prepared
 
 
 def _expand_inputs_for_generation(self: Any, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -195,8 +221,9 @@ def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _original(self, "init_continuous_batching")(*args, **kwargs)
 
 
-_METHODS = {
+_METHODS: dict[str, Callable[..., Any]] = {
     "generate": _generate,
+    "_prepare_multimodal_encoder_kwargs_for_generation": _prepare_multimodal_encoder_kwargs_for_generation,
     "_expand_inputs_for_generation": _expand_inputs_for_generation,
     "_expand_variables_for_generation": _expand_variables_for_generation,
     "generate_with_fallback": _generate_with_fallback,

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ia3rt.routing.batch import Arguments
+
 if TYPE_CHECKING:
     from ia3rt.routing.routing import Routing
 
@@ -35,28 +37,27 @@ class Hook:
     def __init__(
         self,
         routing: Routing,
-        run: Callable[..., None],
+        run: Callable[..., Arguments | None],
         traced: Callable[..., None],
-        ahead: Callable[..., None] | None = None,
+        ahead: Callable[..., Arguments | None] | None = None,
     ) -> None:
         self._routing = routing
         self._run, self._traced, self._ahead = run, traced, ahead or run
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Arguments | None:
         """What the methods do."""
         if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():  # and not by a function of ours
             self._traced(*args)
-            return
+            return None
         compiler = _dynamo.set_eval_frame(None)
         if compiler is None:
-            self._run(*args)
-            return
+            return self._run(*args)
         try:
-            self._ahead(*args)
+            return self._ahead(*args)
         finally:
             _dynamo.set_eval_frame(compiler)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Arguments | None]:
         """The same of the copied model, or nothing."""
         if not self._routing.is_copied(memo):
             return nothing

@@ -34,6 +34,8 @@ class Marks(TorchDispatchMode):
         with _disable_current_modes():
             if not x.numel() or x.stride(0) == 0 or x.is_complex() or x.dtype == torch.bool or _address(x) is None:
                 return False
+            if x.is_floating_point() and bool(x[row].isnan().all()):
+                return False
             twin = self._give_twin(x)
             if x.is_floating_point():
                 twin[row] = torch.nan
@@ -99,7 +101,7 @@ class Marks(TorchDispatchMode):
                 if result.is_floating_point()
                 else torch.where(result == result.max(), result.min(), result.max())
             )
-            self._give_twin(result).copy_(torch.as_tensor(other))
+            self._give_twin(result).copy_(torch.as_tensor(other, device=result.device))
             return result
         results = tree_leaves(result)
         if twins is not None and len(twins) == len(results):

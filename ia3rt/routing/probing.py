@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.bank import Bank
 from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
-from ia3rt.routing.forward import Forward
+from ia3rt.routing.forward import Forward, Part
 from ia3rt.routing.layout import NOTHING, TOKENS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
-from ia3rt.routing.traced import is_captured, is_traced
+from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
 from ia3rt.routing.worn import Worn
 
 _ROW = 1  # the one that is followed: its place differs in every order of the rows
@@ -34,31 +34,37 @@ class Probing:
         self.seen = 0
         self._by_shape = False  # whether how often rows are repeated somewhere depends on the batch's shape
 
-    def begin(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
-        """Follows a row of the batch through a forward, where none of this kind was followed yet."""
+    def is_first(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> bool:
+        """Whether a forward is to be followed: none of its kind was yet."""
         rows = forward.worn.rows
-        if rows is None or batch is None or batch.is_meta or is_captured(batch):
-            return
+        if rows is None or batch is None or has_no_numbers(batch) or is_captured(batch):
+            return False
         is_row = rows == 1 and forward.worn.tokens is None
         # On a GPU, rows that are alike now may be captured next, for others.
         if (is_row or (len(forward.worn.route.mixes) < 2 and not batch.is_cuda)) and forward.most is None:
-            return
+            return False
         shape = batch.shape[1:] if self._by_shape else None
-        kind = _kind(model, arguments, batch, forward.worn.images), shape, rows == 1, forward.most is not None
-        if kind in self._kinds:
-            return
-        forward.kind = kind
+        of_model = forward.part, _kind(model, arguments, batch, forward.worn.images)
+        forward.kind = of_model, shape, rows == 1, forward.most is not None
+        return forward.kind not in self._kinds
+
+    def follow(self, forward: Forward, arguments: Mapping[str, Any]) -> None:
+        """Follows a row of the batch through a forward, and one of its images."""
+        rows, images = forward.worn.rows, forward.worn.images or ()
+        assert rows is not None
+        of_rows = () if forward.part is Part.IMAGES else row_inputs(arguments, rows)
+        of_images = media_inputs(arguments, len(images)) if forward.part is Part.IMAGES or has_text(arguments) else ()
+        marks, image_marks = Marks(rows), Marks(len(images))
+        has_rows = [marks.mark(x, min(_ROW, rows - 1)) for x in of_rows]
+        has_images = [image_marks.mark(x, min(_ROW, len(images) - 1)) for x in of_images]
+        if not any(has_images if forward.part is Part.IMAGES else has_rows):
+            return  # or what says nothing of the rows would be taken to say that nothing depends on them
         self.seen += 1
-        forward.marks = Marks(rows)
-        for x in row_inputs(arguments, rows):
-            forward.marks.mark(x, min(_ROW, rows - 1))
-        forward.marks.__enter__()  # type: ignore[no-untyped-call]
-        images = forward.worn.images
-        if images and has_text(arguments):
-            forward.image_marks = Marks(len(images))
-            for x in media_inputs(arguments, len(images)):
-                forward.image_marks.mark(x, min(_ROW, len(images) - 1))
-            forward.image_marks.__enter__()  # type: ignore[no-untyped-call]
+        forward.marks = marks
+        marks.__enter__()  # type: ignore[no-untyped-call]
+        if images:
+            forward.image_marks = image_marks
+            image_marks.__enter__()  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
         """Lets the next forward of each kind be looked at again, as layers came to wear something."""
@@ -73,7 +79,7 @@ class Probing:
         return True
 
     def end(self, forward: Forward, completed: bool) -> None:
-        """Ends what `begin` began; what a forward of this kind does is known where it was completed."""
+        """Ends what `follow` began; what a forward of this kind does is known where it was completed."""
         for marks in (forward.image_marks, forward.marks):
             if marks is not None:
                 marks.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -65,18 +65,18 @@ class Route:
         if not any(start):
             return self
         mixes = self.mixes if any(not mix.rows for mix in self.mixes) else (*self.mixes, base)
-        return Route(mixes, self.index, torch.tensor(start))
+        return Route(mixes, self.index, torch.tensor(start, device="cpu"))
 
     def of(self, rows: Sequence[int]) -> Route:
         """The route of a batch of these of its rows."""
         assert self.index is not None
-        chosen = torch.tensor(rows)
+        chosen = torch.tensor(rows, device="cpu")
         return Route(self.mixes, self.index[chosen], None if self.start is None else self.start[chosen])
 
     def tokens(self, past: int, length: int) -> Tensor:
         """The mix of each token where each has one, int64 [rows, length] on the CPU, from position `past` on."""
         assert self.index is not None
-        places = torch.arange(past, past + length)
+        places = torch.arange(past, past + length, device="cpu")
         if self.start is None:  # what a row generates wears the mix of its last token
             return self.index[:, places.clamp_(max=self.index.shape[1] - 1)]
         return torch.where(places < self.start.unsqueeze(1), self._base, self.index.unsqueeze(1))

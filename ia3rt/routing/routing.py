@@ -18,12 +18,23 @@ from torch.utils._pytree import tree_leaves
 
 from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.bank import Bank
-from ia3rt.adapters.inference_mode import outside_inference_mode
 from ia3rt.adapters.mix import BASE
-from ia3rt.routing.batch import cached, is_text, main_input, named_arguments, parameter_names
+from ia3rt.adapters.outside_modes import outside_modes
+from ia3rt.routing.batch import (
+    Arguments,
+    cached,
+    has_text,
+    is_media,
+    is_text,
+    main_input,
+    named_arguments,
+    parameter_names,
+    takes_text,
+    with_own_rows,
+)
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
-from ia3rt.routing.forward import Forward
+from ia3rt.routing.forward import Forward, Part
 from ia3rt.routing.guard import Guard
 from ia3rt.routing.images import images_of
 from ia3rt.routing.past import PastForwards
@@ -180,7 +191,7 @@ class Routing:
         """The forward that this context is in."""
         return None if is_traced() else self._context.forward()
 
-    @outside_inference_mode
+    @outside_modes
     def lay(self, route: Route) -> Worn:
         """What rows wear by `route`; gradients of it reach the vectors that are trained."""
         worn = self._laid(route)
@@ -319,15 +330,18 @@ class Routing:
                 stacklevel=5,
             )
 
-    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments | None:
         """A forward pre-hook of the model and of the models inside it: the first of them binds what is worn.
 
         Those inside may be called without it, as `generate` does.
 
+        Returns:
+            The arguments, where they are others than were given: a forward that is followed needs rows of its own.
+
         Raises:
             ValueError: the route's rows or tokens are not the batch's, or the forward would not reach a layer.
         """
-        self._start(model, args, kwargs, sys._getframe(2), is_compiled=False)  # past the hook
+        return self._start(model, args, kwargs, sys._getframe(2), is_compiled=False)  # past the hook
 
     def before_compiled(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The same where the forward that comes is compiled: what is followed in others cannot be followed in it.
@@ -372,7 +386,7 @@ class Routing:
 
     def _start(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType, is_compiled: bool
-    ) -> None:
+    ) -> Arguments | None:
         if not self.bank.is_settled:
             self.settle()
         self._leave_ended(caller)
@@ -380,11 +394,9 @@ class Routing:
         if outer is not None and outer.task == task:
             if outer.owner is model:
                 outer.calls += 1
-            return
+            return None
         if is_compiled:
             self._compose()
-        arguments: Mapping[str, Any] | None = None
-        batch: Tensor | None = None
         watch = None
         if self.guard is not None:
             self.guard.check(is_compiled)
@@ -393,22 +405,73 @@ class Routing:
         worn = self._here() if again is None else again
         if is_compiled:
             self._check_compiled(worn)
-        if again is None and worn.rows is not None:
-            arguments = named_arguments(parameter_names(model), args, kwargs)
-            batch = main_input(arguments, model)
-            worn = self._over_batch(model, worn, arguments, batch)
+        is_by_row = again is None and worn.rows is not None
+        if is_by_row:
+            names = parameter_names(model)
+            arguments = named_arguments(names, args, kwargs)
+            batch, part = main_input(arguments, model), self._part(model, arguments)
+            worn = self._over_batch(model, worn, arguments, batch, part)
             if is_compiled:
                 self._compiled.run(_tensors(arguments), worn.is_of_one_row)
         forward = Forward(self._bound(worn), model, task, outer, caller)
-        if arguments is not None and not is_compiled:
-            forward.tokens = batch.shape[1] if batch is not None and batch.dim() > 1 else None
-            if worn.is_behind and worn.rows is not None and forward.tokens is not None:
-                forward.most = worn.rows * forward.tokens
-            self.probing.begin(forward, model, arguments, batch)
+        followed: Arguments | None = None
+        if is_by_row and not is_compiled:
+            self._lay_out(forward, part, batch)
+            if self.probing.is_first(forward, model, arguments, batch):
+                followed = with_own_rows(names, args, kwargs)
+                self.probing.follow(forward, named_arguments(names, *followed))
         self._context.enter(forward)
         if watch is not None:
             forward.watch = watch
             watch.start()
+        return followed
+
+    def _part(self, model: nn.Module, arguments: Mapping[str, Any]) -> Part:
+        """What of the whole model's forward one of `model` is."""
+        whole = self._model()
+        beside_text = whole is not None and whole is not model and takes_text(whole) and not has_text(arguments)
+        return Part.IMAGES if beside_text and any(map(is_media, arguments)) else Part.WHOLE
+
+    def _lay_out(self, forward: Forward, part: Part, batch: Tensor | None) -> None:
+        """Says of a forward what its batch has."""
+        worn, forward.part = forward.worn, part
+        if part is Part.WHOLE and batch is not None and batch.dim() > 1:
+            forward.tokens = batch.shape[1]
+            if worn.is_behind and worn.rows is not None:
+                forward.most = worn.rows * forward.tokens
+
+    def begin_ahead(self, model: nn.Module, arguments: Mapping[str, Any], caller: FrameType) -> Forward | None:
+        """Begins a part of a forward that comes before it, as `generate` has images seen: with the rows of its batch.
+
+        Args:
+            model: that the forward is of.
+            arguments: of the whole forward.
+            caller: a frame that runs until `end_ahead`.
+
+        Returns:
+            What `end_ahead` takes; None where all rows wear one mix, so that the parts bind it themselves.
+
+        Raises:
+            ValueError: the route's rows are not the batch's.
+        """
+        self._leave_ended(caller)
+        worn = self._here()
+        if worn.rows is None or self._context.forward() is not None:
+            return None
+        batch = main_input(arguments, model)
+        over_batch = self._over_batch(model, worn, arguments, batch, Part.AHEAD)
+        forward = Forward(self._bound(over_batch), model, -1, None, caller)
+        self._lay_out(forward, Part.AHEAD, batch)
+        if self.probing.is_first(forward, model, arguments, batch):
+            self.probing.follow(forward, arguments)
+        self._context.enter(forward)
+        return forward
+
+    def end_ahead(self, forward: Forward | None, completed: bool) -> None:
+        """Ends what `begin_ahead` began."""
+        if forward is not None:
+            self.probing.end(forward, completed)
+            self._context.leave(forward)
 
     def after_traced(self, model: nn.Module, args: object, output: object) -> None:
         """A forward hook, where a compiler reads it."""
@@ -491,12 +554,18 @@ class Routing:
         self._past.begin(worn)
         return worn
 
-    def _over_batch(self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any], batch: Tensor | None) -> Worn:
+    def _over_batch(
+        self, model: nn.Module, worn: Worn, arguments: Mapping[str, Any], batch: Tensor | None, part: Part
+    ) -> Worn:
         """`worn` over the rows, tokens and images at hand."""
+        if part is Part.IMAGES:
+            if worn.images is None and batch is not None and len(batch) == worn.rows:
+                return worn.with_images(range(len(batch)))  # one a row, as the route does not say whose they are
+            return worn
         self._check_rows(worn, batch)
         if batch is None:
             return worn
-        if worn.route.by_token:
+        if worn.route.by_token and part is Part.WHOLE:
             check_one_sequence(model)
             worn = self._over_tokens(model, worn, batch, arguments)
         images = images_of(model, arguments) if worn.images is None else None
@@ -510,7 +579,7 @@ class Routing:
                 "route() takes one mix for each row of the batch, set_adapter() one for all"
             )
 
-    @outside_inference_mode
+    @outside_modes
     def _over_tokens(self, model: nn.Module, worn: Worn, batch: Tensor, arguments: Mapping[str, Any]) -> Worn:
         route = worn.route
         assert route.index is not None

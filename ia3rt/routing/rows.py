@@ -12,7 +12,7 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.layout import Layout
 from ia3rt.routing.probing import Probing
-from ia3rt.routing.traced import is_captured, is_traced
+from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
 from ia3rt.routing.worn import Shelf, Worn
 
 
@@ -60,7 +60,7 @@ class RowScales:
         scale = worn.composed.scale(position)
         if scale.dim() < 2:
             return scale
-        if x.is_meta or self._need_no_order(layer, x, worn):
+        if has_no_numbers(x) or self._need_no_order(layer, x, worn):
             return scale[0]
         layout = self._probing.layout(layer, position, x, worn, forward)
         laid = spread(scale, layout, x, worn)
@@ -92,7 +92,7 @@ class RowScales:
             return None
         worn.compose(self._bank)
         scale = worn.composed.scale(position)
-        if scale.dim() < 2 or x.is_meta or self._need_no_order(layer, x, worn):
+        if scale.dim() < 2 or has_no_numbers(x) or self._need_no_order(layer, x, worn):
             return scale.reshape(-1, scale.shape[-1])[:1], None
         layout = self._probing.layout(layer, position, x, worn, forward)
         return scale, _numbers(scale, layout, x, worn)
@@ -110,7 +110,7 @@ class RowScales:
             return True  # as in each step of decoding: the rest would take longer than a launch
         if not self._is_scaled(layer, position, x, worn, forward):
             return False
-        if self._need_no_order(layer, x, worn):
+        if has_no_numbers(x) or self._need_no_order(layer, x, worn):
             return True
         layout = self._probing.layout(layer, position, x, worn, forward)
         if layout.dim != 0 or layout.images:

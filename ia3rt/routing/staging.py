@@ -55,7 +55,7 @@ class Staging:
 
     def __init__(self, table: Tensor) -> None:
         turns = _TURNS if table.is_cuda else 1  # a copy within the CPU is made when the call returns
-        memory = torch.zeros(turns, len(table), dtype=torch.int32, pin_memory=table.is_cuda)
+        memory = torch.zeros(turns, len(table), dtype=torch.int32, device="cpu", pin_memory=table.is_cuda)
         self._turns = [Turn(row, table) for row in memory]
         self._next = 0
 

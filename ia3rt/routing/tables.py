@@ -31,8 +31,8 @@ class MixTables:
 
     def __init__(self) -> None:
         self.bank: Sequence[Tensor] = ()
-        self.mixes = torch.zeros(0, 2, dtype=torch.int32)
-        self.route = torch.zeros(0, dtype=torch.int32)
+        self.mixes = torch.zeros(0, 2, dtype=torch.int32, device="cpu")
+        self.route = torch.zeros(0, dtype=torch.int32, device="cpu")
         self.tokens: Tensor | None = None
         self.layout, self.stays = (0, 0, 0), True
         self._table: Tensor | None = None
@@ -100,7 +100,7 @@ class MixTables:
 
 def pack_mixes(mixes: Sequence[ResolvedMix], size: int) -> Tensor:
     """Packs mixes of at most `size` adapters into rows of `MixTables.mixes`, int32 [len(mixes), 2 + 2 size]."""
-    packed = torch.zeros(len(mixes), 2 + 2 * size, dtype=torch.int32)
+    packed = torch.zeros(len(mixes), 2 + 2 * size, dtype=torch.int32, device="cpu")
     _pack(Turn(packed.view(-1)), mixes, 2 + 2 * size)
     return packed
 

@@ -1,9 +1,10 @@
-"""Whether what is done now is also done later, for rows that wear something else."""
+"""Whether what is done now is also done later, for rows that wear something else; or is not done at all."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_traced() -> bool:
@@ -17,3 +18,8 @@ def is_traced() -> bool:
 def is_captured(x: Tensor) -> bool:
     """Whether a CUDA graph captures what is done with x."""
     return not is_traced() and x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def has_no_numbers(x: Tensor) -> bool:
+    """Whether only shapes are computed: on the meta device, or in FakeTensorMode."""
+    return x.is_meta or isinstance(x, FakeTensor)

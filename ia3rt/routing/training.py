@@ -88,7 +88,7 @@ class TrainedAdapters:
         placed = tuple(MixTables() for _ in self._bank.tables)
         if backend == "triton":
             packed = pack_mixes(mixes, max(1, *(len(mix.rows) for mix in mixes)))
-            index = torch.zeros(1, dtype=torch.int32) if by_row is None else by_row.int()
+            index = torch.zeros(1, dtype=torch.int32, device="cpu") if by_row is None else by_row.int()
             vectors, devices = Stacked(scales.vectors), [here.device for here in self._bank.tables]
             placed = tuple(MixTables.over(vectors, packed.to(device), index.to(device)) for device in devices)
         return Worn(route, None if route.index is None else len(route.index), scales, placed)

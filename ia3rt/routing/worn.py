@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.adapters.bank import Bank
-from ia3rt.adapters.inference_mode import outside_inference_mode
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.routing.composed import ComposedMixes, Scales
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.streams import Streams, current_stream, current_streams
@@ -39,7 +39,7 @@ class Memory:
         self.route: Route | None = None
         self.streams: Streams = ()
 
-    @outside_inference_mode
+    @outside_modes
     def write(self, bank: Bank, route: Route, backend: Backend, composes: bool, streams: Streams) -> None:
         """Writes a route, in `streams`, the current ones; in place where one of as many rows was here before."""
         by_row = None if route.of_rows is None else route.of_rows.tolist()
@@ -223,7 +223,7 @@ class Worn:
             return
         route = self.route
         if index is None and rows is not None:
-            route = Route(route.mixes, torch.zeros(rows, dtype=torch.int64))
+            route = Route(route.mixes, torch.zeros(rows, dtype=torch.int64, device="cpu"))
         if route.by_token or (None if route.index is None else len(route.index)) != rows:
             return
         holder = None if memory.holder is None else memory.holder()

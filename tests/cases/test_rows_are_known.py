@@ -5,19 +5,15 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
+from pictures import SEEN, SIZE, clip, ids, llava, patched
 from torch import Tensor, nn
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
     DebertaV2Config,
     DebertaV2Model,
     FSMTConfig,
     FSMTForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LongformerConfig,
     LongformerModel,
     SwinConfig,
@@ -25,24 +21,12 @@ from transformers import (
     XLNetConfig,
     XLNetLMHeadModel,
 )
+from where import home
 
 import ia3rt
 
-SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 BART = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
 NAMES = ["a", "b", None]
-
-
-def ids(rows: int, length: int) -> Tensor:
-    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(7))
-
-
-def patched(model: nn.Module, **sites: object) -> ia3rt.Runtime:
-    runtime = ia3rt.patch(model.eval(), **sites)
-    generator = torch.Generator().manual_seed(5)
-    for name in "ab":
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
-    return runtime
 
 
 def assert_each_row_wears_its_own(runtime: ia3rt.Runtime, names: list, run: Callable[[], Tensor]) -> None:
@@ -145,20 +129,6 @@ def test_what_all_rows_share_is_refused_by_name() -> None:
     assert torch.equal(same, model(x).last_hidden_state), "rows that wear the same need no order"
 
 
-def llava() -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**SIZE, image_size=16, patch_size=8),
-        text_config=LlamaConfig(**SIZE, vocab_size=99, pad_token_id=0),
-        image_token_index=98,
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-SEEN = dict(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
-
-
 @pytest.mark.parametrize("places", [(8, 0), (0, 8), (4, 4), (4, 0), (0, 4)], ids=str)
 def test_images_wear_what_their_row_does(places) -> None:
     runtime = patched(llava(), **SEEN)
@@ -172,10 +142,7 @@ def test_images_wear_what_their_row_does(places) -> None:
 
 
 def test_images_of_which_nobody_can_know_are_refused_or_said() -> None:
-    size = dict(**SIZE, projection_dim=16)
-    text = dict(**size, vocab_size=99, max_position_embeddings=20, eos_token_id=2, bos_token_id=1, pad_token_id=0)
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**size, image_size=16, patch_size=8)))
+    model = clip()
     runtime = patched(model, **SEEN)
     x, pixels = ids(2, 6), torch.randn(3, 3, 16, 16)
     with runtime.route(["a", "b"]), pytest.raises(ValueError, match=r"vision_model.*images=\[…\]"):
@@ -299,6 +266,29 @@ def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
             assert "v_proj" in str(error)
             refused += 1
     assert refused >= 2
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_that_are_one_in_memory(backend) -> None:
+    """A prompt for each adapter, as `expand` makes it; and the batches after it are as right as if it were none."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99)).to(home(backend))
+    runtime, x = patched(model, backend=backend), ids(3, 6).to(model.device)
+    for expanded in (x[:1].expand(3, -1), x, x[:1, :4].expand(3, -1)):
+        assert_each_row_wears_its_own(runtime, NAMES, lambda: model(expanded).logits)  # noqa: B023
+        embedded = model.get_input_embeddings()(expanded[:1]).detach().expand(3, -1, -1)
+        assert_each_row_wears_its_own(runtime, NAMES, lambda: model(inputs_embeds=embedded).logits)  # noqa: B023
+
+
+def test_a_forward_that_cannot_be_followed_is_none_that_says_where_rows_are() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99))
+    runtime, x = patched(model), ids(3, 6)
+    broken = model.get_input_embeddings()(x).detach() * torch.nan
+    with runtime.route(NAMES), pytest.raises(ValueError, match="no forward of rows with different adapters"):
+        model(inputs_embeds=broken)
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x).logits)
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(inputs_embeds=broken.nan_to_num(0.5)).logits)
 
 
 def test_seeing_leaves_what_a_model_counts() -> None:

@@ -52,7 +52,8 @@ def derived_vectors(
         numbers = max((vector.numel() for vector in given if vector is not None), default=0)
         if not numbers:
             continue
-        vectors = [_whole(vector, numbers) if vector is not None else torch.ones(numbers) for vector in given]
+        ones = torch.ones(numbers, dtype=torch.float32, device="cpu")
+        vectors = [ones if vector is None else _whole(vector, numbers) for vector in given]
         weighed = [_importance(name, site, importances, numbers) for name in combination.adapters]
         keys = [f"{combination.seed or 0}:{place}:{site.side}:{site.path}" for place in range(len(adapters))]
         try:

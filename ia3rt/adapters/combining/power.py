@@ -28,7 +28,7 @@ def power(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         ValueError: two of them have different signs, between which powers say nothing; or a 0 has a negative weight.
     """
     used = [(vector.detach().reshape(-1).cpu().double(), w) for vector, w in zip(vectors, weights, strict=True) if w]
-    result = torch.ones(vectors[0].numel(), dtype=torch.float64)
+    result = torch.ones(vectors[0].numel(), dtype=torch.float64, device="cpu")
     negative, positive = torch.zeros_like(result, dtype=torch.bool), torch.zeros_like(result, dtype=torch.bool)
     for vector, weight in used:
         if weight < 0 and (vector == 0).any():

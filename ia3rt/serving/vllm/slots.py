@@ -28,9 +28,9 @@ class TokenSlots:
     def __init__(self, max_tokens: int, slots: int, device: torch.device) -> None:
         self.identity = slots
         self.index = torch.full((max_tokens,), slots, dtype=torch.int32, device=device)
-        self.active = torch.zeros(1, dtype=torch.int32)
-        rows = torch.arange(slots + 1, dtype=torch.int32)
-        one = torch.ones((), dtype=torch.float32).view(torch.int32).expand(slots + 1)
+        self.active = torch.zeros(1, dtype=torch.int32, device="cpu")
+        rows = torch.arange(slots + 1, dtype=torch.int32, device="cpu")
+        one = torch.ones((), dtype=torch.float32, device="cpu").view(torch.int32).expand(slots + 1)
         self.mixes = torch.stack([torch.zeros_like(rows), torch.ones_like(rows), rows, one], dim=1).to(device)
         self.runs: list[tuple[int, int, int]] = []
         self.step = 0
@@ -65,7 +65,7 @@ class TokenSlots:
             start = stop
         self.active[0] = bool(self.runs)
         # From pinned memory, so that the host need not wait for what the device is doing.
-        given = torch.tensor(rows, dtype=torch.int32, pin_memory=self.index.is_cuda)
+        given = torch.tensor(rows, dtype=torch.int32, device="cpu", pin_memory=self.index.is_cuda)
         self.index[:count].copy_(given, non_blocking=True)
         if self._live > count:
             self.index[count : self._live].fill_(self.identity)

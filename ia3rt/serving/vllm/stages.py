@@ -51,7 +51,7 @@ def _handed(numbers: set[int]) -> torch.Tensor:
     """Adapters' numbers as a tensor that vLLM sends whole: one that its processes' number divides it would cut."""
     told = sorted(numbers)
     told += [told[0]] * (1 - len(told) % get_tp_group().world_size)
-    return torch.tensor(told, dtype=torch.int32)
+    return torch.tensor(told, dtype=torch.int32, device="cpu")
 
 
 def _taken(given: IntermediateTensors) -> set[int]:

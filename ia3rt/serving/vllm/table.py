@@ -27,12 +27,12 @@ class SlotTable:
     """
 
     def __init__(self, slots: TokenSlots, width: int) -> None:
-        self.rows = torch.ones(slots.identity + 1, width, device=slots.index.device)
+        self.rows = torch.ones(slots.identity + 1, width, dtype=torch.float32, device=slots.index.device)
         self.by_kernel = backend(self.rows) == "triton"
         self._slots = slots
         self._columns = slice(width, 0)  # those that any vector was for: qkv_proj's begin with q's, which wear ones
         self._for_ops = self.rows, slots.index, slots.active, slots.mixes
-        self._worn = torch.empty(0)
+        self._worn = torch.empty(0, dtype=torch.float32, device="cpu")
         self._worn_of = (-1, 0)
 
     def clear(self, slot: int) -> None:

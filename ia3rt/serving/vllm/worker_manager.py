@@ -123,6 +123,6 @@ def _anywhere(failed: list[bool]) -> list[bool]:
     group = get_tp_group()
     if not failed or group.world_size == 1:
         return failed
-    flags = torch.tensor(failed, dtype=torch.int32)
+    flags = torch.tensor(failed, dtype=torch.int32, device="cpu")
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
     return [bool(flag) for flag in flags]
