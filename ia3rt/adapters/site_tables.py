@@ -105,12 +105,11 @@ class SiteTables:
     def settle(self) -> bool:
         """Brings each site's columns to where it lies. Whether any were elsewhere.
 
-        Those of a site whose weights are away stay where they are, unless all are.
+        Those of a site whose weights are away, on the meta device, stay where they are: there they would be lost.
         """
-        devices = self._devices(self.sites)
-        if not all(each.type == "meta" for each in devices):
-            known = (self.tables[at].device for at in self.places)
-            devices = [at if each.type == "meta" else each for each, at in zip(devices, known, strict=True)]
+        known = (self.tables[at].device for at in self.places)
+        there = zip(self._devices(self.sites), known, strict=True)
+        devices = [at if each.type == "meta" else each for each, at in there]
         self.is_settled, self._noted = True, devices
         if all(self.tables[at].device == each for at, each in zip(self.places, devices, strict=True)):
             return False

@@ -104,14 +104,30 @@ def test_a_forward_that_other_code_set_is_refused():
         ia3rt.patch(model)
 
 
-def test_the_bank_follows_the_model_to_another_device(folders):
-    """The meta device stands for any other: what matters is that no tensor stays behind."""
-    runtime = patched(folders)
-    runtime.route(["b", None, "c"])
-    runtime.model.to("meta")
-    assert runtime._bank.table.is_meta
-    assert all(scale.is_meta for scale in runtime._routing.now().composed._scales)
-    assert runtime.model(IDS.to("meta")).logits.is_meta
+@pytest.mark.parametrize("rows", [False, True], ids=["one mix", "rows"])
+def test_vectors_are_not_lost_on_the_meta_device(tmp_path, rows):
+    """Where shapes alone are computed, and weights are until they are loaded: nothing comes back from there."""
+    wrapped = peft_model(tiny_model(), "llama")
+    paths = save_each(wrapped, tmp_path)
+    runtime = patched(("llama", paths))
+    model, meta = runtime.model, torch.device("meta")
+    weights, rotary = tiny_model().state_dict(), tiny_model().model.rotary_emb
+    wear = (lambda: runtime.route(["b", None, "c"])) if rows else (lambda: runtime.set_adapter("b"))
+    wear()
+    away = {name: weight.to(meta) for name, weight in model.state_dict().items()}
+    assert torch.func.functional_call(model, away, (IDS.to(meta),)).logits.is_meta  # before any other forward
+    wrapped.set_adapter("b")
+    expected = logits(wrapped, IDS)[: 1 if rows else None]
+    torch.testing.assert_close(logits(model, IDS)[: len(expected)], expected, rtol=1e-4, atol=1e-4)
+    model.to(meta)
+    assert model(IDS.to(meta)).logits.is_meta
+    runtime.load_adapter(paths[2], "late")
+    model.to_empty(device="cpu").load_state_dict(weights, strict=False)
+    model.model.rotary_emb = rotary  # what it computes of its config is in no file
+    torch.testing.assert_close(logits(model, IDS)[: len(expected)], expected, rtol=1e-4, atol=1e-4)
+    runtime.set_adapter("late")
+    wrapped.set_adapter("d")
+    torch.testing.assert_close(logits(model, IDS), logits(wrapped, IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_a_dtype_change_keeps_the_vectors_exact(folders):
