@@ -33,9 +33,14 @@ class Op:
         # The schema is read from the body; what runs is `_run`.
         schema = torch.library.infer_schema(body, mutates_args=mutates_args)
         self.op = torch.library.custom_op(name, self._run, mutates_args=mutates_args, schema=schema)
-        self.register_fake = self.op.register_fake
         self.register_autograd = self.op.register_autograd
         self.__doc__ = body.__doc__
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorate what makes the result without numbers; see torch.library.register_fake."""
+        self._fake = fake
+        self.op.register_fake(fake)
+        return fake
 
     def __call__(self, *args: Any) -> Any:
         """Return what the op returns."""
@@ -43,7 +48,8 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         if not _dispatch.may_repeat(args[0]):
-            return self.body(*args)
+            # Beside vectors that have numbers the dispatcher does not see that the result has none.
+            return self._fake(*args) if args[0].is_meta else self.body(*args)
         tensors = [each for each in args if isinstance(each, Tensor)]
         pointers = [tensor.data_ptr() for tensor in tensors]
         seen: list[Any] = [_current_device(), torch._C._get_cublas_allow_tf32()]

@@ -105,11 +105,12 @@ def test_a_forward_that_other_code_set_is_refused():
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one mix", "rows"])
-def test_vectors_are_not_lost_on_the_meta_device(tmp_path, rows):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_vectors_are_not_lost_on_the_meta_device(tmp_path, backend, rows):
     """Where shapes alone are computed, and weights are until they are loaded: nothing comes back from there."""
     wrapped = peft_model(tiny_model(), "llama")
     paths = save_each(wrapped, tmp_path)
-    runtime = patched(("llama", paths))
+    runtime = patched(("llama", paths), backend=backend)
     model, meta = runtime.model, torch.device("meta")
     weights, rotary = tiny_model().state_dict(), tiny_model().model.rotary_emb
     wear = (lambda: runtime.route(["b", None, "c"])) if rows else (lambda: runtime.set_adapter("b"))
@@ -122,8 +123,8 @@ def test_vectors_are_not_lost_on_the_meta_device(tmp_path, rows):
     model.to(meta)
     assert model(IDS.to(meta)).logits.is_meta
     runtime.load_adapter(paths[2], "late")
-    model.to_empty(device="cpu").load_state_dict(weights, strict=False)
-    model.model.rotary_emb = rotary  # what it computes of its config is in no file
+    model.to_empty(device=home(backend)).load_state_dict(weights, strict=False)
+    model.model.rotary_emb = rotary.to(home(backend))  # what it computes of its config is in no file
     torch.testing.assert_close(logits(model, IDS)[: len(expected)], expected, rtol=1e-4, atol=1e-4)
     runtime.set_adapter("late")
     wrapped.set_adapter("d")
