@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ia3rt.modules.offloading import HUNG_ON
 from ia3rt.modules.set_forward import keeps_class_forward
 from ia3rt.modules.swapping import Swapping, lift
-from ia3rt.modules.wearer import Wearer, unwrap
+from ia3rt.modules.wearer import PLAIN, Wearer, unwrap
 
 
 def copied(model: nn.Module, name: str, path: str, state: Mapping[str, Tensor], resizes: bool) -> nn.Module:
@@ -123,7 +123,7 @@ def _kept(module: nn.Module) -> dict[int, Any]:
         shared = [value for key, value in held.items() if key.startswith("ia3_") or key in HUNG_ON]
         shared += [tensor for tensor in part._parameters.values() if tensor is not None]
         kept.update((id(value), value) for value in shared)
-    return kept
+    return kept | {PLAIN: True}
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor, resizes: bool) -> None:

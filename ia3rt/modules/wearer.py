@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -20,6 +22,9 @@ from ia3rt.routing.layout import Layout, Unknown
 from ia3rt.routing.routing import Routing, routing_of
 from ia3rt.routing.traced import is_traced
 from ia3rt.routing.worn import Worn
+
+PLAIN: Any = "ia3rt: a plain copy is meant"
+"""In the memo of a deep copy of a part of a model, says so."""
 
 
 class How(NamedTuple):
@@ -66,6 +71,9 @@ class Wearer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """With the whole model, a drop-in of its copy; else a plain module: no Runtime says what the part wears."""
         whole = self.ia3_routing.is_copied(memo)
+        if not whole and self.ia3_routing.bank.adapters and PLAIN not in memo:
+            memo[PLAIN] = True
+            _warn_of_plain(self)
         ours = {name: value for name, value in vars(self).items() if name.startswith("ia3_")}
         if not whole:
             memo.update((id(value), value) for value in ours.values())
@@ -109,6 +117,17 @@ class Wearer(nn.Module):
     def ia3_hows(self, rows: int) -> dict[int, How]:
         """What applies the vectors that this module applies, by position, for so many rows: see explanation.py."""
         raise NotImplementedError
+
+
+def _warn_of_plain(module: nn.Module) -> None:
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("ia3rt", "copy", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"a part of a patched model, with a {type(module).ia3_original.__name__} that wears adapters, was copied by "  # type: ignore[attr-defined]
+        "itself: the copy is plain and wears none. Copy the whole model, or unpatch() it before",
+        stacklevel=level,
+    )
 
 
 def copied_as_pickle_does(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

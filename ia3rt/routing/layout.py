@@ -40,16 +40,15 @@ class Unknown(NamedTuple):
 NOTHING = Unknown("nothing in it depends on the rows of the batch one by one")
 
 
-def layout_of(marked: Tensor, row: int, rows: int, tokens: int = 0) -> Layout | Unknown:
-    """The layout of an input, of which the elements are marked that depend on one row.
+def layout_of(marked: Tensor, rows: int, tokens: int = 0) -> Layout | Unknown:
+    """The layout of an input, of which the elements are marked that depend on the last row.
 
     Args:
         marked: bool [..., width].
-        row: which row that is.
         rows: how many there are.
         tokens: how many tokens each has in the batch.
     """
-    places = marked.any(-1)
+    row, places = rows - 1, marked.any(-1)
     count = int(places.sum())
     if count == 0:
         return NOTHING

@@ -34,7 +34,7 @@ class Marks(TorchDispatchMode):
         with _disable_current_modes():
             if not x.numel() or x.stride(0) == 0 or x.is_complex() or x.dtype == torch.bool or _address(x) is None:
                 return False
-            if x.is_floating_point() and bool(x[row].isnan().all()):
+            if x.is_floating_point() and bool(x[row].isnan().any()):
                 return False
             twin = self._give_twin(x)
             if x.is_floating_point():

@@ -15,8 +15,6 @@ from ia3rt.routing.marks import Marks
 from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
 from ia3rt.routing.worn import Worn
 
-_ROW = 1  # the one that is followed: its place differs in every order of the rows
-
 Layouts: TypeAlias = "dict[int, Layout | Unknown]"
 """By the number of dimensions of an input; by minus that, of a batch of one row, whose tokens wear different mixes."""
 
@@ -49,14 +47,17 @@ class Probing:
         return forward.kind not in self._kinds
 
     def follow(self, forward: Forward, arguments: Mapping[str, Any]) -> None:
-        """Follows a row of the batch through a forward, and one of its images."""
+        """Follows the last row of the batch through a forward, and the last of its images.
+
+        That has another place in any order of them that a model may take, such as the reverse.
+        """
         rows, images = forward.worn.rows, forward.worn.images or ()
         assert rows is not None
         of_rows = () if forward.part is Part.IMAGES else row_inputs(arguments, rows)
         of_images = media_inputs(arguments, len(images)) if forward.part is Part.IMAGES or has_text(arguments) else ()
         marks, image_marks = Marks(rows), Marks(len(images))
-        has_rows = [marks.mark(x, min(_ROW, rows - 1)) for x in of_rows]
-        has_images = [image_marks.mark(x, min(_ROW, len(images) - 1)) for x in of_images]
+        has_rows = [marks.mark(x, rows - 1) for x in of_rows]
+        has_images = [image_marks.mark(x, len(images) - 1) for x in of_images]
         if not any(has_images if forward.part is Part.IMAGES else has_rows):
             return  # or what says nothing of the rows would be taken to say that nothing depends on them
         self.seen += 1
@@ -147,10 +148,10 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
         known = layouts.setdefault(_key(x, worn), text)
         layouts[_key(x, worn)] = text if known == text else NOTHING
         return
-    seen: Layout | Unknown = layout_of(forward.marks.marked(x), _ROW, worn.rows, forward.tokens or 0)
+    seen: Layout | Unknown = layout_of(forward.marks.marked(x), worn.rows, forward.tokens or 0)
     if isinstance(seen, Unknown) and forward.image_marks is not None and worn.images is not None:
         marked, count = forward.image_marks.marked(x), len(worn.images)
-        of_images = layout_of(marked, _ROW, count) if count > 1 else Layout(0) if marked.any() else seen
+        of_images = layout_of(marked, count) if count > 1 else Layout(0) if marked.any() else seen
         if isinstance(of_images, Layout) and not of_images.repeated:
             seen = of_images._replace(images=True)
     before = layouts.get(x.dim(), seen)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,11 +108,15 @@ def test_a_copy_of_a_part_is_plain():
     runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
     runtime.set_adapter("a")
     runtime.train_adapter("a")
-    block, trunk = copy.deepcopy(model.model.layers[0]), copy.deepcopy(model.model)
+    with pytest.warns(UserWarning, match=r"a part of a patched model, with a \w+ that wears adapters") as warned:
+        block, trunk = copy.deepcopy(model.model.layers[0]), copy.deepcopy(model.model)
+    assert [Path(each.filename).name for each in warned] == [Path(__file__).name] * 2, "one of each, of who copies"
     assert not any(type(module).__name__.startswith("IA3") for part in (block, trunk) for module in part.modules())
     assert not any("ia3" in name for part in (block, trunk) for name, _ in part.named_parameters())
     with torch.no_grad():
         assert torch.equal(trunk(IDS)[0], tiny_model().model(IDS)[0])
     runtime.end_training()
     before = logits(model, IDS)
-    assert torch.equal(logits(copy.deepcopy(model), IDS), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(logits(copy.deepcopy(model), IDS), before)

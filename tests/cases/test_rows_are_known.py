@@ -252,6 +252,27 @@ def test_tokens_behind_another_dimension(make, side) -> None:
                     model(x)
 
 
+class Reversed(Embedded):
+    """As what reads both ways does, but over the rows."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.v_proj(self.embed(input_ids).flip(0)).flip(0)
+
+
+class Rolled(Embedded):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.v_proj(self.embed(input_ids).roll(1, 0)).roll(-1, 0)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5])
+@pytest.mark.parametrize("make", [Reversed, Rolled], ids=lambda make: make.__name__)
+def test_another_order_of_the_rows_is_refused(make, rows) -> None:
+    model = make()
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    with runtime.route(["a", "b", None, "a", "b"][:rows]), pytest.raises(ValueError, match="v_proj"):
+        model(ids(rows, 6))
+
+
 @pytest.mark.parametrize("make", [Unpadded, Sorted], ids=lambda make: make.__name__)
 def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
     model = make()
@@ -284,7 +305,8 @@ def test_a_forward_that_cannot_be_followed_is_none_that_says_where_rows_are() ->
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99))
     runtime, x = patched(model), ids(3, 6)
-    broken = model.get_input_embeddings()(x).detach() * torch.nan
+    broken = model.get_input_embeddings()(x).detach().clone()
+    broken[2, 1, 4] = torch.nan
     with runtime.route(NAMES), pytest.raises(ValueError, match="no forward of rows with different adapters"):
         model(inputs_embeds=broken)
     assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x).logits)
