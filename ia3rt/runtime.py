@@ -21,6 +21,7 @@ from ia3rt.adapters.combining.combination import Combination, DerivedType
 from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
+from ia3rt.adapters.given import check_mapping, check_tensors
 from ia3rt.adapters.giving_back import check_givable, give_back
 from ia3rt.adapters.host import HostRow
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
@@ -249,14 +250,20 @@ class Runtime:
 
         Raises:
             ValueError: the name is taken, a vector or a module does not fit the model or is not finite, a vector is not
-                ones outside of its site's slices, or the model lacks a site or a module. Nothing has changed then.
+                of a floating point dtype, or not ones outside of its site's slices, or the model lacks a site or a
+                module. Nothing has changed then.
+            TypeError: vectors or modules are no tensors, or the config is no mapping; nor then.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("add an adapter")
         self._check_name(name)
-        own = brought.of_tensors(self.model, name, modules, config or {})
-        if vectors is None:
-            sites = self.sites or self._adapter_sites.of_config(config or {})
+        config = {} if config is None else config
+        check_mapping(config, f"the config of adapter {name!r}", "values, as adapter_config.json holds them")
+        own = brought.of_tensors(self.model, name, modules, config)
+        if vectors is not None:
+            check_tensors(vectors, f"the vectors of adapter {name!r}")
+        else:
+            sites = self.sites or self._adapter_sites.of_config(config)
             if not sites:
                 raise ValueError(
                     f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
@@ -268,7 +275,7 @@ class Runtime:
         sited = [(here.site(name, here.key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
-        self._add(name, dict(sited), dict(config or {}), own)
+        self._add(name, dict(sited), dict(config), own)
 
     def add_weighted_adapter(
         self,
@@ -310,10 +317,15 @@ class Runtime:
         Raises:
             ValueError: as `Combination`; an adapter is unknown, or the name is taken; what cannot be combined, with the
                 site. Nothing has changed then.
+            TypeError: as `Combination`; or importances are no tensors.
             RuntimeError: the model is merged or no longer patched.
         """
         self._check_open("combine adapters")
         self._check_name(adapter_name)
+        if importances is not None:
+            check_mapping(importances, "importances", "vectors")
+            for name, given in importances.items():
+                check_tensors(given, f"the importances of adapter {name!r}")
         if isinstance(adapters, Mapping):
             if weights is not None:
                 raise ValueError(f"adapters {dict(adapters)} have weights already: give weights=None")

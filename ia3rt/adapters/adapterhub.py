@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.adapters.folder import ADAPTERHUB_HEAD_NAMES, ADAPTERHUB_NAMES, find_file
+from ia3rt.adapters.given import check_floating
 from ia3rt.adapters.site import SiteKey
 from ia3rt.adapters.tensor_file import read_tensors
 
@@ -103,8 +104,7 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _vector(path: str, tensor: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    if not tensor.is_floating_point():
-        raise ValueError(f"the vector at {path!r} is of dtype {tensor.dtype}: expected a floating point one")
+    check_floating(tensor, f"the vector at {path!r}")
     if tensor.dim() != 2 or tensor.shape[1] != 1:
         raise ValueError(f"the vector at {path!r} has shape {tuple(tensor.shape)}: AdapterHub's have [out_features, 1]")
     matrices, scaled_by = settings.get("attn_matrices", ("k", "v")), settings.get("alpha", 1)

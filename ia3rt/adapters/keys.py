@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ia3rt.adapters.given import check_floating
 from ia3rt.adapters.site import Side, SiteKey, name_matches
 
 PREFIX = "base_model.model."
@@ -166,8 +167,7 @@ def _prefixes(key: str) -> Iterable[str]:
 def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
     # The shape says what was trained. The config can be wrong: in PEFT the first adapter on a module fixes its side
     # for all later ones.
-    if not tensor.is_floating_point():
-        raise ValueError(f"the vector at {path!r} is of dtype {tensor.dtype}: expected a floating point one")
+    check_floating(tensor, f"the vector at {path!r}")
     if tensor.dim() == 2 and tensor.shape[0] == 1 and tensor.shape[1] > 1:
         return "in"
     if tensor.dim() == 2 and tensor.shape[1] == 1 and tensor.shape[0] > 1:

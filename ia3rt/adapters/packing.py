@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ia3rt.adapters.given import check_floating
 from ia3rt.adapters.pieces import pieces
 from ia3rt.adapters.site import Site, SiteKey
 
@@ -21,14 +22,17 @@ def pack(name: str, vectors: Mapping[Site, Tensor], sites: Mapping[SiteKey, Site
         dtype: the bank's.
 
     Raises:
-        ValueError: a vector of another width than its site's, of complex numbers, or with a NaN or inf, or with
-            other numbers than ones outside of its site's slices; or nothing to load.
+        ValueError: a vector of another width than its site's, of other than floating point numbers, without numbers of
+            its own, with a NaN or inf or a number too large for the dtype, or with other numbers than ones outside of
+            its site's slices; or nothing to load.
     """
     if not vectors:
         raise ValueError(f"adapter {name!r} has no vectors")
     for site, vector in vectors.items():
-        if vector.is_complex():
-            raise ValueError(f"adapter {name!r} has a vector of {vector.dtype} at {site}: expected real numbers")
+        check_floating(vector, f"the vector of adapter {name!r} at {site}")
+        if vector.layout != torch.strided or vector.is_meta:
+            how = "without numbers, on the meta device" if vector.is_meta else f"of layout {vector.layout}"
+            raise ValueError(f"adapter {name!r} has a vector {how} at {site}: expected a plain tensor of its numbers")
         if not _fits(vector, site):
             raise ValueError(
                 f"adapter {name!r} has a vector of shape {tuple(vector.shape)} at {site}: expected "
@@ -44,17 +48,27 @@ def pack(name: str, vectors: Mapping[Site, Tensor], sites: Mapping[SiteKey, Site
             columns.fill_(1.0)
     if not all(piece.to(dtype).isfinite().all() for piece in pieces(row)):
         for site, vector in vectors.items():
-            if not vector.isfinite().all():
-                raise ValueError(
-                    f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged"
-                )
-        raise ValueError(f"adapter {name!r} has values too large for the bank's {dtype}: use float32")
+            _check_held(name, site, vector, dtype)
     return row
 
 
 def all_sites(sites: Mapping[SiteKey, Site], more: Iterable[Site]) -> dict[SiteKey, Site]:
     """A bank's sites and then those of `more` that it lacks."""
     return {**sites, **{site.key: site for site in more if site.key not in sites}}
+
+
+def _check_held(name: str, site: Site, vector: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where a vector has a number that no bank can hold, or not one of this dtype."""
+    numbers = vector.detach().double()
+    if not numbers.isfinite().all():
+        raise ValueError(f"adapter {name!r} has a NaN or inf at {site}: its training diverged or the file is damaged")
+    row = numbers.float()
+    if not row.to(dtype).isfinite().all():
+        holds_it = "patch(dtype=torch.float32) holds it" if row.isfinite().all() else "no dtype of a bank's holds it"
+        raise ValueError(
+            f"adapter {name!r} has a number of magnitude {numbers.abs().max():g} at {site}, which is too large for the "
+            f"bank's {dtype}: {holds_it}"
+        )
 
 
 def _check_slices(name: str, site: Site, vector: Tensor) -> None:

@@ -63,9 +63,14 @@ class AdapterSites:
         """A path and a side; of a path alone, the one side where the model has a site there.
 
         Raises:
-            ValueError: it has none or two.
+            ValueError: it has none or two, or that is no key.
         """
         if not isinstance(key, str):
+            if not isinstance(key, tuple) or [type(part) for part in key] != [str, str]:
+                raise ValueError(
+                    f"adapter {name!r} has a vector at {key!r}: name its place by a module's path, or by (path, 'in') "
+                    "or (path, 'out')"
+                )
             return key
         here = [site for site in self._bank.sites.values() if site.path == key]
         if len(here) == 1:

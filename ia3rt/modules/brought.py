@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.adapters.checkpoint import Checkpoint
+from ia3rt.adapters.given import check_mapping, check_tensors
 from ia3rt.adapters.keys import modules_to_save, saved_paths, task_modules
 from ia3rt.modules.copied import own_state, sharing
 
@@ -91,9 +92,14 @@ def of_tensors(
         config: what its adapter_config.json is to say.
 
     Raises:
+        TypeError: modules are no mapping of paths to mappings of tensors.
         ValueError: modules_to_save names a module that the model lacks. Not where the tensors are given, which say what
             there is: PEFT takes such a name, and it means nothing.
     """
+    if modules is not None:
+        check_mapping(modules, f"the modules of adapter {name!r}", "state_dict()s")
+        for path, state in modules.items():
+            check_tensors(state, f"the modules of adapter {name!r} at {path!r}")
     names = modules_to_save(config)
     named = _named(model, names)
     paths = [path for path, _ in model.named_modules()]

@@ -17,6 +17,7 @@ from ia3rt.adapters.combining.power import power
 from ia3rt.adapters.combining.pruned_sums import dare_linear, magnitude_prune
 from ia3rt.adapters.combining.slerp import slerp
 from ia3rt.adapters.combining.ties import dare_ties, ties
+from ia3rt.adapters.given import check_floating
 from ia3rt.adapters.site import Site, SiteKey
 
 Importances = Mapping[str, Mapping[SiteKey, Tensor]]
@@ -132,6 +133,7 @@ def _check_importances(adapters: Sequence[Adapter], combination: Combination, im
                 raise ValueError(
                     f"adapter {adapter.name!r} has no importances at {site}: give them for all its vectors"
                 )
+            check_floating(given[key], f"the importance of adapter {adapter.name!r} at {site}")
             width = site.width_of_one if site in adapter.shared else site.width
             if given[key].numel() != width:
                 raise ValueError(
