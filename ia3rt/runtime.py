@@ -358,8 +358,9 @@ class Runtime:
         They are found by any optimizer over `model.parameters()`, by `transformers.Trainer`, and in the model's
         checkpoints: vectors as `ia3_out_<name>` and `ia3_in_<name>` of the modules where they act, an adapter's own
         modules as `ia3_own_<name>_…` of the model's. Saved embeddings are not trained, as in PEFT. All rows wear the
-        adapters' product, unless the rows wear one of them already; `set_adapter` and `route` go on as before, and
-        other adapters in a mix stay as they are.
+        adapters' product, unless rows wear one of them already, in whatever mix, as they have to where the product
+        cannot be worn (heads of their own); `set_adapter` and `route` go on as before, and other adapters in a mix stay
+        as they are.
 
         Args:
             adapter_names: loaded adapters, or new ones (`add_adapter(name)`).
@@ -370,8 +371,8 @@ class Runtime:
 
         Raises:
             ValueError: the model is tensor-parallel; an adapter is unknown, acts at an offloaded module, or has modules
-                of its own beside a model that FSDP splits; no row wears one and they cannot be
-                combined; or a name is in the way.
+                of its own beside a model that FSDP splits; no row wears one and all rows cannot wear their product; or
+                a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")
@@ -392,7 +393,14 @@ class Runtime:
             check_trainable(self.model, adapters)
             self._own.check_names(adapters)
             if worn.isdisjoint(adapters):
-                check_modules(adapters)
+                try:
+                    check_modules(adapters)
+                except ValueError as error:
+                    raise ValueError(
+                        f"no row wears any of {list(names)}, and all rows would wear their product in training, "
+                        f"which cannot be: {error}. Let rows wear one of them first (set_adapter(), or train within "
+                        "route())"
+                    ) from None
 
         resolved = self._tiers.resolve([Mix((name,)) for name in names], fetched, check)
         adapters = [mix.adapters[0] for mix in resolved]

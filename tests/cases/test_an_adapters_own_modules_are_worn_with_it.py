@@ -264,7 +264,7 @@ def test_a_row_trains_its_own() -> None:
 
 
 def test_several_are_trained_each_on_its_rows() -> None:
-    """They cannot be worn by one row, which only rows that wear none of them would be asked to."""
+    """No row can wear them all, which only rows that wear none of them would be asked to."""
     model = model_of("a linear head")
     runtime = ia3rt.patch(model)
     alone = {}
@@ -275,8 +275,13 @@ def test_several_are_trained_each_on_its_rows() -> None:
         alone[name] = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
         runtime.end_training()
     runtime.set_adapter(None)
-    with pytest.raises(ValueError, match="each have their own module 'score'"):
+    message = (
+        r"no row wears any of \['a', 'b'\], and all rows would wear their product in training, which cannot be: "
+        r"adapters 'a' and 'b' each have their own module 'score': .* Let rows wear one of them first"
+    )
+    with pytest.raises(ValueError, match=message):
         runtime.train_adapter(["a", "b"])
+    assert (runtime.active_adapters, runtime._routing.trained) == ([], None)
     assert all(parameter.requires_grad for parameter in model.parameters())
     with runtime.route(["a", "b"]):
         parameters = runtime.train_adapter(["a", "b"])
@@ -287,6 +292,9 @@ def test_several_are_trained_each_on_its_rows() -> None:
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
         runtime.end_training()
+    runtime.set_adapter("a")  # as the error says
+    assert len(runtime.train_adapter(["a", "b"])) == len(parameters)
+    assert runtime.active_adapters == ["a"]
 
 
 def test_what_a_checkpoint_assigns_is_worn_and_kept() -> None:
