@@ -12,7 +12,8 @@ from torch import nn
 
 from ia3rt.bench.settings import Settings
 from ia3rt.bench.shapes import SHAPES, Shape
-from ia3rt.cli.errors import UsageError, first_line
+from ia3rt.cli.errors import UsageError
+from ia3rt.cli.models import check_model, why_not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,10 +82,11 @@ def _random(shape: Shape, settings: Settings) -> PreTrainedModel:
 def _pretrained(settings: Settings) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    check_model(settings.model, "--model")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
-    except (OSError, ValueError) as error:  # transformers' messages go on for pages
-        raise UsageError("--model", f"{first_line(error)} (built in are {', '.join(SHAPES)})") from error
+    except (OSError, ValueError) as error:
+        raise UsageError("--model", f"{why_not(settings.model, error)} (built in are {', '.join(SHAPES)})") from error
     return model.to(settings.device)  # type: ignore[no-any-return]
 
 

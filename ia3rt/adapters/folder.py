@@ -47,6 +47,25 @@ def local_folder(
             message names the folders inside that hold one.
         ValueError: its adapter_config.json is no regular file.
     """
+    if not is_folder(path_or_hub_id, "the adapter"):
+        return _download(str(path_or_hub_id), revision, subfolder, token)
+    given = Path(path_or_hub_id)
+    folder = given / (subfolder or "")
+    if not _is_there(folder / CONFIG_NAME):
+        raise FileNotFoundError(_without_adapter(str(path_or_hub_id), subfolder, list(_here(given, subfolder))))
+    return folder
+
+
+def is_folder(path_or_hub_id: str | Path, holds: str) -> bool:
+    """Whether it is a folder here; else it may be the id of a repository on the Hub.
+
+    Args:
+        path_or_hub_id: what a user gave.
+        holds: what it should hold, for errors.
+
+    Raises:
+        FileNotFoundError: it is a file, or a path at which there is no folder, or none that can be read.
+    """
     given = Path(path_or_hub_id)
     try:
         os.stat(given)
@@ -57,13 +76,10 @@ def local_folder(
     if given.is_file():
         raise FileNotFoundError(f"{given} is a file: give the folder that holds it, {str(given.parent)!r}")
     if given.is_dir():
-        folder = given / (subfolder or "")
-        if not _is_there(folder / CONFIG_NAME):
-            raise FileNotFoundError(_without_adapter(str(path_or_hub_id), subfolder, list(_here(given, subfolder))))
-        return folder
+        return True
     if given.is_absolute() or str(path_or_hub_id).startswith("."):  # which no repository's id is
-        raise FileNotFoundError(f"{str(given)[:_MOST_SHOWN]!r} is not there: give the folder that holds the adapter")
-    return _download(str(path_or_hub_id), revision, subfolder, token)
+        raise FileNotFoundError(f"{str(given)[:_MOST_SHOWN]!r} is not there: give the folder that holds {holds}")
+    return False
 
 
 def adapter_folders(root: Path) -> tuple[list[Path], list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ia3rt.adapters.checkpoint import Checkpoint
 from ia3rt.cli.errors import UsageError, first_line
+from ia3rt.cli.models import check_model, why_not
 from ia3rt.cli.packages import quiet
 from ia3rt.cli.task_class import class_for_task
 
@@ -40,6 +41,7 @@ def load_whole(model: str, adapters: Collection[Checkpoint]) -> Loaded:
         UsageError: there is no such model, its files are damaged, its class is none of transformers', or its files lack
             weights of that class, which transformers would draw at random.
     """
+    check_model(model, "MODEL")
     with quiet():
         cls, config = _class_of(model)
         try:
@@ -91,7 +93,7 @@ def _unusable(model: str, error: Exception) -> UsageError:
     if "trust_remote_code" in str(error):
         return UsageError("MODEL", f"{model!r} needs code of its own, which is not run here: merge it in Python")
     if isinstance(error, OSError | ValueError | ImportError):
-        return UsageError("MODEL", f"{model!r}: {first_line(error)}")
+        return UsageError("MODEL", why_not(model, error))
     return UsageError("MODEL", f"{model!r} cannot be loaded: {type(error).__name__}: {first_line(error)}")
 
 

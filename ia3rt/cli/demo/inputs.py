@@ -14,6 +14,7 @@ from rich.console import Console
 from ia3rt.adapters.checkpoint import read_checkpoint
 from ia3rt.adapters.mix import BASE, Mix
 from ia3rt.cli.errors import MissingPackageError, UsageError, first_line
+from ia3rt.cli.models import check_model, why_not
 from ia3rt.cli.packages import quiet, require
 from ia3rt.cli.progress import busy
 
@@ -125,12 +126,13 @@ def own_inputs(
             read_checkpoint(path)
         except FileNotFoundError as error:
             raise UsageError("--adapter", f"{name}: {first_line(error)}") from error
+    check_model(model, "--model")
     target = device_of(device)
     with busy(console, f"Loading {model}"):
         try:
             loaded, tokenizer = _load({"pretrained_model_name_or_path": model, "dtype": "auto"}, target)
-        except (OSError, ValueError) as error:  # transformers' messages go on for pages
-            raise UsageError("--model", first_line(error)) from error
+        except (OSError, ValueError) as error:
+            raise UsageError("--model", why_not(model, error)) from error
     rows = [Row(mix, prompt) for prompt in prompts or DEFAULT_PROMPTS for mix in mixes_of(list(named))]
     return DemoInputs(model, loaded, tokenizer, named, rows)
 
