@@ -298,8 +298,8 @@ class Runtime:
 
         Args:
             adapters: their names; or {name: weight}, as `set_adapter` takes it, with None for `weights`.
-            weights: one a name; None for `product`, for 0.85 each of `delta`, and for 1 each of those that are no
-                `Mix`, but `slerp`, of which they are (1 - t, t).
+            weights: one a name; None for `product`, for 0.85 each of `delta` of two or more, and for 1 each of those
+                that are no `Mix`, but `slerp`, of which they are (1 - t, t).
             adapter_name: what to call the new one.
             combination_type: `product`, `linear` and `delta` as in `Mix`; `power`, `ties`, `dare_linear`, `dare_ties`,
                 `magnitude_prune`, `max_abs`, `fisher`, `negate`, `analogy` and `slerp` as the functions of these names

@@ -287,6 +287,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
         {"normalize": True},
         r"weights \[1.0, -1.0\] sum to 0, and cannot be normalized",
     ),
+    "delta of one without its weight": ((["a"], None, "n", "delta"), {}, "'delta' of one adapter needs its weight"),
     "linear without weights": ((["a", "b"], None, "n", "linear"), {}, "a linear mix needs weights"),
     "slerp of three": ((["a", "b", "c"], [0, 0, 1], "n", "slerp"), {}, "'slerp' is of two adapters: got 3"),
     "slerp past its end": ((["a", "b"], [0.5, 0.6], "n", "slerp"), {}, r"needs the weights \(1 - t, t\), .* got"),

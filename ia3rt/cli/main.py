@@ -204,8 +204,8 @@ def combine(
         str | None,
         typer.Option(
             metavar="W,W,…",
-            help="One for each adapter, as in --weights 0.7,0.3. Where none are given: 1 each, of delta 0.85; linear "
-            "and slerp need them.",
+            help="One for each adapter, as in --weights 0.7,0.3. Where none are given: 1 each, of delta 0.85; linear, "
+            "slerp and delta of one adapter need them.",
         ),
     ] = None,
     density: Annotated[

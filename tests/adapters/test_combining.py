@@ -275,6 +275,8 @@ def test_what_is_taken_where_nothing_is_given():
     assert Combination(["a", "b"], None, "ties").in_full == "ties of a and b, weights 1 and 1, density 0.4"
     assert Combination(["a", "b"], None, "delta").in_full == "delta of a and b, weights 0.85 and 0.85"
     assert Combination(["a", "b"]).in_full == "product of a and b"
+    with pytest.raises(ValueError, match="'delta' of one adapter needs its weight: .* 0.85 each, is for two or more"):
+        Combination(["a"], None, "delta")
     for kind in ("dare_linear", "dare_ties", "magnitude_prune"):
         with pytest.raises(ValueError, match="needs a density"):
             Combination(["a", "b"], None, kind)

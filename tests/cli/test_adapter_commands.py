@@ -253,6 +253,13 @@ def test_inspect_sees_what_cannot_be_combined(folders: dict[str, Path]) -> None:
     fails(run("inspect", folders["b"], folders["d"], "--revision", "x"), 2, "go with one adapter")
 
 
+def test_combine_of_one_by_delta_asks_for_its_weight(folders: dict[str, Path], tmp_path: Path) -> None:
+    command = ("combine", folders["b"], "-o", tmp_path / "new", "--type", "delta")
+    fails(run(*command), 1, "'delta' of one adapter needs its weight", "0.85 each, is for two or more")
+    assert not (tmp_path / "new").exists()
+    assert done(*command, "--weights", "0.5")["combination"]["weights"] == [0.5]
+
+
 def test_inspect_of_one_as_json(folders: dict[str, Path]) -> None:
     said = done("inspect", folders["b"])
     assert (said["vectors"], said["numbers"], said["fit"]["layers"]) == (6, 320, 2)

@@ -124,6 +124,11 @@ class Combination:
 
     def _check_weights(self) -> None:
         kind, weights = self.combination_type, self.weights
+        if kind in _WEIGHT and weights is None:  # a weight that nobody named would weaken one adapter unasked
+            raise ValueError(
+                f"{kind!r} of one adapter needs its weight: what is taken where none are given, {_WEIGHT[kind]} each, "
+                "is for two or more"
+            )
         if kind in get_args(CombinationType):
             Mix(tuple(self.adapters), weights and tuple(weights), kind)  # type: ignore[arg-type]
         if self.normalize and weights is not None:
