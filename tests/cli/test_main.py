@@ -59,7 +59,7 @@ def test_version_is_the_packages() -> None:
 
 
 def test_the_package_is_the_command_too() -> None:
-    done = subprocess.run([sys.executable, "-m", "ia3rt.cli", "--version"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ia3rt", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"ia3rt {ia3rt.__version__}\n"), done.stderr
 
 
