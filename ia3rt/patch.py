@@ -15,7 +15,7 @@ from ia3rt import ops
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames
 from ia3rt.adapters.sizes import bytes_of
-from ia3rt.adapters.takeover import TakenOver, base_model, take_over
+from ia3rt.adapters.takeover import TakenOver, base_model, check_unwrapped, take_over
 from ia3rt.modules import attention
 from ia3rt.modules.sharding import is_tensor_parallel
 from ia3rt.modules.sites import Targets, find_sites, site_of
@@ -96,7 +96,7 @@ def patch(
     try:
         if taken is not None:
             taken.unwrap()
-        _check_bare(base)
+        check_unwrapped(base)
         if "transformers" in sys.modules:
             with suppress(ImportError):  # an early one, without a registry
                 attention.register()  # model.set_attn_implementation("ia3rt") works from now on
@@ -156,12 +156,6 @@ def _check_unpatched(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Wearer) or "ia3_runtime" in vars(module):
             raise ValueError("the model is patched already: use the Runtime of the first patch(), or unpatch() it")
-
-
-def _check_bare(model: nn.Module) -> None:
-    for path, layer in model.named_modules():
-        if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names"):
-            raise ValueError(f"PEFT wraps {path!r}: pass the PeftModel itself, or unload its adapters first")
 
 
 def _device_of(model: nn.Module, site: Site) -> torch.device:

@@ -17,6 +17,9 @@ from ia3rt.adapters.site import SiteKey
 KEPT_IN_MODEL = ("peft_config", "_hf_peft_config_loaded")
 """What PEFT and transformers keep in a model that has adapters."""
 
+_UNLOADED = "merge_and_unload() makes it part of the weights, and unload() takes it out: patch what they return"
+"""What to do about an adapter of another type."""
+
 
 @dataclass
 class TakenOver:
@@ -97,13 +100,14 @@ def take_over(model: Any) -> TakenOver | None:
             or layers differ in which adapters act, so that no mix says it.
     """
     if hasattr(type(model), "inject_adapter"):
+        _check_configs(model)
         raise ValueError(
             f"{type(model).__name__} is the part of a PeftModel that holds its layers: pass the PeftModel itself"
         )
     base = base_model(model)
     if base is model and not _has_adapters_of_its_own(model):
         return None
-    _check_configs(model.peft_config)
+    _check_configs(model)
     layers = dict(ia3_layers(base))
     vectors: dict[str, dict[SiteKey, Tensor]] = {name: {} for name in model.peft_config}
     seen: set[nn.Module] = set()
@@ -166,11 +170,30 @@ def _check_own(wrappers: dict[str, Any], active: list[str]) -> None:
             )
 
 
-def _check_configs(configs: dict[str, Any]) -> None:
-    for name, config in configs.items():
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises ValueError where PEFT wraps a layer of a model, whose adapters nobody takes over."""
+    wrapped = [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if hasattr(layer, "base_layer") and hasattr(layer, "adapter_layer_names")
+    ]
+    for path, layer in wrapped:
+        if not hasattr(layer, "ia3_l"):
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            raise ValueError(
+                f"PEFT wraps {path!r} in a {kind}: ia3rt takes over IA3 adapters only. Of a PeftModel {_UNLOADED}; or "
+                "load the model without it"
+            )
+    if wrapped:
+        raise ValueError(f"PEFT wraps {wrapped[0][0]!r}: pass the PeftModel itself, or unload its adapters first")
+
+
+def _check_configs(model: Any) -> None:
+    for name, config in model.peft_config.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "IA3":
-            raise ValueError(f"adapter {name!r} is of type {kind}: ia3rt takes over IA3 adapters only")
+            what_to_do = _UNLOADED if hasattr(model, "merge_and_unload") else "patch a model without it"
+            raise ValueError(f"adapter {name!r} is of type {kind}: ia3rt takes over IA3 adapters only; {what_to_do}")
 
 
 def _vector(path: str, layer: Any, name: str) -> Tensor:

@@ -55,11 +55,20 @@ def _diverged(wrapped):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"])), "of type LORA"),
+        (lambda: _lora(), r"'default' is of type LORA: ia3rt takes over IA3 .* merge_and_unload\(\) makes it part of"),
+        (lambda: _lora().base_model, r"'default' is of type LORA: .* merge_and_unload\(\)"),
+        (
+            lambda: _lora().get_base_model(),
+            r"in a peft.tuners.lora.layer.Linear: .* merge_and_unload\(\) makes it part",
+        ),
+        (
+            lambda: _prompt(),
+            "'default' is of type PROMPT_TUNING: ia3rt takes over IA3 adapters only; patch a model wit",
+        ),
         (lambda: _after(_merged), r"adapters \['b'\] are merged at .*: call unmerge_adapter"),
         (lambda: _after(_diverged), "'c' has a NaN or inf at model.layers.0"),
     ],
-    ids=["lora", "merged", "nan"],
+    ids=["lora", "lora's part", "lora's model", "prompt", "merged", "nan"],
 )
 def test_what_is_not_ia3_is_refused_and_stays_as_it_was(make, message):
     wrapped = make()
@@ -73,10 +82,26 @@ def test_what_is_not_ia3_is_refused_and_stays_as_it_was(make, message):
     torch.testing.assert_close(logits(wrapped, IDS), before, equal_nan=True, rtol=0, atol=0)
 
 
+def _lora():
+    return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def _prompt():
+    return peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def _after(change):
     wrapped = peft_model(tiny_model(), "llama")
     change(wrapped)
     return wrapped
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_what_the_error_says_of_another_type_leads_on(how):
+    plain = getattr(_lora(), how)()
+    before = logits(plain, IDS)
+    assert ia3rt.patch(plain).active_adapters == []
+    assert torch.equal(logits(plain, IDS), before)
 
 
 def test_layers_that_peft_still_wraps_are_refused():
