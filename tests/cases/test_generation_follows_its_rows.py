@@ -5,6 +5,8 @@ import torch
 from tiny import logits, tiny_model, token_ids
 from torch import Tensor
 from transformers import (
+    DiaConfig,
+    DiaForConditionalGeneration,
     LogitsProcessor,
     MusicgenConfig,
     MusicgenDecoderConfig,
@@ -115,8 +117,9 @@ def test_a_prompt_of_other_tokens_than_the_route_is_an_error() -> None:
             runtime.model.generate(IDS, attention_mask=MASK, max_new_tokens=2)
 
 
-def test_a_model_that_repeats_rows_in_another_order_is_refused() -> None:
-    """MusicGen's guidance puts all rows once more behind all: neither neighbours nor as many as the route's."""
+@pytest.mark.parametrize(("guidance", "rows"), [(3.0, 12), (1.0, 6)])
+def test_a_model_that_repeats_rows_in_another_order_is_refused(guidance: float, rows: int) -> None:
+    """MusicGen has a row for each codebook, and its guidance puts all of them once more behind all."""
     torch.manual_seed(0)
     decoder = MusicgenDecoderConfig(
         vocab_size=32, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, num_codebooks=2,
@@ -132,8 +135,36 @@ def test_a_model_that_repeats_rows_in_another_order_is_refused() -> None:
     model.generation_config.decoder_start_token_id = 32
     runtime = ia3rt.patch(model, target_modules=r"decoder.*(k_proj|v_proj)", feedforward_modules=[])
     runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
-    with runtime.route(["a", None, "a"]), pytest.raises(ValueError, match=r"the route has 3 rows, but the batch has"):
-        model.generate(IDS % 99, attention_mask=MASK, guidance_scale=3.0, max_new_tokens=3, do_sample=False)
+    settings = dict(attention_mask=MASK, guidance_scale=guidance, max_new_tokens=3, do_sample=False)
+    message = f"the route has 3 rows, but the batch has {rows}: .* set_adapter"
+    with runtime.route(["a", None, "a"]), pytest.raises(ValueError, match=message):
+        model.generate(IDS % 99, **settings)
+    runtime.set_adapter("a")
+    assert len(model.generate(IDS % 99, **settings)) == 3
+
+
+def test_guidance_that_runs_each_row_twice_is_refused() -> None:
+    """Dia's, which puts all rows without their text behind all; without guidance its rows are the prompts."""
+    torch.manual_seed(0)
+    heads = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    cross = dict(cross_num_attention_heads=2, cross_num_key_value_heads=2, cross_head_dim=8, cross_hidden_size=16)
+    tokens = dict(eos_token_id=61, pad_token_id=62, bos_token_id=63)
+    config = DiaConfig(
+        encoder_config=dict(**heads, num_hidden_layers=1, vocab_size=128),
+        decoder_config=dict(**heads, **cross, **tokens, num_hidden_layers=2, vocab_size=64, num_channels=2),
+        delay_pattern=[0, 1],
+        **tokens,
+    )
+    model = DiaForConditionalGeneration(config).eval()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    settings = dict(attention_mask=MASK, max_new_tokens=4, do_sample=False)
+    with runtime.route(["a", None, "a"]):
+        assert len(model.generate(IDS, **settings)) == 3
+        with pytest.raises(ValueError, match="the route has 3 rows, but the batch has 6: .* set_adapter"):
+            model.generate(IDS, guidance_scale=3.0, **settings)
+    runtime.set_adapter("a")
+    assert len(model.generate(IDS, guidance_scale=3.0, **settings)) == 3
 
 
 def test_a_generation_is_of_one_mix_whatever_another_thread_sets() -> None:
