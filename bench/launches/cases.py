@@ -75,7 +75,7 @@ def _pair() -> Case:
     (l_k, l_v), mixes, route = _worn(runtime)
     x, key, value = _row(HIDDEN), layers["k_proj"], layers["v_proj"]
     runtime.model(x)  # the first forward is watched, which would go on
-    runtime._routing.before_forward(runtime.model, (x,), {})  # within a forward, the first computes for both
+    runtime._routing.forwards.before_forward(runtime.model, (x,), {})  # within a forward, the first computes for both
     weights = key.weight, None, l_k, value.weight, None, l_v
     return (
         "linear_pair (k and v)",

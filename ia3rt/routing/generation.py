@@ -171,12 +171,12 @@ def _prepare_multimodal_encoder_kwargs_for_generation(self: Any, model_kwargs: d
     original = _original(self, "_prepare_multimodal_encoder_kwargs_for_generation")
     if generation is None:
         return original(model_kwargs)
-    ahead = generation.routing.begin_ahead(self, generation.with_text(model_kwargs), sys._getframe())
+    ahead = generation.routing.forwards.begin_ahead(self, generation.with_text(model_kwargs), sys._getframe())
     prepared = None
     try:
         prepared = original(model_kwargs)
     finally:
-        generation.routing.end_ahead(ahead, completed=prepared is not None)
+        generation.routing.forwards.end_ahead(ahead, completed=prepared is not None)
     return prepared
 
 

@@ -78,12 +78,13 @@ def nothing(*args: object) -> None:
 def install(model: nn.Module, routing: Routing) -> list[RemovableHandle]:
     """Lets a forward of the model, and of each model inside it, bind what is worn; gives what takes that back."""
     hooks: list[RemovableHandle] = []
+    forwards = routing.forwards
     for module in models_in(model):
         is_whole = module is model
         before = Hook(
-            routing, routing.before_forward, routing.before_traced if is_whole else nothing, routing.before_compiled
+            routing, forwards.before_forward, forwards.before_traced if is_whole else nothing, forwards.before_compiled
         )
-        after = Hook(routing, routing.after_forward, routing.after_traced if is_whole else nothing)
+        after = Hook(routing, forwards.after_forward, forwards.after_traced if is_whole else nothing)
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after, always_call=True))
     return hooks

@@ -489,7 +489,7 @@ def test_images_are_before_or_after_a_start_and_not_in_it(torch_backend) -> None
 def test_a_captured_graph_is_not_replayed_at_other_tokens(both) -> None:
     """As on a GPU, without one: what a graph reads is lent to it as it is captured."""
     with both.runtime.route(ROWS):
-        both.runtime._routing.capture(both.runtime._routing._context.wearing.worn)
+        both.runtime._routing.capture(both.runtime._routing.context.wearing.worn)
     with pytest.raises(ValueError, match="a CUDA graph of 3 rows was captured here"):
         both.runtime.route(ROWS, start=2)
     with both.runtime.route(ROWS[:2], start=2):
