@@ -963,9 +963,9 @@ class Runtime:
 
     @contextmanager
     def _restoring(self, before: Wearing) -> Iterator[None]:
-        self._routing.hold()
+        within = self._routing.hold()
         try:
             yield
         finally:
             if self._hooks is not None:
-                self._routing.wear_again(before)
+                self._routing.wear_again(before, within)

@@ -136,5 +136,17 @@ class Context:
         _unset(self._forward, forward.token, forward.outer)
         self.local.wearing = self.wearing if forward.outer is None else forward.outer.wearing
 
+    def suspend(self) -> Forward | None:
+        """Takes this context out of its forward, so that what is called within begins one of its own; gives it."""
+        forward = self.forward()
+        if forward is not None:
+            self._forward.set(None)
+        return forward
+
+    def resume(self, forward: Forward) -> None:
+        """Ends what `suspend` began."""
+        self._forward.set(forward)
+        self.local.wearing, self.local.held.worn = forward.wearing, None
+
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copied model is in no forward, and its routing makes a context of its own."""

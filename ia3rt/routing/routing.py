@@ -233,12 +233,21 @@ class Routing:
         with self.lock:  # or a load that lays everything anew would put back what was worn before
             self._replace(wearing, self.lay(route))
 
-    def hold(self) -> None:
-        """Says that what this context wears is the content of a `with`."""
-        self.context.wearing.holds = True
+    def hold(self) -> Forward | None:
+        """Says that what this context wears is the content of a `with`; gives the forward that this is within.
 
-    def wear_again(self, before: Wearing) -> None:
-        """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning."""
+        That wears on what it began with. What is called in the `with` is no part of it, or it would be worn nowhere.
+        """
+        self.context.wearing.holds = True
+        return self.context.suspend()
+
+    def wear_again(self, before: Wearing, within: Forward | None = None) -> None:
+        """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning.
+
+        Args:
+            before: what that was.
+            within: the forward that goes on now.
+        """
         self.forwards.leave_ended(sys._getframe())
         route = before.worn.route
         gone = {adapter for mix in route.mixes for adapter in mix.adapters if adapter.is_deleted}
@@ -251,6 +260,9 @@ class Routing:
             with self.lock:
                 self._replace(before, self.lay(self._without(route, gone)))
         self.context.wear(before)
+        if within is not None:
+            self.context.resume(within)
+            self.past.begin(within.worn)
 
     def cover(self) -> None:
         """Lets nothing be worn, as adapters are in the weights now, until `uncover`."""

@@ -4,12 +4,14 @@ import asyncio
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tiny import logits, scaled, tiny_model, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from where import home
 
 import ia3rt
 
@@ -473,3 +475,78 @@ def test_a_forward_wears_its_own_head_while_the_bank_grows(monkeypatch) -> None:
         assert torch.equal(each, right)
     runtime.set_adapter("z")
     assert not torch.equal(logits(runtime.model, IDS), right)
+
+
+@pytest.mark.parametrize("within", ["disabled", "routed", "failed"])
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "not reentrant", "reentrant"])
+def test_what_a_forward_calls_in_a_with_wears_what_that_says(runtime, within, checkpointing) -> None:
+    """A hook between two layers compares the model with a reference; the layers after it wear on as those before."""
+    model = runtime.model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    found: list[Tensor] = []
+
+    def compare(*_: object) -> None:
+        if (
+            found or torch._C._current_graph_task_id() != -1
+        ):  # not again in the forward that it calls, nor in a backward
+            return
+        found.append(IDS)
+        with runtime.disable_adapter() if within == "disabled" else runtime.route(["b", None, "a"]):
+            found.append(model(inputs_embeds=model.get_input_embeddings()(IDS), use_cache=False).logits)
+            if within == "failed":
+                with pytest.raises(ValueError, match="the route has 3 rows, but the batch has 2"):
+                    model(IDS[:2])
+                raise OSError("the comparison failed")
+
+    def compare_or_go_on(*_: object) -> None:
+        with pytest.raises(OSError) if within == "failed" and not found else nullcontext():
+            compare()
+
+    handle = model.model.layers[0].register_forward_hook(compare_or_go_on)
+    runtime.set_adapter("a")
+    close(input_gradients(model, IDS), input_gradients(truth(runtime, "a"), IDS))
+    base, a, b = (logits(each, IDS) for each in (tiny_model().double(), truth(runtime, "a"), truth(runtime, "b")))
+    expected = base if within == "disabled" else torch.stack([b[0], base[1], a[2]])
+    close(found[1].detach(), expected)
+    with torch.no_grad():
+        found.clear()
+        close(model(IDS).logits, a)
+        close(found[1], expected)
+    handle.remove()
+    close(logits(model, IDS), a)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_model_that_compares_itself_with_its_base(backend) -> None:
+    class WithReference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.llm = tiny_model()
+
+        def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+            policy = self.llm(input_ids).logits
+            with runtime.disable_adapter():
+                reference = self.llm(input_ids).logits
+            with runtime.route(["b", None, "a"]):
+                rows = self.llm(input_ids).logits
+            return policy, reference, rows, self.llm(input_ids).logits
+
+    model = WithReference().to(home(backend))
+    runtime = ia3rt.patch(model, backend=backend)
+    generator = torch.Generator().manual_seed(3)
+    for name in NAMES:
+        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    alone = {}
+    for name in (*NAMES, None):
+        runtime.set_adapter(name)
+        with torch.no_grad():
+            alone[name] = model.llm(IDS.to(home(backend))).logits
+    runtime.set_adapter("a")
+    with torch.no_grad():
+        for _ in range(2):
+            policy, reference, rows, again = model(IDS.to(home(backend)))
+            close(policy, alone["a"])
+            close(reference, alone[None])
+            close(rows, torch.stack([alone["b"][0], alone[None][1], alone["a"][2]]))
+            close(again, alone["a"])
