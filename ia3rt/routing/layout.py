@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 TOKENS = -1
+WINDOWS = -2
 
 
 class Layout(NamedTuple):
@@ -15,7 +16,8 @@ class Layout(NamedTuple):
 
     Attributes:
         dim: the dimension that goes over the rows.
-        repeated: how many neighbours each row has there; 0 for none, and TOKENS for one a token of the batch.
+        repeated: how many neighbours each row has there; 0 for none, TOKENS for one a token of the batch, and WINDOWS
+            for as many as the size of the batch makes.
         images: whether it goes over the images of the batch, and not over its rows.
     """
 
@@ -25,7 +27,7 @@ class Layout(NamedTuple):
 
     def fits(self, shape: torch.Size, rows: int, tokens: int | None) -> bool:
         """Whether an input of this shape has so many rows there, in a batch of so many tokens a row."""
-        if self.repeated == TOKENS and tokens is None:
+        if self.repeated == WINDOWS or (self.repeated == TOKENS and tokens is None):
             return shape[self.dim] % rows == 0
         each = tokens if self.repeated == TOKENS else self.repeated or 1
         return shape[self.dim] == rows * (each or 1)

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Bank
 from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward, Part
-from ia3rt.routing.layout import NOTHING, TOKENS, Layout, Unknown, layout_of
+from ia3rt.routing.layout import NOTHING, TOKENS, WINDOWS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
 from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
 from ia3rt.routing.worn import Worn
+
+_ELSEWHERE = "the rows are in another place of it than in an earlier call"
+_TEXT = 3  # dimensions of a batch of text at most, as vectors; images have more, and are cut by their size
 
 Layouts: TypeAlias = "dict[int, Layout | Unknown]"
 """By the number of dimensions of an input; by minus that, of a batch of one row, whose tokens wear different mixes."""
@@ -41,7 +44,7 @@ class Probing:
         # On a GPU, rows that are alike now may be captured next, for others.
         if (is_row or (len(forward.worn.route.mixes) < 2 and not batch.is_cuda)) and forward.most is None:
             return False
-        shape = batch.shape[1:] if self._by_shape else None
+        shape = batch.shape[1:] if self._by_shape or batch.dim() > _TEXT else None
         of_model = forward.part, _kind(model, arguments, batch, forward.worn.images)
         forward.kind = of_model, shape, rows == 1, forward.most is not None
         return forward.kind not in self._kinds
@@ -98,7 +101,7 @@ class Probing:
         if forward is not None and forward.marks is not None and not is_traced():
             _see(layouts, x, worn, forward)
             seen = layouts[_key(x, worn)]
-            self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated > 0)
+            self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated not in (0, TOKENS))
         layout = layouts.get(_key(x, worn))
         if isinstance(layout, Layout) and worn.is_of_one_row:
             return layout
@@ -169,9 +172,9 @@ def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) 
             return before  # one token a row
         if before == Layout(0) and seen.repeated == TOKENS:
             return seen  # there was one token a row so far; where a row has one of many, this does not fit
-        if before.repeated > 0 and seen.repeated > 0:
-            return seen  # windows and the like: as many as the size of the batch makes
-        return Unknown("the rows are in another place of it than in an earlier call")
+        if before.dim == seen.dim == 0 and TOKENS not in (before.repeated, seen.repeated) and not before.images:
+            return Layout(0, WINDOWS) if not seen.images else Unknown(_ELSEWHERE)
+        return Unknown(_ELSEWHERE)
     layout, unknown = (before, seen) if isinstance(before, Layout) else (seen, before)
     # Of images nothing depends on the rows; which row has them may be known in one forward and not in the other.
     return layout if isinstance(layout, Layout) and layout.images and unknown == NOTHING else unknown

@@ -101,13 +101,18 @@ def test_time_first_in_a_module_of_ones_own(backend) -> None:
     model(x)
 
 
-def test_windows_of_images() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("sizes", [[(16, 16), (32, 16)], [(32, 16), (16, 16)], [(32, 32), (16, 16)]], ids=str)
+def test_windows_of_images(sizes, backend) -> None:
+    """Of which an image has one or many, as its size and the layer make them; and images of both sizes in turn."""
     torch.manual_seed(0)
-    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
-    model = SwinModel(config)
-    runtime = patched(model, target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
-    pixels = torch.randn(3, 3, 32, 32)
-    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(pixels).last_hidden_state)
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    model = SwinModel(config).to(home(backend))
+    sites = dict(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
+    runtime = patched(model, backend=backend, **sites)
+    for rows, size in ((3, sizes[0]), (3, sizes[1]), (2, sizes[0]), (3, sizes[0])):
+        pixels = torch.randn(rows, 3, *size, device=home(backend))
+        assert_each_row_wears_its_own(runtime, NAMES[:rows], lambda: model(pixels).last_hidden_state)  # noqa: B023
 
 
 def test_what_all_rows_share_is_refused_by_name() -> None:
