@@ -28,12 +28,18 @@ _MEDIA = ("pixel", "image", "video", "vision", "audio", "input_features", "input
 def named_arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a function by name, in the order of its parameters; those without a name by their number.
 
+    Where none is a tensor, those in a mapping among them are arguments too.
+
     Args:
         names: its parameters'; empty where they are not looked up.
         args: those that were given by place.
         kwargs: those that were given by name, in any order.
     """
     given = {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
+    if not any(isinstance(value, Tensor) for value in given.values()):
+        for value in tuple(given.values()):
+            if isinstance(value, Mapping):  # all of them in one, as sentence-transformers has it
+                given.update((name, each) for name, each in value.items() if isinstance(name, str))
     return {name: given[name] for name in dict.fromkeys((*names, *given)) if name in given}
 
 

@@ -30,6 +30,7 @@ class Forward:
         wearing: the same for compiled parts of the model.
         owner: the module that was called.
         part: what of the model's forward it is.
+        sees: whether images or the like are among its inputs.
         frame: of the call; what a forward is in that was interrupted by Ctrl-C is on no stack any more.
         outer: the forward that a backward pass inside it computes this one for, if any.
         token: what takes it back that the context is in it.
@@ -53,6 +54,7 @@ class Forward:
         self.outer = outer
         self.frame = frame
         self.part = Part.WHOLE
+        self.sees = False
         self.token: Token[Forward | None] | None = None
         self.tokens: int | None = None
         self.calls = 1

@@ -120,15 +120,15 @@ class Probing:
             )
         if layout is None:
             self._kinds.clear()  # one that is reached by chance: the next forward is looked at again
-        raise ValueError(self._refusal(where, x, layout, forward is not None or is_traced()))
+        raise ValueError(self._refusal(where, x, layout, worn, forward))
 
     def is_known(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the layout of such an input was seen."""
         return isinstance(layer.ia3_layouts.get(x.dim()), Layout)  # type: ignore[operator, union-attr]
 
-    def _refusal(self, where: int | str, x: Tensor, layout: Unknown | None, is_in_forward: bool) -> str:
+    def _refusal(self, where: int | str, x: Tensor, layout: Unknown | None, worn: Worn, forward: Forward | None) -> str:
         site = where if isinstance(where, str) else list(self._bank.sites.values())[where]
-        if layout is None and not is_in_forward:
+        if layout is None and forward is None and not is_traced():
             return (
                 f"the rows wear different adapters, and {site} is reached outside of a call of the model, so that it "
                 f"is not known whose each element of the tensor {tuple(x.shape)} is: call the model and not its "
@@ -136,10 +136,12 @@ class Probing:
                 "mix (set_adapter)"
             )
         reason = layout.reason if layout else "no forward of rows with different adapters has reached it yet"
+        may_say = worn.images is None and (forward is None or forward.sees)
+        told = "say which row each image belongs to (route(…, images=[…])), " if may_say else ""
         return (
             f"the rows wear different adapters, and it is not known whose each element of the tensor "
-            f"{tuple(x.shape)} at {site} is: {reason}. Let all rows wear one mix (set_adapter), say which row each "
-            "image belongs to (route(…, images=[…])), or leave the module out with patch(exclude_modules=…)"
+            f"{tuple(x.shape)} at {site} is: {reason}. Let all rows wear one mix (set_adapter), {told}or leave the "
+            "module out with patch(exclude_modules=…)"
         )
 
 

@@ -334,3 +334,36 @@ def test_seeing_leaves_what_a_model_counts() -> None:
         for step in range(1, 4):
             model(ids(2, 6))
             assert model.total == 12 * step
+
+
+class OfFeatures(nn.Module):
+    """As sentence-transformers' models are: all inputs in one dictionary, and the results in it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.auto_model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99))
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        features["token_embeddings"] = self.auto_model(**features).logits
+        return features
+
+
+def test_inputs_in_a_dictionary() -> None:
+    model, x = OfFeatures(), ids(3, 6)
+    given = lambda: {"input_ids": x, "attention_mask": torch.ones_like(x)}  # noqa: E731
+    runtime = patched(model)
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(given())["token_embeddings"])
+    with runtime.route(["a", "b"]), pytest.raises(ValueError, match="the route has 2 rows, but the batch has 3"):
+        model(features=given())
+
+
+def test_images_are_spoken_of_where_there_are_some() -> None:
+    text, seeing, x = Sorted(), patched(clip(), **SEEN), ids(2, 6)
+    x[0, 2:] = 0
+    runtime = patched(text, target_modules=["v_proj"], feedforward_modules=[])
+    with runtime.route(["a", "b"]), pytest.raises(ValueError) as of_text:
+        text(x)
+    with seeing.route(["a", "b"]), pytest.raises(ValueError) as of_images:
+        seeing.model(input_ids=ids(2, 6), pixel_values=torch.randn(3, 3, 16, 16))
+    assert "images=[…]" not in str(of_text.value) and "images=[…]" in str(of_images.value)
