@@ -73,8 +73,6 @@ def test_time_first(make, length) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_time_first_in_a_module_of_ones_own(backend) -> None:
-    from where import home
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -101,17 +99,15 @@ def test_time_first_in_a_module_of_ones_own(backend) -> None:
     model(x)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("sizes", [[(16, 16), (32, 16)], [(32, 16), (16, 16)], [(32, 32), (16, 16)]], ids=str)
-def test_windows_of_images(sizes, backend) -> None:
+def test_windows_of_images(sizes) -> None:
     """Of which an image has one or many, as its size and the layer make them; and images of both sizes in turn."""
     torch.manual_seed(0)
     config = SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
-    model = SwinModel(config).to(home(backend))
-    sites = dict(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
-    runtime = patched(model, backend=backend, **sites)
+    model = SwinModel(config)
+    runtime = patched(model, target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
     for rows, size in ((3, sizes[0]), (3, sizes[1]), (2, sizes[0]), (3, sizes[0])):
-        pixels = torch.randn(rows, 3, *size, device=home(backend))
+        pixels = torch.randn(rows, 3, *size)
         assert_each_row_wears_its_own(runtime, NAMES[:rows], lambda: model(pixels).last_hidden_state)  # noqa: B023
 
 
@@ -294,12 +290,11 @@ def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
     assert refused >= 2
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_rows_that_are_one_in_memory(backend) -> None:
+def test_rows_that_are_one_in_memory() -> None:
     """A prompt for each adapter, as `expand` makes it; and the batches after it are as right as if it were none."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99)).to(home(backend))
-    runtime, x = patched(model, backend=backend), ids(3, 6).to(model.device)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99))
+    runtime, x = patched(model), ids(3, 6)
     for expanded in (x[:1].expand(3, -1), x, x[:1, :4].expand(3, -1)):
         assert_each_row_wears_its_own(runtime, NAMES, lambda: model(expanded).logits)  # noqa: B023
         embedded = model.get_input_embeddings()(expanded[:1]).detach().expand(3, -1, -1)
