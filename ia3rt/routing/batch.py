@@ -119,6 +119,7 @@ def has_text(arguments: Mapping[str, Any]) -> bool:
     return any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds"))
 
 
+@lru_cache(1024)
 def is_media(name: str) -> bool:
     """Whether an argument holds images, sounds or the like."""
     return any(part in name for part in _MEDIA) and not name.startswith(("decoder_", "encoder_"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ia3rt.routing.batch import Arguments, is_media, main_input, named_arguments, parameter_names, with_own_rows
+from ia3rt.routing.batch import Arguments, main_input, named_arguments, parameter_names, with_own_rows
 from ia3rt.routing.batches import Batches
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.forward import Forward, Part
@@ -139,7 +139,7 @@ class Forwards:
         forward = Forward(routing.bound(worn), model, task, outer, caller)
         followed: Arguments | None = None
         if is_by_row and not is_compiled:
-            self._lay_out(forward, part, arguments, batch)
+            self._lay_out(forward, part, batch)
             if routing.probing.is_first(forward, model, arguments, batch):
                 followed = with_own_rows(names, args, kwargs)
                 routing.probing.follow(forward, named_arguments(names, *followed))
@@ -149,10 +149,9 @@ class Forwards:
             watch.start()
         return followed
 
-    def _lay_out(self, forward: Forward, part: Part, arguments: Mapping[str, Any], batch: Tensor | None) -> None:
+    def _lay_out(self, forward: Forward, part: Part, batch: Tensor | None) -> None:
         """Says of a forward what its batch has."""
         worn, forward.part = forward.worn, part
-        forward.sees = any(value is not None for name, value in arguments.items() if is_media(name))
         if part is Part.WHOLE and batch is not None and batch.dim() > 1:
             forward.tokens = batch.shape[1]
             if worn.is_behind and worn.rows is not None:
@@ -180,7 +179,7 @@ class Forwards:
         batch = main_input(arguments, model)
         over_batch = self._batches.over(model, worn, arguments, batch, Part.AHEAD)
         forward = Forward(routing.bound(over_batch), model, -1, None, caller)
-        self._lay_out(forward, Part.AHEAD, arguments, batch)
+        self._lay_out(forward, Part.AHEAD, batch)
         if routing.probing.is_first(forward, model, arguments, batch):
             routing.probing.follow(forward, arguments)
         routing.context.enter(forward)

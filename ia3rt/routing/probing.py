@@ -45,7 +45,9 @@ class Probing:
         if (is_row or (len(forward.worn.route.mixes) < 2 and not batch.is_cuda)) and forward.most is None:
             return False
         shape = batch.shape[1:] if self._by_shape or batch.dim() > _TEXT else None
-        of_model = forward.part, _kind(model, arguments, batch, forward.worn.images)
+        media = tuple(name for name in arguments if is_media(name) and arguments[name] is not None)
+        forward.sees = bool(media)
+        of_model = forward.part, media, _kind(model, arguments, batch, forward.worn.images)
         forward.kind = of_model, shape, rows == 1, forward.most is not None
         return forward.kind not in self._kinds
 
@@ -185,11 +187,9 @@ def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) 
 def _kind(model: nn.Module, arguments: Mapping[str, Any], batch: Tensor, images: Sequence[int] | None) -> object:
     """What forwards have in common that lay out their rows in one way."""
     names = tuple((name, x.dim()) for name, x in arguments.items() if isinstance(x, Tensor))
-    media = tuple(name for name in arguments if is_media(name) and arguments[name] is not None)
     return (
         type(model),
         names,
-        media,
         images is not None and len(images),
         batch.dim() > 1 and batch.shape[1] == 1,
         model.training,
