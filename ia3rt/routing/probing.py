@@ -16,7 +16,6 @@ from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
 from ia3rt.routing.worn import Worn
 
 _ELSEWHERE = "the rows are in another place of it than in an earlier call"
-_TEXT = 3  # dimensions of a batch of text at most, as vectors; images have more, and are cut by their size
 
 Layouts: TypeAlias = "dict[int, Layout | Unknown]"
 """By the number of dimensions of an input; by minus that, of a batch of one row, whose tokens wear different mixes."""
@@ -44,7 +43,7 @@ class Probing:
         # On a GPU, rows that are alike now may be captured next, for others.
         if (is_row or (len(forward.worn.route.mixes) < 2 and not batch.is_cuda)) and forward.most is None:
             return False
-        shape = batch.shape[1:] if self._by_shape or batch.dim() > _TEXT else None
+        shape = batch.shape[1:] if self._by_shape else None
         media = tuple(name for name in arguments if is_media(name) and arguments[name] is not None)
         forward.sees = bool(media)
         of_model = forward.part, media, _kind(model, arguments, batch, forward.worn.images)
