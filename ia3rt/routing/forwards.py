@@ -4,24 +4,55 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ia3rt.adapters.bank import Bank
 from ia3rt.routing.batch import Arguments, main_input, named_arguments, parameter_names, with_own_rows
 from ia3rt.routing.batches import Batches
 from ia3rt.routing.compiled import Compiled
+from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward, Part
+from ia3rt.routing.guard import Guard
+from ia3rt.routing.past import PastForwards
+from ia3rt.routing.probing import Probing
+from ia3rt.routing.route import Route
 from ia3rt.routing.worn import Worn
 
-if TYPE_CHECKING:
-    from ia3rt.routing.routing import Routing
-
 _current_task = torch._C._current_graph_task_id
+
+
+class Wears(Protocol):
+    """What the rows of a model wear, which stands above: `Routing`."""
+
+    bank: Bank
+    guard: Guard | None
+    settle: Callable[[], object]
+    context: Context
+    past: PastForwards
+    probing: Probing
+    forwards: Forwards
+
+    @property
+    def route(self) -> Route:
+        """What the next forward of this context wears."""
+
+    def here(self) -> Worn:
+        """What a forward wears that begins now in this context."""
+
+    def bound(self, worn: Worn) -> Worn:
+        """`worn` as a forward that begins now may hold it."""
+
+    def traced(self) -> Worn:
+        """What is worn where a compiler reads it."""
+
+    def compose(self) -> None:
+        """Has composed what this thread wears, now and at each switch from now on."""
 
 
 class Forwards:
@@ -31,7 +62,7 @@ class Forwards:
         routing: what its rows wear.
     """
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Wears) -> None:
         self._routing = routing
 
     def attach(self, model: nn.Module) -> None:
@@ -49,7 +80,7 @@ class Forwards:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
         """Those of the copied model."""
-        copied: Routing = copy.deepcopy(self._routing, memo)
+        copied: Wears = copy.deepcopy(self._routing, memo)
         return copied.forwards
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments | None:
