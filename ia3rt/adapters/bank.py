@@ -128,7 +128,7 @@ class Bank(SiteTables):
                     f"adapter {name!r} acts at {list(sites.values())[len(self.sites)]}, where the model has no site, "
                     "and the bank does not grow: name the module in patch(target_modules=…), or leave grow=False out"
                 )
-            self._grow(sites)
+            self._grow(sites, self.rows if self._free.rows else 2 * self.rows)
         self.make_room(1)
         shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
         made = Adapter(name, 0, frozenset(vectors), dict(config or {}), modules, embeddings, shared=shared)
@@ -158,7 +158,7 @@ class Bank(SiteTables):
             NoRowError: that is not enough. Everything is as it was then.
         """
         while self.grows and len(self._free.rows) < count:
-            self._grow(self.sites)
+            self._grow(self.sites, 2 * self.rows)
         if len(self._free.rows) < count:
             self.adapters.make_room(count, self.rows - 1, self.release)
 

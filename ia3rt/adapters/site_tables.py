@@ -126,11 +126,10 @@ class SiteTables:
         self._place(tables)
         return True
 
-    def _grow(self, sites: dict[SiteKey, Site]) -> None:
-        """Doubles the rows where none is free, and adds the columns of the sites that it lacks."""
+    def _grow(self, sites: dict[SiteKey, Site], rows: int) -> None:
+        """Makes the tables longer, of so many rows, and adds the columns of the sites that they lack."""
         self._free.wait_for([*self._free.arriving])
         capacity, before = self.rows, {each.device: each for each in self.tables}
-        rows = capacity if self._free.rows else 2 * capacity
         known = [self.tables[at].device for at in self.places]
         added = dict(islice(sites.items(), len(known), None))
         tables = self._laid(sites, [*known, *self._devices(added)], rows)

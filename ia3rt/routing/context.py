@@ -73,6 +73,7 @@ class Context:
         self.local = _Local(everywhere)
         self._wearing: ContextVar[Wearing] = ContextVar("ia3_wearing", default=everywhere)
         self._forward: ContextVar[Forward | None] = ContextVar("ia3_forward", default=None)
+        self._suspended: ContextVar[tuple[Forward, ...]] = ContextVar("ia3_suspended", default=())
         self._captured: ContextVar[Captured | None] = ContextVar("ia3_captured", default=None)
         self._all_captured: list[Captured] = []
         self.forward = self._forward.get  # looked up once: layers ask it at each call
@@ -136,17 +137,31 @@ class Context:
         _unset(self._forward, forward.token, forward.outer)
         self.local.wearing = self.wearing if forward.outer is None else forward.outer.wearing
 
+    @property
+    def suspended(self) -> tuple[Forward, ...]:
+        """The forwards that this context was taken out of, the outermost first."""
+        return self._suspended.get()
+
     def suspend(self) -> Forward | None:
         """Takes this context out of its forward, so that what is called within begins one of its own; gives it."""
         forward = self.forward()
         if forward is not None:
             self._forward.set(None)
+            self._suspended.set((*self.suspended, forward))
         return forward
 
-    def resume(self, forward: Forward) -> None:
-        """Ends what `suspend` began."""
+    def resume(self, forward: Forward) -> bool:
+        """Ends what `suspend` began. Whether the forward goes on: it may have ended, as a generator holds a `with`."""
+        if forward not in self.suspended:
+            return False
+        self.forget(forward)
         self._forward.set(forward)
         self.local.wearing, self.local.held.worn = forward.wearing, None
+        return True
+
+    def forget(self, forward: Forward) -> None:
+        """Says that a suspended forward is so no more."""
+        self._suspended.set(tuple(each for each in self.suspended if each is not forward))
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copied model is in no forward, and its routing makes a context of its own."""

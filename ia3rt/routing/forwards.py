@@ -45,6 +45,9 @@ class Wears(Protocol):
     def here(self) -> Worn:
         """What a forward wears that begins now in this context."""
 
+    def again(self) -> Worn | None:
+        """What was worn in the forward that a backward pass computes again; None where it computes none."""
+
     def bound(self, worn: Worn) -> Worn:
         """`worn` as a forward that begins now may hold it."""
 
@@ -155,7 +158,7 @@ class Forwards:
         if routing.guard is not None:
             routing.guard.check(is_compiled)
             watch = routing.guard.watch(model, args, kwargs) if task == -1 and not is_compiled else None
-        again = routing.past.find() if task != -1 else None
+        again = routing.again()
         worn = routing.here() if again is None else again
         if is_compiled:
             self._check_compiled(worn)
@@ -232,12 +235,16 @@ class Forwards:
         Raises:
             ValueError: the forward did not reach a layer.
         """
-        forward = self._routing.context.forward()
+        context = self._routing.context
+        forward, is_left = context.forward(), False
         if forward is None or forward.owner is not model:
-            return
+            forward = next((each for each in reversed(context.suspended) if each.owner is model), None)
+            if forward is None or context.forward() is not None:
+                return
+            is_left = context.resume(forward)  # by a `with` that was entered in it and still holds
         forward.calls -= 1
         if forward.calls == 0:
-            self._routing.probing.end(forward, completed=output is not None)
+            self._routing.probing.end(forward, completed=output is not None and not is_left)
             self._routing.context.leave(forward)
             if torch.is_grad_enabled():
                 self._routing.past.end(tree_leaves(output), forward.worn)
@@ -251,6 +258,10 @@ class Forwards:
             self._routing.probing.end(forward, completed=False)
             self._routing.context.leave(forward)
             forward = self._routing.context.forward()
+        for suspended in reversed(self._routing.context.suspended):
+            if not suspended.is_running(frame):
+                self._routing.probing.end(suspended, completed=False)
+                self._routing.context.forget(suspended)
 
 
 def _tensors(arguments: Mapping[str, Any]) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ class PastForwards:
         """
         node = torch._C._current_autograd_node()
         is_function = isinstance(node, BackwardCFunction)
-        if not is_function and not _is_checkpointing(sys._getframe(1)):
+        if not is_function and not is_checkpointing(sys._getframe(1)):
             return None  # a forward of its own, called by a hook
         number = -1 if node is None else node._sequence_nr()
         if is_function:
@@ -112,7 +112,7 @@ class PastForwards:
         The reentrant way of checkpointing is such a function. It got the last number, before it called the forward.
         """
         last = _next_number() - 1
-        if last < 0 or not _is_checkpointing(sys._getframe(1)):
+        if last < 0 or not is_checkpointing(sys._getframe(1)):
             return
         worn = worn.of or worn
         worn.lent = True
@@ -126,7 +126,7 @@ class PastForwards:
         return PastForwards()
 
 
-def _is_checkpointing(frame: FrameType | None) -> bool:
+def is_checkpointing(frame: FrameType | None) -> bool:
     """Whether some code for checkpointing has called this, in whatever library."""
     while frame is not None:
         if "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:

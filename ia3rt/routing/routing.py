@@ -22,7 +22,7 @@ from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Forward
 from ia3rt.routing.forwards import Forwards
 from ia3rt.routing.guard import Guard
-from ia3rt.routing.past import PastForwards
+from ia3rt.routing.past import PastForwards, is_checkpointing
 from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.rows import RowScales
@@ -238,8 +238,11 @@ class Routing:
 
         That wears on what it began with. What is called in the `with` is no part of it, or it would be worn nowhere.
         """
-        self.context.wearing.holds = True
-        return self.context.suspend()
+        wearing, within = self.context.wearing, self.context.suspend()
+        wearing.holds, wearing.task = True, _current_task()
+        is_inside = within is not None and is_checkpointing(sys._getframe())
+        wearing.is_repeated = is_inside or wearing.task != -1
+        return within
 
     def wear_again(self, before: Wearing, within: Forward | None = None) -> None:
         """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning.
@@ -260,8 +263,7 @@ class Routing:
             with self.lock:
                 self._replace(before, self.lay(self._without(route, gone)))
         self.context.wear(before)
-        if within is not None:
-            self.context.resume(within)
+        if within is not None and self.context.resume(within):
             self.past.begin(within.worn)
 
     def cover(self) -> None:
@@ -360,8 +362,19 @@ class Routing:
         """What a layer wears that is called outside of any forward, or again for a gradient."""
         if not self.bank.is_settled:
             self.settle()
-        again = self.past.find() if _current_task() != -1 else None
+        again = self.again()
         return self.bound(self.here() if again is None else again)
+
+    def again(self) -> Worn | None:
+        """What was worn in the forward that a backward pass computes again; None where it computes none.
+
+        A `with` that is entered in what is computed again was entered there the first time, too: it says what is worn.
+
+        Raises:
+            RuntimeError: it is not known.
+        """
+        task = _current_task()
+        return None if task == -1 or self.context.wearing.task == task else self.past.find()
 
     def bound(self, worn: Worn) -> Worn:
         """`worn` as a forward that begins now may hold it."""
@@ -377,7 +390,8 @@ class Routing:
                 worn.order(self.bank)
         if torch.is_grad_enabled():
             worn = worn.kept(self.bank)
-        self.past.begin(worn)
+        if not self.context.wearing.is_repeated:
+            self.past.begin(worn)
         return worn
 
     def _check_captured(self, route: Route) -> None:

@@ -16,6 +16,8 @@ class Wearing:
         generates: whether that is a call of `generate`.
         seen: how many tokens of each row that has seen, where its tokens wear mixes of their own.
         token: what takes it back that the context wears something of its own.
+        task: the backward pass that the `with` was entered in, which computes a forward again; -1 where in none.
+        is_repeated: whether a backward pass enters the `with` again, as it is inside of what that computes again.
     """
 
     def __init__(self, worn: Worn) -> None:
@@ -23,3 +25,5 @@ class Wearing:
         self.holds = self.generates = False
         self.seen: int | None = None
         self.token: Token[Wearing] | None = None
+        self.task = -1
+        self.is_repeated = False

@@ -48,3 +48,12 @@ def test_what_is_no_capacity_is_refused(settings, message):
 def test_a_capacity_in_bytes(size, given):
     stats = ia3rt.patch(tiny_model(), capacity=size, grow=False).stats()
     assert stats.rows == given // ROW - 1 and given - ROW < stats.device_bytes <= given
+
+
+def test_a_bank_that_grows_has_room_for_more_than_are_free(folder, truth):
+    runtime = ia3rt.patch(tiny_model(), capacity=2)
+    runtime.register(folder)
+    runtime.set_adapter("a")
+    check(runtime, truth, ["b", "c", "d", None])  # one row is free, and three are wanted
+    assert runtime.stats().rows == 5 and runtime.stats().resident == 4
+    check(runtime, truth, ["a", "e", "b", None])
