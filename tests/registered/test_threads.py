@@ -266,12 +266,17 @@ def test_what_is_worn_is_laid_by_who_holds_the_lock(folder, monkeypatch, backend
 def test_threads_that_route_and_bring_in_at_random(folder, truth):
     """Each forward is that of a model for each adapter, whoever evicts what meanwhile."""
     runtime = patched(folder, rows=4, host_memory=3 * ROW)
-    end, wrong, done = time.monotonic() + 3, [], []
+    begun, wrong, done = time.monotonic(), [], []
+
+    def goes_on() -> bool:
+        """For three seconds, and longer where the machine has other work."""
+        taken = time.monotonic() - begun
+        return not wrong and (taken < 3 or (len(done) < 40 and taken < 60))
 
     def work(seed: int) -> None:
         choose = random.Random(seed)
         try:
-            while time.monotonic() < end and not wrong:
+            while goes_on():
                 first, second = choose.sample(NAMES, 2)
                 kind = choose.random()
                 try:
@@ -298,6 +303,6 @@ def test_threads_that_route_and_bring_in_at_random(folder, truth):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(done) > 20
+    assert not wrong and len(done) >= 40
     stats = runtime.stats()
     assert stats.evictions > 5 and held(runtime) == stats.host_bytes <= 3 * ROW and stats.resident <= 4
