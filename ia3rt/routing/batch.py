@@ -35,7 +35,7 @@ def named_arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping
         args: those that were given by place.
         kwargs: those that were given by name, in any order.
     """
-    given = {**{names[at] if at < len(names) else str(at): value for at, value in enumerate(args)}, **kwargs}
+    given = {**{_name(names, at): value for at, value in enumerate(args)}, **kwargs}
     if not any(isinstance(value, Tensor) for value in given.values()):
         for value in tuple(given.values()):
             if isinstance(value, Mapping):  # all of them in one, as sentence-transformers has it
@@ -58,7 +58,7 @@ def row_inputs(arguments: Mapping[str, Any], rows: int) -> Iterator[Tensor]:
     """The inputs of which each row of the batch has one."""
     text = has_text(arguments)
     for name, value in arguments.items():
-        if name in _CACHES or any(part in name for part in _NOT_MARKED):
+        if not _is_of_rows(name):
             continue
         if text and is_media(name):
             continue
@@ -85,11 +85,21 @@ def with_own_rows(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[s
     """
 
     def own(name: str, value: Any) -> Any:
-        is_input = name not in _CACHES and not any(part in name for part in _NOT_MARKED)
-        return tree_map_only(Tensor, _own, value) if is_input and any(map(_is_one, tree_leaves(value))) else value
+        is_one = _is_of_rows(name) and any(map(_is_one, tree_leaves(value)))
+        return tree_map_only(Tensor, _own, value) if is_one else value
 
-    placed = tuple(own(names[at] if at < len(names) else str(at), value) for at, value in enumerate(args))
+    placed = tuple(own(_name(names, at), value) for at, value in enumerate(args))
     return placed, {name: own(name, value) for name, value in kwargs.items()}
+
+
+def _name(names: Sequence[str], at: int) -> str:
+    """What an argument that is given by place is called."""
+    return names[at] if at < len(names) else str(at)
+
+
+def _is_of_rows(name: str) -> bool:
+    """Whether an argument may say what is in the rows, and not where they are or what came before."""
+    return name not in _CACHES and not any(part in name for part in _NOT_MARKED)
 
 
 def _is_one(x: object) -> bool:

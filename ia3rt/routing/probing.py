@@ -175,8 +175,9 @@ def _both(before: Layout | Unknown, seen: Layout | Unknown, tokens: int | None) 
             return before  # one token a row
         if before == Layout(0) and seen.repeated == TOKENS:
             return seen  # there was one token a row so far; where a row has one of many, this does not fit
-        if before.dim == seen.dim == 0 and TOKENS not in (before.repeated, seen.repeated) and not before.images:
-            return Layout(0, WINDOWS) if not seen.images else Unknown(_ELSEWHERE)
+        are_of_images = before.images or seen.images
+        if before.dim == seen.dim == 0 and TOKENS not in (before.repeated, seen.repeated) and not are_of_images:
+            return Layout(0, WINDOWS)
         return Unknown(_ELSEWHERE)
     layout, unknown = (before, seen) if isinstance(before, Layout) else (seen, before)
     # Of images nothing depends on the rows; which row has them may be known in one forward and not in the other.
