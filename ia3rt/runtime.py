@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.bank import Bank
@@ -22,54 +20,31 @@ from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
 from ia3rt.adapters.given import check_mapping, check_tensors
-from ia3rt.adapters.giving_back import check_givable, give_back
-from ia3rt.adapters.host import HostRow
+from ia3rt.adapters.giving_back import active_in_peft, check_givable, give_back
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
 from ia3rt.adapters.mix_text import read_mix
-from ia3rt.adapters.outside_modes import outside_modes
-from ia3rt.adapters.packing import pack
-from ia3rt.adapters.registry import AdapterSource, Registry, read_whole
+from ia3rt.adapters.registry import AdapterSource, Registry
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
 from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
-from ia3rt.adapters.together import check_modules
 from ia3rt.modules import brought
 from ia3rt.modules.adapter_sites import AdapterSites
+from ia3rt.modules.alone import alone
 from ia3rt.modules.brought import Brought
 from ia3rt.modules.chosen import check_rows
-from ia3rt.modules.drop_ins import DropIns
 from ia3rt.modules.merge import MergedWeights
-from ia3rt.modules.own_modules import OwnModules
-from ia3rt.modules.parts import ReadingTheModels
-from ia3rt.modules.renamed import by_todays_names
+from ia3rt.modules.placement import Placement
+from ia3rt.modules.reading import Reading
 from ia3rt.modules.sites import Targets
-from ia3rt.modules.trainable import check_trainable
-from ia3rt.modules.wearer import computing_device
-from ia3rt.routing import generation, hooks
+from ia3rt.modules.training import Training
 from ia3rt.routing.combined import combined_vectors
 from ia3rt.routing.route import Backend, Route, check_images, check_index
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.start import check_one_sequence, check_start
-from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 
 _LARGEST = torch.finfo(torch.float32).max
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _alone(method: Callable[Concatenate[Runtime, P], R]) -> Callable[Concatenate[Runtime, P], R]:
-    """Lets no two threads change the adapters, or what is worn, at once; forwards go on meanwhile."""
-
-    @functools.wraps(method)
-    def run(self: Runtime, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._routing.lock, ReadingTheModels():
-            return method(self, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
-
 
 VectorsLike: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
 
@@ -98,18 +73,16 @@ class Runtime:
     ) -> None:
         self.model = model
         self._bank = bank
-        self._tiers = Tiers(bank, self._read, self._place_sites, host_bytes)
         self._taken = taken
         self._routing = Routing(bank, backend, fuses_gate_up)
         self._routing.attach(model)
-        self._routing.settle = self._settle
-        self._drop_ins = DropIns(model, self._routing, self._follow)
-        bank.where = self._where
-        self._own = OwnModules(model, self._routing)
-        self._adapter_sites = AdapterSites(model, bank, targets, backend, self._own)
+        self._placement = Placement(model, bank, self._routing)
+        self._own = self._placement.own
+        self._sites = AdapterSites(model, bank, targets, backend, self._own)
+        self._reading = Reading(model, bank, self._sites, self._routing)
+        self._tiers = Tiers(bank, self._reading.row, self._placement.follow_bank, host_bytes)
+        self._training = Training(model, bank, self._tiers, self._routing, self._own)
         self._merged: MergedWeights | None = None
-        self._placed: dict[SiteKey, Site] | None = None  # the bank's, as they were when drop-ins were made of them
-        self._hooks: list[RemovableHandle] | None = []
         self.is_unclaimed = False
         try:
             self._install()
@@ -168,10 +141,10 @@ class Runtime:
         """
         return self._contents(adapter_name, self._fetch_named((adapter_name,)))
 
-    @_alone
+    @alone
     def _contents(self, name: str, fetched: Fetched = NOTHING) -> AdapterContents:
         (adapter,) = self._resolve(Mix((name,)), fetched).adapters
-        self._sync()
+        self._training.sync()
         vectors = {
             site.key: (vector.view(site.experts, -1) if site.experts and site not in adapter.shared else vector)
             .detach()
@@ -219,13 +192,12 @@ class Runtime:
         self._add_read(name, checkpoint)
         return name
 
-    @_alone
+    @alone
     def _add_read(self, name: str, checkpoint: Checkpoint) -> None:
-        read = by_todays_names(self.model, checkpoint.vectors)
-        vectors = {self._adapter_sites.site(name, key): vector for key, vector in read.items()}
+        vectors = self._reading.vectors(name, checkpoint)
         self._add(name, vectors, checkpoint.config, brought.of_file(self.model, name, checkpoint))
 
-    @_alone
+    @alone
     def add_adapter(
         self,
         name: str,
@@ -263,7 +235,7 @@ class Runtime:
         if vectors is not None:
             check_tensors(vectors, f"the vectors of adapter {name!r}")
         else:
-            sites = self.sites or self._adapter_sites.of_config(config)
+            sites = self.sites or self._sites.of_config(config)
             if not sites:
                 raise ValueError(
                     f"adapter {name!r} has no place to act: {type(self.model).__name__} has no site yet. Give its "
@@ -271,7 +243,7 @@ class Runtime:
                 )
             outside = [site for site in sites if own.owner(site.path) is None]
             vectors = {site.key: torch.ones(site.width, dtype=torch.float32, device="cpu") for site in outside}
-        here = self._adapter_sites
+        here = self._sites
         sited = [(here.site(name, here.key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
@@ -333,7 +305,7 @@ class Runtime:
         combination = Combination(adapters, weights, combination_type, density, majority_sign_method, seed, normalize)
         self._add_combined(combination, adapter_name, importances, self._fetch_named(combination.adapters))
 
-    @_alone
+    @alone
     def _add_combined(
         self,
         combination: Combination,
@@ -343,10 +315,10 @@ class Runtime:
     ) -> None:
         self._check_open("combine adapters")
         resolved = self._resolve(Mix(tuple(combination.adapters)), fetched)  # which keeps them resident
-        self._sync()
+        self._training.sync()
         by_site = None
         if importances is not None:
-            key = self._adapter_sites.key
+            key = self._sites.key
             by_site = {n: {key(n, where): each for where, each in given.items()} for n, given in importances.items()}
         vectors = combined_vectors(self._bank, combination, by_site)
         config = combined_config((each.config, bool(each.modules - each.embeddings)) for each in resolved.adapters)
@@ -381,61 +353,24 @@ class Runtime:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         return self._train(names, self._fetch_named(names))
 
-    @_alone
+    @alone
     def _train(self, names: tuple[str, ...], fetched: Fetched) -> list[nn.Parameter]:
         self._check_open("train adapters")
-        if self._routing.trained is not None:
-            raise RuntimeError("adapters are trained already: call end_training() first")
-        worn = {adapter for mix in self._routing.route.mixes for adapter in mix.adapters}
+        return self._training.begin(names, fetched)
 
-        def check(mixes: Sequence[tuple[Adapter, ...]]) -> None:
-            adapters = [adapter for (adapter,) in mixes]
-            check_trainable(self.model, adapters)
-            self._own.check_names(adapters)
-            if worn.isdisjoint(adapters):
-                try:
-                    check_modules(adapters)
-                except ValueError as error:
-                    raise ValueError(
-                        f"no row wears any of {list(names)}, and all rows would wear their product in training, "
-                        f"which cannot be: {error}. Let rows wear one of them first (set_adapter(), or train within "
-                        "route())"
-                    ) from None
-
-        resolved = self._tiers.resolve([Mix((name,)) for name in names], fetched, check)
-        adapters = [mix.adapters[0] for mix in resolved]
-        route = None if not worn.isdisjoint(adapters) else Route((self._bank.resolve(Mix(names)),))
-        with torch.inference_mode(False):
-            trained = TrainedAdapters(self.model, self._bank, adapters)
-        try:
-            own = self._own.train(trained.adapters)
-        except ValueError:
-            trained.end()
-            raise
-        for adapter in adapters:
-            self._bank.adapters.keep(adapter.name)  # its files hold other numbers from now on
-        self._routing.trained = trained
-        if route is None:
-            self._routing.refresh()
-        else:
-            self._routing.wear_everywhere(route)
-        return [*trained.parameters, *own]
-
-    @_alone
+    @alone
     def end_training(self) -> None:
         """Ends what `train_adapter` began: the adapters keep what they learned, and the model's parameters are its own.
 
         Raises:
             RuntimeError: no adapters are trained.
         """
-        if self._routing.trained is None:
+        if not self._training.is_on:
             raise RuntimeError("no adapters are trained: there is nothing to end")
-        self._own.end_training()
-        self._routing.trained.end()
-        self._routing.trained = None
+        self._training.end()
         self._routing.refresh()
 
-    @_alone
+    @alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. Rows that wear it, alone or in a mix, wear the base model then, with a warning.
 
@@ -450,7 +385,7 @@ class Runtime:
             self._tiers.forget(adapter_name)
             return
         (adapter,) = self._bank.resolve(Mix((adapter_name,))).adapters
-        if self._routing.trained is not None and adapter in self._routing.trained.adapters:
+        if self._training.trains(adapter):
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._tiers.forget(adapter_name)
         self._routing.drop(self._bank.adapters.remove(adapter_name))
@@ -483,7 +418,7 @@ class Runtime:
         self._check_open("register adapters")
         return self._register(source, Registry.read(source))
 
-    @_alone
+    @alone
     def _register(self, source: AdapterSource, found: dict[str, Path]) -> list[str]:
         self._check_open("register adapters")
         return self._tiers.register(source, found)
@@ -498,12 +433,12 @@ class Runtime:
         """
         self._pin(adapter_name, self._tiers.fetch([adapter_name]))
 
-    @_alone
+    @alone
     def _pin(self, name: str, fetched: Fetched) -> None:
         self._check_open("pin an adapter")
         self._tiers.pin(name, fetched)
 
-    @_alone
+    @alone
     def unpin(self, adapter_name: str) -> None:
         """Lets a pinned adapter make room for others again.
 
@@ -528,7 +463,7 @@ class Runtime:
         self._check_open("prefetch adapters")
         return self._tiers.prefetch([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
 
-    @_alone
+    @alone
     def stats(self) -> TierStats:
         """Hits, misses, evictions, bytes and load times of registered adapters, since `patch`."""
         return self._tiers.stats()
@@ -549,11 +484,11 @@ class Runtime:
         paths = [path for path, _ in self.model.named_modules()]
         write_checkpoint(path, vectors, paths, config, own.states, own.embeddings)
 
-    @_alone
+    @alone
     def _stored(self, name: str, fetched: Fetched) -> tuple[Adapter, dict[Site, Tensor], Brought]:
         """An adapter, its vectors as they are now, and its own modules."""
         (adapter,) = self._resolve(Mix((name,)), fetched).adapters
-        self._sync()
+        self._training.sync()
         vectors = {site: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
         return adapter, vectors, self._own.states((adapter,))
 
@@ -659,10 +594,10 @@ class Runtime:
         mix = None if adapter_names is None else self._mix(adapter_names)
         self._merge(mix, NOTHING if mix is None else self._fetch((mix,)))
 
-    @_alone
+    @alone
     def _merge(self, named: Mix | None, fetched: Fetched) -> None:
         self._check_open("merge", while_merged=True)
-        if self._routing.trained is not None:
+        if self._training.is_on:
             raise RuntimeError("cannot merge while adapters are trained: call end_training() first")
         weights = self._merged or MergedWeights(self.model, self._bank, self._own.merge)
         route = self._routing.chosen
@@ -676,7 +611,7 @@ class Runtime:
             self._merged = weights
             self._routing.cover()
 
-    @_alone
+    @alone
     def unmerge_adapter(self) -> None:
         """Puts the weights back bit for bit, and what the rows wore before the merge.
 
@@ -706,7 +641,7 @@ class Runtime:
         mix = None if adapter_names is None else self._mix(adapter_names)
         return self._merge_and_unload(mix, NOTHING if mix is None else self._fetch((mix,)))
 
-    @_alone
+    @alone
     def _merge_and_unload(self, named: Mix | None, fetched: Fetched) -> nn.Module:
         self._check_open("merge", while_merged=True)
         if named is not None or self._merged is None:
@@ -719,7 +654,7 @@ class Runtime:
             self._taken.release()
         return self.model
 
-    @_alone
+    @alone
     def unpatch(self) -> nn.Module:
         """Gives back what `patch` was given, bit for bit, and returns it. The runtime is of no use then.
 
@@ -733,8 +668,7 @@ class Runtime:
             RuntimeError: it was unpatched already.
         """
         self._check_open("unpatch it", while_merged=True)
-        active = self._givable() if self._taken is not None else []
-        contents = [self._contents(name) for name in self._givable_names()] if self._taken is not None else []
+        contents, active = ([], []) if self._taken is None else self._to_give_back(self._taken)
         self._uninstall()
         try:
             if self._taken is not None:
@@ -744,10 +678,7 @@ class Runtime:
             raise
         if self._merged is not None:
             self.unmerge_adapter()
-        if self._routing.trained is not None:
-            self._routing.trained.end()
-            self._own.end_training()
-            self._routing.trained = None
+        self._training.end()
         return self.model if self._taken is None else self._taken.owner
 
     def __repr__(self) -> str:
@@ -776,12 +707,12 @@ class Runtime:
     def _resolve(self, mix: Mix, fetched: Fetched) -> ResolvedMix:
         return self._tiers.resolve((mix,), fetched)[0]
 
-    @_alone
+    @alone
     def _wear_everywhere(self, mixes: Sequence[Mix], fetched: Fetched) -> None:
         self._check_open("switch adapters")
         self._routing.wear_everywhere(Route(tuple(self._tiers.resolve(mixes, fetched))))
 
-    @_alone
+    @alone
     def _wear_here(
         self,
         mixes: Sequence[Mix],
@@ -796,69 +727,23 @@ class Runtime:
             route = route.starting(starts, self._bank.resolve(BASE))
         return self._routing.wear_here(route, images)
 
-    def _read(self, name: str, folder: Path) -> HostRow:
-        """Reads a registered adapter; in a thread that holds no lock, as the disk may be slow."""
-        checkpoint, stamp = read_whole(name, folder, self._tiers.is_registered(name))
-        with ReadingTheModels():
-            read = by_todays_names(self.model, checkpoint.vectors)
-            own = brought.of_file(self.model, name, checkpoint)
-        if own.states:
-            raise ValueError(
-                f"adapter {name!r} has its own {', '.join(map(repr, own.states))} beside its vectors, which a "
-                "registered adapter cannot have: load_adapter() it"
-            )
-        row, vectors = self._packed(name, read)
-        row = row.to(self._bank.dtype)
-        shared = frozenset(site for site, vector in vectors.items() if vector.numel() < site.width)
-        return HostRow(
-            folder,
-            stamp,
-            row.pin_memory() if self._bank.is_cuda else row,
-            frozenset(vectors),
-            shared,
-            checkpoint.config,
-        )
-
-    @_alone
-    def _packed(self, name: str, read: Mapping[SiteKey, Tensor]) -> tuple[Tensor, dict[Site, Tensor]]:
-        """A row of the bank; alone, as a load that fails takes columns back that it added."""
-        for key in read:
-            if key not in self._bank.sites:
-                raise ValueError(
-                    f"adapter {name!r} acts at {key[0]!r} ({key[1]}put), where the model has no site: name it in "
-                    "patch(target_modules=…), or load_adapter() one that acts there before"
-                )
-        vectors = {self._adapter_sites.site(name, key): vector for key, vector in read.items()}
-        return pack(name, vectors, self._bank.sites, self._bank.dtype), vectors
-
     def _check_name(self, name: str) -> None:
         self._bank.adapters.check_name(name)
         if self._tiers.is_registered(name):
             raise ValueError(f"an adapter named {name!r} is registered: delete_adapter it first, or use another name")
 
     def _check_open(self, what: str, while_merged: bool = False) -> None:
-        if self._hooks is None:
+        if not self._placement.is_installed:
             raise RuntimeError(f"cannot {what}: the model is not patched any more; call ia3rt.patch(model) again")
         if self._merged is not None and not while_merged:
             raise RuntimeError(f"cannot {what} while adapters are merged: call unmerge_adapter() first")
 
     def _install(self) -> None:
         vars(self.model)["ia3_runtime"] = self
-        self._drop_ins.place(self.sites)
-        self._placed = self._bank.sites
-        self._own.begin()
-        self._routing.refresh()
-        generation.install(self.model, self._routing)
-        self._hooks = hooks.install(self.model, self._routing)
+        self._placement.install()
 
     def _uninstall(self) -> None:
-        self._routing.release()
-        self._own.end()
-        self._drop_ins.place(())
-        generation.uninstall(self.model)
-        for hook in self._hooks or ():
-            hook.remove()
-        self._hooks = None
+        self._placement.uninstall()
         vars(self.model).pop("ia3_runtime", None)
 
     def _adopt(self, taken: TakenOver) -> None:
@@ -867,99 +752,19 @@ class Runtime:
         if taken.active:
             self.set_adapter(taken.active)
 
-    def _givable(self) -> list[str]:
-        """The adapters that all rows wear, as PEFT can have them active; raises ValueError where it cannot."""
-        assert self._taken is not None
-        route = self._routing.chosen
-        mix = route.mixes[0].mix
-        if route.index is not None or mix.weights is not None:
-            worn = ", ".join(str(each.mix) for each in route.mixes)
-            raise ValueError(
-                f"rows wear {worn}, which PEFT's layers cannot have active: set_adapter() a product or None before "
-                "unpatch(), or make an adapter of it by add_weighted_adapter()"
-            )
-        check_givable(self._taken, [self._contents(name) for name in self._givable_names()])
-        return list(mix.adapters)
+    def _to_give_back(self, taken: TakenOver) -> tuple[list[AdapterContents], list[str]]:
+        """The adapters that PEFT is to have, and those that are active; raises ValueError where it cannot."""
+        active = active_in_peft([mix.mix for mix in self._routing.chosen.mixes])
+        # What is only registered, and not worn, is resident or not by chance.
+        names = [name for name, each in self._bank.adapters.items() if each.stamp is None or name in active]
+        contents = [self._contents(name) for name in names]
+        check_givable(taken, contents)
+        return contents, active
 
-    def _givable_names(self) -> list[str]:
-        """All but what is only registered and not worn, which is resident or not by chance."""
-        active = self.active_adapters
-        return [name for name, each in self._bank.adapters.items() if each.stamp is None or name in active]
-
-    @_alone
+    @alone
     def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:
-        for site in vectors:
-            owner = own.owner(site.path)
-            if owner is not None:
-                raise ValueError(
-                    f"adapter {name!r} has a vector at {site} and its own module {owner!r} there, which wears none: "
-                    "leave one of them out"
-                )
         self._check_name(name)  # it may have got another meaning since it was looked at first
-        built = self._own.build(name, own)
-        config = brought.with_names(config, own)
-        tables, grown = self._bank.tables, False
-        try:
-            with self._bank.all_or_nothing():
-                adapter = self._bank.add(name, vectors, config, frozenset(built), frozenset(own.embeddings))
-                grown = self._bank.tables is not tables
-                if grown:
-                    self._place_sites()
-                self._own.keep(adapter, built)
-            self._routing.probing.forget()
-        except BaseException:
-            if grown:
-                self._place_sites()
-            raise
-
-    def _place_sites(self) -> None:
-        if self._placed is not self._bank.sites:  # not for a row more: forwards of other threads go on meanwhile
-            self._placed = None
-            with self._own.lifted():
-                self._drop_ins.place(self.sites)
-            self._placed = self._bank.sites
-        self._tie()
-        self._routing.refresh()
-        self._routing.leave_graphs()
-
-    @_alone
-    def _follow(self, module: nn.Module) -> None:
-        """Lets the vectors at a drop-in follow it, which may have been moved."""
-        device = computing_device(module)
-        are_together = False
-        for position in (module.ia3_in, module.ia3_out):
-            if isinstance(position, int):
-                are_together = self._bank.moved(position, device)
-        if are_together:
-            self._settle()
-        elif self._bank.is_settled:
-            self._tie()
-
-    def _where(self, site: Site) -> torch.device:
-        layer = self._drop_ins.layers.get(site)
-        return computing_device(self.model.get_submodule(site.module) if layer is None else layer)
-
-    @_alone
-    @outside_modes
-    def _settle(self) -> None:
-        """Brings vectors, and what is worn, to where the layers are."""
-        were_moved = not self._bank.is_settled
-        if self._bank.settle():
-            were_moved = True
-            self._drop_ins.settle()
-            self._routing.refresh()
-            self._routing.leave_graphs()
-            self._routing.rebind()
-        if were_moved:
-            self._tie()
-
-    def _sync(self) -> None:
-        if self._routing.trained is not None:
-            self._routing.trained.sync()
-
-    def _tie(self) -> None:
-        if self._routing.trained is not None:
-            self._routing.trained.keep_float32()
+        self._placement.add(name, vectors, config, own)
 
     @contextmanager
     def _restoring(self, before: Wearing) -> Iterator[None]:
@@ -967,5 +772,5 @@ class Runtime:
         try:
             yield
         finally:
-            if self._hooks is not None:
+            if self._placement.is_installed:
                 self._routing.wear_again(before, within)

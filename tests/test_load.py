@@ -82,13 +82,13 @@ def slow_disk(runtime: ia3rt.Runtime) -> dict[str, int]:
     read, chance, slow = runtime._tiers._read, random.Random(7), {"reads": 0}
     lock = threading.Lock()
 
-    def slowly(name: str, path: Path) -> object:
+    def slowly(name: str, *where: object) -> object:
         with lock:
             is_slow = chance.random() < 0.02
             slow["reads"] += is_slow
         if is_slow:
             time.sleep(0.2)
-        return read(name, path)
+        return read(name, *where)
 
     runtime._tiers._read = slowly  # type: ignore[method-assign]
     return slow

@@ -12,8 +12,23 @@ from torch import Tensor, nn
 
 from ia3rt.adapters.checkpoint import shortest_names
 from ia3rt.adapters.contents import AdapterContents
+from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.site import Side, name_matches
 from ia3rt.adapters.takeover import KEPT_IN_MODEL, TakenOver, ia3_layers
+
+
+def active_in_peft(worn: Sequence[Mix]) -> list[str]:
+    """The adapters that PEFT's layers are to have active, where rows wear these mixes.
+
+    Raises:
+        ValueError: they cannot, as they multiply all rows by the same adapters.
+    """
+    if len(worn) > 1 or worn[0].weights is not None:
+        raise ValueError(
+            f"rows wear {', '.join(map(str, worn))}, which PEFT's layers cannot have active: set_adapter() a product "
+            "or None before unpatch(), or make an adapter of it by add_weighted_adapter()"
+        )
+    return list(worn[0].adapters)
 
 
 def check_givable(taken: TakenOver, adapters: Sequence[AdapterContents]) -> None:

@@ -95,7 +95,7 @@ class Tiers:
 
     Args:
         bank: where they are worn.
-        read: (name, folder) reads an adapter's files as a row of the bank.
+        read: (name, folder, whether it was registered by name) reads an adapter's files as a row of the bank.
         grown: what to do when the bank's table has become another one.
         host_bytes: what rows in the host's memory may take together.
 
@@ -104,7 +104,7 @@ class Tiers:
     """
 
     def __init__(
-        self, bank: Bank, read: Callable[[str, Path], HostRow], grown: Callable[[], None], host_bytes: int
+        self, bank: Bank, read: Callable[[str, Path, bool], HostRow], grown: Callable[[], None], host_bytes: int
     ) -> None:
         self._bank = bank
         self._read = read
@@ -409,7 +409,7 @@ class Tiers:
                 return reading.result()
         begun = time.perf_counter()
         try:
-            row = self._read(name, folder)
+            row = self._read(name, folder, self.is_registered(name))
             self._host.put(name, row)
             mine.set_result(row)
             return row

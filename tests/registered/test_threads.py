@@ -7,7 +7,6 @@ import random
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def test_a_slow_disk_stops_nobody_else(folder, truth, monkeypatch, want):
     def slow(*given: object) -> object:
         reads.set()
         assert goes_on.wait(10)
-        return read(*given) if len(given) == 2 else inside(*given)
+        return read(*given) if len(given) == 3 else inside(*given)
 
     def work() -> None:
         try:
@@ -75,10 +74,10 @@ def test_one_file_is_read_once_for_all_who_want_it_now(folder, truth, monkeypatc
     goes_on, asked = threading.Event(), []
     read = runtime._tiers._read
 
-    def slow(name: str, path: Path) -> object:
+    def slow(name: str, *where: object) -> object:
         asked.append(name)
         assert goes_on.wait(10)
-        return read(name, path)
+        return read(name, *where)
 
     monkeypatch.setattr(runtime._tiers, "_read", slow)
     threads = [threading.Thread(target=runtime.pin, args="b") for _ in range(3)]
@@ -97,12 +96,12 @@ def test_who_waits_for_anothers_read_is_not_stopped_by_its_ctrl_c(folder, truth,
     runtime = patched(folder)
     read, begun, waits = runtime._tiers._read, [], threading.Event()
 
-    def interrupted(name: str, path: Path) -> object:
+    def interrupted(name: str, *where: object) -> object:
         begun.append(name)
         if len(begun) == 1:
             assert waits.wait(10)
             raise KeyboardInterrupt
-        return read(name, path)
+        return read(name, *where)
 
     monkeypatch.setattr(runtime._tiers, "_read", interrupted)
     failed = []
@@ -215,10 +214,10 @@ def test_a_load_that_fails_leaves_no_columns_to_what_is_read_meanwhile(folder, t
     reads, begun, failed = threading.Event(), threading.Event(), []
     read = runtime._tiers._read
 
-    def late(name: str, folder: Path) -> object:
+    def late(name: str, *where: object) -> object:
         reads.set()
         assert begun.wait(10)
-        return read(name, folder)
+        return read(name, *where)
 
     def fails(*_: object) -> None:
         begun.set()
