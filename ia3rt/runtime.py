@@ -19,6 +19,7 @@ from ia3rt.adapters.combining.combination import Combination, DerivedType
 from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.combining.ties import MajoritySignMethod
 from ia3rt.adapters.contents import AdapterContents, Vectors
+from ia3rt.adapters.fetched import NOTHING, Fetched
 from ia3rt.adapters.given import check_mapping, check_tensors
 from ia3rt.adapters.giving_back import active_in_peft, check_givable, give_back
 from ia3rt.adapters.mix import BASE, CombinationType, Mix, MixLike
@@ -27,7 +28,8 @@ from ia3rt.adapters.registry import AdapterSource, Registry
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.adapters.takeover import TakenOver
-from ia3rt.adapters.tiers import NOTHING, Fetched, Tiers, TierStats
+from ia3rt.adapters.tier_stats import TierStats
+from ia3rt.adapters.tiers import Tiers
 from ia3rt.modules import brought
 from ia3rt.modules.adapter_sites import AdapterSites
 from ia3rt.modules.alone import alone

@@ -41,5 +41,5 @@ def replace(folder: Path, scale: float) -> None:
 
 def held(runtime: ia3rt.Runtime) -> int:
     """The bytes of all rows of the host's memory, counted by their storages."""
-    rows = runtime._tiers._host._rows.values()
+    rows = runtime._tiers._reader.kept._rows.values()
     return sum(row.row.untyped_storage().nbytes() for row in rows)

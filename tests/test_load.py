@@ -79,7 +79,7 @@ def under_load(folder: Path, adapters: int, requests: int, seconds: float) -> Tr
 
 def slow_disk(runtime: ia3rt.Runtime) -> dict[str, int]:
     """Makes a read in fifty take a while."""
-    read, chance, slow = runtime._tiers._read, random.Random(7), {"reads": 0}
+    read, chance, slow = runtime._tiers._reader.read, random.Random(7), {"reads": 0}
     lock = threading.Lock()
 
     def slowly(name: str, *where: object) -> object:
@@ -90,7 +90,7 @@ def slow_disk(runtime: ia3rt.Runtime) -> dict[str, int]:
             time.sleep(0.2)
         return read(name, *where)
 
-    runtime._tiers._read = slowly  # type: ignore[method-assign]
+    runtime._tiers._reader.read = slowly  # type: ignore[method-assign]
     return slow
 
 
@@ -112,7 +112,7 @@ def check_held(runtime: ia3rt.Runtime, folder: Path) -> None:
     assert len(adapters) == len(bank.adapters) + len(bank.adapters.complements)
     assert sum(type(each) is HostRow and each.folder.is_relative_to(folder) for each in alive) <= HOST
     assert sum(type(each) is Worn and each.shelf is shelf for each in alive) < 20
-    assert not runtime._tiers._reading
+    assert not runtime._tiers._reader._reading
 
 
 def check_flat(traffic: Traffic) -> None:

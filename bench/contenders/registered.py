@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 
 import ia3rt
-from ia3rt.adapters.tiers import TierStats
+from ia3rt.adapters.tier_stats import TierStats
 from ia3rt.bench.contenders.ia3rt import Ia3rt
 from ia3rt.bench.contenders.subject import LeftOut, Way
 from ia3rt.bench.models import clone

@@ -10,84 +10,30 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from ia3rt.adapters.adapter import Adapter, Stamp
+from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.bank import Bank
-from ia3rt.adapters.host import HostRow, HostTier
+from ia3rt.adapters.fetched import Fetched
+from ia3rt.adapters.host import HostRow
+from ia3rt.adapters.host_reader import HostReader
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.registry import AdapterSource, Registry, gone, stamp_of
 from ia3rt.adapters.residents import NoRowError
 from ia3rt.adapters.resolved import ResolvedMix, leaves_a_rest
 from ia3rt.adapters.shortened import some
 from ia3rt.adapters.site import Site
+from ia3rt.adapters.tier_stats import TierStats
 from ia3rt.adapters.together import check_modules
 
-
-@dataclass(eq=False, slots=True)
-class Fetched:
-    """Adapters that are wanted: it holds them.
-
-    Attributes:
-        adapters: those that are resident, by name.
-        rows: the rows that others are to have, by name.
-        looked: when their files were looked at, by name.
-    """
-
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    rows: dict[str, HostRow] = field(default_factory=dict)
-    looked: dict[str, float] = field(default_factory=dict)
-
-
 Check: TypeAlias = Callable[[Sequence[tuple[Adapter, ...]]], None]
-NOTHING = Fetched()
 _FRESH = 1.0
 """Seconds in which the files of a resident adapter are not looked at again: a look takes longer than a switch."""
-
-
-@dataclass(frozen=True)
-class TierStats:
-    """What became of the adapters that were registered.
-
-    Attributes:
-        registered: how many names are known, without those that functions know.
-        resident: how many adapters are in the bank, with loaded ones.
-        pinned: how many of them may not be evicted.
-        rows: the bank's, without the identity's.
-        hits: how often an adapter was wanted that was resident.
-        misses: how often one was not: `host_loads` and `disk_loads` together.
-        host_loads: how often it was in the host's memory.
-        disk_loads: how often it was read from its files.
-        evictions: how many went from the bank.
-        host_evictions: how many went from the host's memory.
-        changed: how often files were other ones than those that had been read.
-        device_bytes: what the bank takes, on all devices together.
-        host_bytes: what rows in the host's memory take.
-        load_seconds: the time in which adapters were copied into the bank, all together.
-        read_seconds: the time in which files were read, all together.
-    """
-
-    registered: int
-    resident: int
-    pinned: int
-    rows: int
-    hits: int
-    misses: int
-    host_loads: int
-    disk_loads: int
-    evictions: int
-    host_evictions: int
-    changed: int
-    device_bytes: int
-    host_bytes: int
-    load_seconds: float
-    read_seconds: float
 
 
 class Tiers:
@@ -107,14 +53,12 @@ class Tiers:
         self, bank: Bank, read: Callable[[str, Path, bool], HostRow], grown: Callable[[], None], host_bytes: int
     ) -> None:
         self._bank = bank
-        self._read = read
+        self._reader = HostReader(read, bank.lock, host_bytes)
         self._grown = grown
-        self._host = HostTier(host_bytes)
         self._registry = Registry()
-        self._reading: dict[tuple[str, Path, Stamp], Future[HostRow]] = {}
         self._looked: dict[str, float] = {}  # when the files of a resident adapter were last seen to be what it is
         self._hits = self._host_loads = self._disk_loads = self._changed = 0
-        self._load_seconds = self._read_seconds = 0.0
+        self._load_seconds = 0.0
         self.is_empty = True
         self._pool: ThreadPoolExecutor | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -155,7 +99,7 @@ class Tiers:
     def forget(self, name: str) -> None:
         """Makes a name unknown again, but for a function that knows it."""
         self._registry.folders.pop(name, None)
-        self._host.drop(name)
+        self._reader.kept.drop(name)
         self._looked.pop(name, None)
 
     def fetch(self, names: Iterable[str], counts: bool = True) -> Fetched:
@@ -200,13 +144,15 @@ class Tiers:
                         self._looked[name] = looked
                 continue
             fetched.adapters.pop(name, None)  # the one of now takes its place
-            row = self._host.get(name)
+            row = self._reader.kept.get(name)
             is_known = row is not None and (row.stamp, row.folder) == (stamp, folder)
             with bank.lock:
                 self._changed += resident is not None or (row is not None and not is_known)
                 self._host_loads += counts and is_known
                 self._disk_loads += not is_known
-            fetched.rows[name] = row if row is not None and is_known else self._read_once(name, folder, stamp)
+            if row is None or not is_known:
+                row = self._reader.load(name, folder, stamp, self.is_registered(name))
+            fetched.rows[name] = row
             fetched.looked[name] = looked
         return fetched
 
@@ -295,18 +241,18 @@ class Tiers:
             host_loads=self._host_loads,
             disk_loads=self._disk_loads,
             evictions=bank.adapters.evictions,
-            host_evictions=self._host.evictions,
+            host_evictions=self._reader.kept.evictions,
             changed=self._changed,
             device_bytes=bank.nbytes,
-            host_bytes=self._host.nbytes,
+            host_bytes=self._reader.kept.nbytes,
             load_seconds=self._load_seconds,
-            read_seconds=self._read_seconds,
+            read_seconds=self._reader.read_seconds,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tiers:
         """The same names for a copy of the bank, and nothing in the host's memory."""
-        read, grown = copy.deepcopy(self._read, memo), copy.deepcopy(self._grown, memo)
-        made = memo[id(self)] = Tiers(copy.deepcopy(self._bank, memo), read, grown, self._host.limit)
+        read, grown = copy.deepcopy(self._reader.read, memo), copy.deepcopy(self._grown, memo)
+        made = memo[id(self)] = Tiers(copy.deepcopy(self._bank, memo), read, grown, self._reader.kept.limit)
         made.is_empty = self.is_empty
         made._registry.folders.update(self._registry.folders)
         made._registry.finders.extend(self._registry.finders)
@@ -400,32 +346,6 @@ class Tiers:
             return stamp_of(folder)
         except FileNotFoundError as error:
             raise gone(name, error, self.is_registered(name)) from None
-
-    def _read_once(self, name: str, folder: Path, stamp: Stamp) -> HostRow:
-        """Reads an adapter, or waits for the thread that does already, since it saw the same files."""
-        key, mine = (name, folder, stamp), Future[HostRow]()
-        while (reading := self._begin_reading(key, mine)) is not mine:
-            with suppress(CancelledError):
-                return reading.result()
-        begun = time.perf_counter()
-        try:
-            row = self._read(name, folder, self.is_registered(name))
-            self._host.put(name, row)
-            mine.set_result(row)
-            return row
-        except Exception as error:
-            mine.set_exception(error)
-            raise
-        finally:
-            mine.cancel()  # where Ctrl-C ended it, which is not for those who wait
-            with self._bank.lock:
-                self._reading.pop(key)
-                self._read_seconds += time.perf_counter() - begun
-
-    def _begin_reading(self, key: tuple[str, Path, Stamp], mine: Future[HostRow]) -> Future[HostRow]:
-        """Who reads a file: `mine`, unless another does."""
-        with self._bank.lock:
-            return self._reading.setdefault(key, mine)
 
     def _prefetch(self, names: list[str]) -> None:
         bank = self._bank

@@ -9,8 +9,9 @@ from torch import nn
 
 from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.fetched import Fetched
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.tiers import Fetched, Tiers
+from ia3rt.adapters.tiers import Tiers
 from ia3rt.adapters.together import check_modules
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.trainable import check_trainable

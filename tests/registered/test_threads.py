@@ -41,7 +41,7 @@ def test_a_slow_disk_stops_nobody_else(folder, truth, monkeypatch, want):
     runtime = patched(folder, rows=4)
     runtime.set_adapter("a")
     reads, goes_on, failed = threading.Event(), threading.Event(), []
-    read, inside = runtime._tiers._read, registry._inside
+    read, inside = runtime._tiers._reader.read, registry._inside
 
     def slow(*given: object) -> object:
         reads.set()
@@ -54,7 +54,7 @@ def test_a_slow_disk_stops_nobody_else(folder, truth, monkeypatch, want):
         except BaseException as error:
             failed.append(error)
 
-    monkeypatch.setattr(runtime._tiers, "_read", slow)
+    monkeypatch.setattr(runtime._tiers._reader, "read", slow)
     monkeypatch.setattr(registry, "_inside", slow)
     others = [threading.Thread(target=work)]
     others[0].start()
@@ -72,14 +72,14 @@ def test_a_slow_disk_stops_nobody_else(folder, truth, monkeypatch, want):
 def test_one_file_is_read_once_for_all_who_want_it_now(folder, truth, monkeypatch):
     runtime = patched(folder)
     goes_on, asked = threading.Event(), []
-    read = runtime._tiers._read
+    read = runtime._tiers._reader.read
 
     def slow(name: str, *where: object) -> object:
         asked.append(name)
         assert goes_on.wait(10)
         return read(name, *where)
 
-    monkeypatch.setattr(runtime._tiers, "_read", slow)
+    monkeypatch.setattr(runtime._tiers._reader, "read", slow)
     threads = [threading.Thread(target=runtime.pin, args="b") for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -94,7 +94,7 @@ def test_one_file_is_read_once_for_all_who_want_it_now(folder, truth, monkeypatc
 
 def test_who_waits_for_anothers_read_is_not_stopped_by_its_ctrl_c(folder, truth, monkeypatch):
     runtime = patched(folder)
-    read, begun, waits = runtime._tiers._read, [], threading.Event()
+    read, begun, waits = runtime._tiers._reader.read, [], threading.Event()
 
     def interrupted(name: str, *where: object) -> object:
         begun.append(name)
@@ -103,7 +103,7 @@ def test_who_waits_for_anothers_read_is_not_stopped_by_its_ctrl_c(folder, truth,
             raise KeyboardInterrupt
         return read(name, *where)
 
-    monkeypatch.setattr(runtime._tiers, "_read", interrupted)
+    monkeypatch.setattr(runtime._tiers._reader, "read", interrupted)
     failed = []
 
     def first() -> None:
@@ -121,13 +121,15 @@ def test_who_waits_for_anothers_read_is_not_stopped_by_its_ctrl_c(folder, truth,
     waits.set()
     for thread in threads:
         thread.join()
-    assert len(failed) == 1 and begun == ["b", "b"] and runtime.adapters == ["b"] and not runtime._tiers._reading
+    assert (
+        len(failed) == 1 and begun == ["b", "b"] and runtime.adapters == ["b"] and not runtime._tiers._reader._reading
+    )
 
 
 def paused_read(runtime: ia3rt.Runtime, monkeypatch: pytest.MonkeyPatch, name: str, work: object) -> threading.Event:
     """Does `work` in a thread that has read `name` once this returns, and brings it in once the event is set."""
     done, goes_on = threading.Event(), threading.Event()
-    put, thread = runtime._tiers._host.put, threading.Thread(target=work)
+    put, thread = runtime._tiers._reader.kept.put, threading.Thread(target=work)
 
     def paused(read: str, row: object) -> None:
         put(read, row)
@@ -135,7 +137,7 @@ def paused_read(runtime: ia3rt.Runtime, monkeypatch: pytest.MonkeyPatch, name: s
             done.set()
             assert goes_on.wait(10)
 
-    monkeypatch.setattr(runtime._tiers._host, "put", paused)
+    monkeypatch.setattr(runtime._tiers._reader.kept, "put", paused)
     thread.start()
     assert done.wait(10)
     goes_on.joins = thread.join
@@ -212,7 +214,7 @@ def test_a_load_that_fails_leaves_no_columns_to_what_is_read_meanwhile(folder, t
     path = "model.layers.0.mlp.up_proj"
     save_file({**load_file(file), f"base_model.model.{path}.ia3_l": torch.full((96, 1), 3.0)}, file)
     reads, begun, failed = threading.Event(), threading.Event(), []
-    read = runtime._tiers._read
+    read = runtime._tiers._reader.read
 
     def late(name: str, *where: object) -> object:
         reads.set()
@@ -232,7 +234,7 @@ def test_a_load_that_fails_leaves_no_columns_to_what_is_read_meanwhile(folder, t
 
     thread = threading.Thread(target=meanwhile)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(runtime._tiers, "_read", late)
+        patch.setattr(runtime._tiers._reader, "read", late)
         patch.setattr(runtime._own, "keep", fails)
         thread.start()
         assert reads.wait(10)
