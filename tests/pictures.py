@@ -1,7 +1,7 @@
 """Models that see images beside text, and their adapters."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -10,8 +10,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-
-import ia3rt
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SEEN = dict(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
@@ -22,14 +20,6 @@ PICTURE = 98
 
 def ids(rows: int, length: int) -> Tensor:
     return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(7))
-
-
-def patched(model: nn.Module, **sites: object) -> ia3rt.Runtime:
-    runtime = ia3rt.patch(model.eval(), **sites)
-    generator = torch.Generator().manual_seed(5)
-    for name in "ab":
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
-    return runtime
 
 
 def llava() -> LlavaForConditionalGeneration:

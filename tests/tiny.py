@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import ia3rt
+
 VOCABULARY = 128
 TARGETS = {
     "llama": dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -47,6 +49,16 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Pre
 
 def token_ids(rows: int = 3, length: int = 7) -> Tensor:
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def patched(model: nn.Module, names: str = "ab", seed: int = 3, **options: object) -> ia3rt.Runtime:
+    """A patched model with an adapter for each letter, whose vectors are random numbers from 0.5 to 1.5."""
+    runtime = ia3rt.patch(model.eval(), **options)
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        vectors = {s.key: torch.rand(s.width, generator=generator, device="cpu") + 0.5 for s in runtime.sites}
+        runtime.add_adapter(name, vectors)
+    return runtime
 
 
 def peft_model(model: nn.Module, family: str, names: str = "bcd", **config: object) -> peft.PeftModel:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from pictures import PICTURE, SEEN, SIZE, clip, ids, llava, patched
+from pictures import PICTURE, SEEN, SIZE, clip, ids, llava
+from tiny import patched
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 

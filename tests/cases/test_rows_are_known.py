@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from pictures import SEEN, SIZE, clip, ids, llava, patched
+from pictures import SEEN, SIZE, clip, ids, llava
+from tiny import patched
 from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,

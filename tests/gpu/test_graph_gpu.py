@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import logits, tiny_model, token_ids
+from tiny import logits, patched, tiny_model, token_ids
 
 import ia3rt
 
@@ -21,10 +21,7 @@ ROUTES = [
 @pytest.mark.parametrize("first", ["worn", "base"])
 def test_one_capture_serves_every_mix(first, by_row, family, backend) -> None:
     model, ids = tiny_model(family, torch.bfloat16).cuda(), token_ids(4).cuda()
-    runtime = ia3rt.patch(model, backend=backend)
-    generator = torch.Generator().manual_seed(5)
-    for name in "abc":
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    runtime = patched(model, "abc", backend=backend)
     wear, specs = (runtime.route, ROUTES) if by_row else (runtime.set_adapter, UNIFORM)
     if first == "base":
         specs = [[None] * 4 if by_row else None, *specs]
@@ -66,10 +63,7 @@ def test_loading_and_deleting_between_replays(backend) -> None:
 def test_graphs_and_forwards_wear_what_is_worn_again(backend) -> None:
     """Two graphs, captured under different mixes, and what was worn when they were captured put back by a `with`."""
     model, ids = tiny_model("llama", torch.bfloat16).cuda(), token_ids(2).cuda()
-    runtime = ia3rt.patch(model, backend=backend)
-    generator = torch.Generator().manual_seed(5)
-    for name in "abc":
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    runtime = patched(model, "abc", backend=backend)
     expected, graphs = {}, []
     for name in ("a", "b", None):
         runtime.set_adapter(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, token_ids
+from tiny import patched, tiny_model, token_ids
 
 import ia3rt
 
@@ -16,10 +16,8 @@ NAMES = "abcdefgh"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    runtime = ia3rt.patch(tiny_model())
-    generator = torch.Generator().manual_seed(5)
+    runtime = patched(tiny_model(), NAMES)
     for name in NAMES:
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
         runtime.save_adapter(name, tmp_path / name)
     return tmp_path
 

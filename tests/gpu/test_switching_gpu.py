@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import logits, tiny_model, token_ids
+from tiny import logits, patched, tiny_model, token_ids
 
 import ia3rt
 
@@ -11,11 +11,7 @@ NAMES = "abcdefgh"
 
 @pytest.fixture(params=["triton", "torch"])
 def runtime(request: pytest.FixtureRequest) -> ia3rt.Runtime:
-    runtime = ia3rt.patch(tiny_model("llama", torch.bfloat16).cuda(), backend=request.param)
-    generator = torch.Generator().manual_seed(5)
-    for name in NAMES:
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
-    return runtime
+    return patched(tiny_model("llama", torch.bfloat16).cuda(), NAMES, backend=request.param)
 
 
 def test_switching_waits_for_no_device(runtime) -> None:

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, TARGETS, VOCABULARY, logits, peft_vectors, scaled, tiny_model, token_ids
+from tiny import FAMILIES, TARGETS, VOCABULARY, logits, patched, peft_vectors, scaled, tiny_model, token_ids
 from torch import Tensor, nn
 from where import home
 
@@ -73,10 +73,7 @@ def test_the_loss_follows_pefts_step_for_step(family, backend, names):
 def test_every_gradient_is_the_formulas(backend):
     """Rows of every kind of mix, one of them with an adapter that stays as it is, against autograd in float64."""
     model, ids = tiny_model().to(home(backend)), token_ids(4).to(home(backend))
-    runtime = ia3rt.patch(model, backend=backend)
-    generator = torch.Generator().manual_seed(4)
-    for name in "abc":
-        runtime.add_adapter(name, {s.key: torch.rand(s.width, generator=generator) + 0.5 for s in runtime.sites})
+    runtime = patched(model, "abc", 4, backend=backend)
     vectors = {
         name: {s.key: v.double().clone() for s, v in runtime._bank.vectors(adapter).items()}
         for name, adapter in runtime._bank.adapters.items()
@@ -85,7 +82,7 @@ def test_every_gradient_is_the_formulas(backend):
     assert len(parameters) == 2 * len(runtime.sites)
     runtime.route(["a", ["a", "b", "c"], {"b": 0.3, "c": -0.2}, None])
     logits_ = model(ids).logits
-    weights = torch.randn(logits_.shape, generator=generator).to(ids.device)
+    weights = torch.randn(logits_.shape, generator=torch.Generator().manual_seed(4)).to(ids.device)
     (logits_ * weights).sum().backward()
 
     truth = {name: {key: v.clone().requires_grad_() for key, v in vectors[name].items()} for name in "ab"}
