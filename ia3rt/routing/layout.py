@@ -40,6 +40,7 @@ class Unknown(NamedTuple):
 
 
 NOTHING = Unknown("nothing in it depends on the rows of the batch one by one")
+PICKED = Unknown("it has those tokens that a mask of this batch picks, as many of each row as it says")
 
 
 def layout_of(marked: Tensor, rows: int, tokens: int = 0) -> Layout | Unknown:

@@ -27,6 +27,7 @@ class Marks(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._rows = rows
         self._twins: dict[int, tuple[StorageWeakRef, torch.UntypedStorage]] = {}
+        self._picked: dict[int, StorageWeakRef] = {}
         self._calls = 0
 
     def mark(self, x: Tensor, row: int) -> bool:
@@ -54,6 +55,11 @@ class Marks(TorchDispatchMode):
             x = x.detach()
             return twin.isnan() & ~x.isnan() if x.is_floating_point() else twin != x
 
+    def is_picked(self, x: Tensor) -> bool:
+        """Whether x has those elements of the batch that its numbers say, as those under a mask: others in the next."""
+        at = _address(x)
+        return at is not None and at in self._picked and not self._picked[at].expired()  # type: ignore[no-untyped-call]
+
     def carry(self, x: Tensor, y: Tensor) -> None:
         """Takes it that each place of y, [..., width], depends on that place of x, [..., features], and on no other.
 
@@ -74,7 +80,9 @@ class Marks(TorchDispatchMode):
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         marked = [each for each in inputs if self._has_twin(each)]
         if not marked:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._note_picked(func, inputs, tree_leaves(result))
+            return result
         # Where numbers depend on the row, the choices that are made by them (the k largest, which are not 0) stay those
         # of the forward: a twin that goes another way says nothing of it.
         by_numbers = any(each.is_floating_point() for each in marked)
@@ -104,6 +112,7 @@ class Marks(TorchDispatchMode):
             self._give_twin(result).copy_(torch.as_tensor(other, device=result.device))
             return result
         results = tree_leaves(result)
+        self._note_picked(func, inputs, results)
         if twins is not None and len(twins) == len(results):
             for out, twin in zip(results, twins, strict=True):
                 if isinstance(out, Tensor) and isinstance(twin, Tensor):
@@ -121,6 +130,40 @@ class Marks(TorchDispatchMode):
         ordered = x.dim() > 1 and len(x) == self._rows == index.numel()
         ordered = ordered and dim == 0 and not index.is_floating_point() and index.dtype != torch.bool
         return bool(ordered and any(self.marked(each).any() for each in (x, index)))
+
+    def _note_picked(self, func: Any, inputs: list[Tensor], results: list[Any]) -> None:
+        """Notes which results are picked: what is made of such, or how many there are depends on numbers.
+
+        What is put back among all others has its place there, and so has what a model lays out by row again, which
+        says that each has as many.
+        """
+        picked = [each for each in inputs if self.is_picked(each)]
+        picks = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:
+            picks = any(each.dtype == torch.bool or self.is_picked(each) for each in inputs[1:])
+        if not picked and not picks:
+            return
+        held = {_address(each) for each in inputs}
+        for out in results:
+            if not isinstance(out, Tensor) or not out.dim():
+                continue
+            at = _address(out)
+            if at in held:  # a view, or written in place
+                if any(self._are_by_row(each, out) for each in picked):
+                    self._picked.pop(at, None)  # type: ignore[arg-type]
+            elif at is not None and (picks or self._is_of(picked, out, inputs)):
+                self._picked[at] = StorageWeakRef(out.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def _are_by_row(self, picked: Tensor, out: Tensor) -> bool:
+        """Whether a view has a dimension more than what was picked, and the rows in the first."""
+        of_tokens = picked.dim() > 1 or not picked.is_floating_point()  # else single numbers, as masked_select gives
+        return of_tokens and len(out) == self._rows and out.dim() > picked.dim()
+
+    def _is_of(self, picked: list[Tensor], out: Tensor, inputs: list[Tensor]) -> bool:
+        """Whether a result has as many as what was picked, and none of its inputs that depends on the row has it so."""
+        alike = [each for each in inputs if each.dim() and len(each) == len(out)]
+        among = (each for each in alike if self._has_twin(each))
+        return any(each.dim() and len(each) == len(out) for each in picked) and all(map(self.is_picked, among))
 
     def _note(self, out: Tensor, twin: Tensor, by_numbers: bool) -> None:
         """Keeps the twin of a result."""

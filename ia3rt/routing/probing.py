@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ia3rt.adapters.bank import Bank
 from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward, Part
-from ia3rt.routing.layout import NOTHING, TOKENS, WINDOWS, Layout, Unknown, layout_of
+from ia3rt.routing.layout import NOTHING, PICKED, TOKENS, WINDOWS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
 from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
 from ia3rt.routing.worn import Worn
@@ -137,7 +137,7 @@ class Probing:
                 "mix (set_adapter)"
             )
         reason = layout.reason if layout else "no forward of rows with different adapters has reached it yet"
-        may_say = worn.images is None and (forward is None or forward.sees)
+        may_say = layout is not PICKED and worn.images is None and (forward is None or forward.sees)
         told = "say which row each image belongs to (route(…, images=[…])), " if may_say else ""
         return (
             f"the rows wear different adapters, and it is not known whose each element of the tensor "
@@ -155,6 +155,8 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
         layouts[_key(x, worn)] = text if known == text else NOTHING
         return
     seen: Layout | Unknown = layout_of(forward.marks.marked(x), worn.rows, forward.tokens or 0)
+    if isinstance(seen, Layout) and forward.marks.is_picked(x):  # unless all were
+        seen = Layout(0, TOKENS) if len(x) == worn.rows * (forward.tokens or 0) else PICKED
     if isinstance(seen, Unknown) and forward.image_marks is not None and worn.images is not None:
         marked, count = forward.image_marks.marked(x), len(worn.images)
         of_images = layout_of(marked, count) if count > 1 else Layout(0) if marked.any() else seen

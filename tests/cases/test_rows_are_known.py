@@ -291,6 +291,67 @@ def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
     assert refused >= 2
 
 
+class Picked(Embedded):
+    """As what has layers for the tokens of each modality: a layer has those of all rows that are of its kind."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pick = pick
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        result = x.clone()
+        result[mask] = self.v_proj(self.pick(x, mask))
+        return result
+
+
+def of_each_row(*counts: int) -> Tensor:
+    return torch.arange(12) < torch.tensor(counts)[:, None]
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda x, mask: x[mask],
+        lambda x, mask: x.flatten(0, 1)[mask.flatten().nonzero().squeeze(1)],
+        lambda x, mask: x.masked_select(mask[..., None]).view(-1, x.shape[-1]),
+        lambda x, mask: x[torch.where(mask)],
+        lambda x, mask: torch.relu(x[mask].half()).float() * 2,
+    ],
+    ids=["mask", "nonzero", "masked_select", "where", "computed"],
+)
+@pytest.mark.parametrize("first", [(4, 4, 4), (1, 1, 1)])
+def test_tokens_that_a_mask_picks_are_of_other_rows_in_the_next_batch(pick, first) -> None:
+    """Of as many tokens in all, each row may have another number in the next batch."""
+    model, x = Picked(pick), ids(3, 12)
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    for counts in (first, (first[0] - 1, first[1] + 1, first[2])):
+        with runtime.route(["a", "b", None]), pytest.raises(ValueError, match="v_proj.*mask of this batch"):
+            model(x, of_each_row(*counts))
+
+
+def test_a_mask_that_leaves_all_tokens_picks_none() -> None:
+    model, x = Picked(lambda x, mask: x[mask]), ids(3, 12)
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x, of_each_row(12, 12, 12)))
+    with runtime.route(NAMES), pytest.raises(ValueError, match="v_proj"):
+        model(x, of_each_row(12, 12, 11))
+
+
+def test_what_is_picked_and_laid_out_by_row_again_is_known() -> None:
+    """As BART's heads pick the end of each text, of which there are as many in each."""
+
+    class Pooled(Embedded):
+        def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            return self.v_proj(x[mask, :].view(len(x), -1, x.shape[-1])[:, -1])
+
+    model, x = Pooled(), ids(3, 12)
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    for count in (1, 2):
+        assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x, of_each_row(*[count] * 3)))  # noqa: B023
+
+
 def test_rows_that_are_one_in_memory() -> None:
     """A prompt for each adapter, as `expand` makes it; and the batches after it are as right as if it were none."""
     torch.manual_seed(0)
