@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3rt.modules.experts import IA3Experts
+from ia3rt.modules.fused_copies import check_unfused
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.places import Places
 from ia3rt.modules.readers import reader_of
@@ -36,6 +37,7 @@ class Reached:
         self._watched: set[object] = set()
         self._paths = "\n".join(places.layers)
         self._look = _constant(lambda: _check(places))
+        self._look_beside = _constant(lambda: check_unfused(places.modules(), places.layers.values()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reached:
         """The guard of a copied model."""
@@ -77,6 +79,7 @@ class Reached:
             if not isinstance(module, (IA3Layer, IA3Experts)) or "forward" in module.__dict__:
                 self._look()
                 return
+        self._look_beside()
 
     def watch(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch | None:
         """What watches a forward of the model, or of a model in it, where none of its kind was watched."""
@@ -84,7 +87,8 @@ class Reached:
         if kind in self._watched:
             return None
         watched = self._watched
-        return Watch(self._places.layers, lambda: watched.add(kind), lambda: _check_as_read(self._places))
+        places = self._places
+        return Watch(places.layers, places.modules, lambda: watched.add(kind), lambda: _check_as_read(places))
 
 
 def _is_one_token(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -108,6 +112,7 @@ def _check_as_read(places: Places) -> None:
     """Raises ValueError where a forward hides a layer's vectors, by what its code says."""
     modules = places.modules()
     paths = {module: path for path, module in modules.items()}
+    check_unfused(modules, places.layers.values())
     for path, layer in places.layers.items():
         if layer not in paths:
             continue

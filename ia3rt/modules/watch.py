@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ia3rt.modules.experts import IA3Experts
+from ia3rt.modules.fused_copies import check_unfused
 from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.readers import LOOKED_AT
 from ia3rt.modules.swapping import Swapping
@@ -33,16 +34,22 @@ class Watch:
 
     Args:
         layers: those that wear vectors, by path.
+        modules: the model's, by path, as they are after the forward.
         note: called where all that the forward wanted of them was theirs.
         check_as_read: called where a compiler, or another profiler, hides what the forward does: raises `end`'s errors
             by what its code says.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], note: Callable[[], object], check_as_read: Callable[[], None]
+        self,
+        layers: Mapping[str, nn.Module],
+        modules: Callable[[], Mapping[str, nn.Module]],
+        note: Callable[[], object],
+        check_as_read: Callable[[], None],
     ) -> None:
         self._paths = {id(vars(layer)): path for path, layer in layers.items()}
         self._layers = layers
+        self._modules = modules
         self._note = note
         self._check_as_read = check_as_read
         self._hidden = False
@@ -73,7 +80,7 @@ class Watch:
         """Ends it.
 
         Raises:
-            ValueError: the forward called a layer, or read its weight, and the drop-in did not run.
+            ValueError: the forward called a layer, or read its weight or a copy of that, and the drop-in did not run.
         """
         self._stop()
         if not completed:
@@ -85,6 +92,7 @@ class Watch:
         self._note()
 
     def _check(self) -> None:
+        unreached = [layer for path, layer in self._layers.items() if path not in self._reached]
         for path, layer in self._layers.items():
             if path in self._reached:
                 continue
@@ -100,6 +108,8 @@ class Watch:
                     f"{self._read[path]} reads the weight of {path!r} and never calls it, which hides its vectors: let "
                     "it call the module, or leave the module out with patch(exclude_modules=…)"
                 )
+        if unreached:
+            check_unfused(self._modules(), unreached)
 
     def _stop(self) -> None:
         if self._until is not None:

@@ -64,6 +64,51 @@ def test_a_compiled_model_sees_it_too():
     torch._dynamo.reset()
 
 
+class Fusing(nn.Module):
+    """As diffusers' attention: it can make one matrix of several, and calls that from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(8, 8, bias=False) for _ in "qkv")
+        self.is_fused = False
+
+    def fuse(self) -> None:
+        self.to_qkv = nn.Linear(8, 24, bias=False)
+        self.to_qkv.weight.data = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        self.is_fused = True
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).chunk(3, -1) if self.is_fused else (self.to_q(x), self.to_k(x), self.to_v(x))
+        return q * k + v
+
+
+@pytest.mark.parametrize("when", ["before patch", "before a forward", "after a forward"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_layer_that_others_weights_were_copied_into(when, compiles):
+    model, x = nn.Sequential(Fusing()), torch.randn(3, 8)
+    if when == "before patch":
+        model[0].fuse()
+    runtime = ia3rt.patch(model, target_modules=["to_k", "to_v"], feedforward_modules=[])
+    runtime.add_adapter("a", {site.key: torch.full((8,), 3.0) for site in runtime.sites})
+    runtime.set_adapter("a")
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="eager") if compiles else model
+    if when == "after a forward":
+        right = model[0].to_q(x) * nn.functional.linear(x, 3 * model[0].to_k.weight)
+        right += nn.functional.linear(x, 3 * model[0].to_v.weight)
+        torch.testing.assert_close(call(x), right)
+    if when != "before patch":
+        model[0].fuse()
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"weight of '0\.to_k' is a part of that of '0\.to_qkv' too"):
+            call(x)
+    model[0].is_fused = False
+    del model[0].to_qkv
+    call(x)
+    torch._dynamo.reset()
+
+
 def a_wrapper(model):
     model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp)
 
