@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from torch import nn
@@ -47,10 +47,13 @@ class DropIns:
         Where it fails half way, what was there before is placed by another call.
 
         Raises:
-            ValueError: a module is another runtime's drop-in, or of a class that lets no other be made of it.
+            ValueError: a module is another runtime's drop-in, or of a class that lets no other be made of it; or one
+                that wears vectors has been moved.
         """
         sites = list(sites)
-        modules = dict(self._model.named_modules())
+        if sites:
+            self.check_in_place()
+        modules, before = self._by_name(), list(self._applied)
         wearing: dict[nn.Module, dict[Side, int]] = {}
         self._applied = {}
         self.layers = {site: modules[site.module] for site in sites}
@@ -61,7 +64,7 @@ class DropIns:
                 self._applied[module] = position
             wearing[modules[site.module]][site.side] = position
             self._routing.composes |= not IA3Layer.is_fused(modules[site.module])
-        for module in modules.values():
+        for module in dict.fromkeys([*modules.values(), *before]):  # of the latter some may be out of the model
             if self._is_ours(module) and module not in wearing:
                 unwrap(module)
         for module, positions in wearing.items():
@@ -69,6 +72,39 @@ class DropIns:
                 place(module, side, positions.get(side))
         self.settle()
         self._see_that_they_are_reached(modules, [site.module for site in sites])
+
+    def check_in_place(self) -> None:
+        """Sees to it that the layers that wear vectors are those that their sites name, maybe with others around them.
+
+        Raises:
+            ValueError: one was moved, or taken out of the model, so that its name means another layer or none.
+        """
+        paths: dict[nn.Module, str] = {}
+        for site, layer in self.layers.items():
+            if _find(self._model, site.module) is layer:
+                continue
+            paths = paths or {module: path for path, module in self._model.named_modules()}
+            if layer not in paths or not _leads_through(site.module, paths[layer]):
+                where = f"stands at {paths[layer]!r} now" if layer in paths else "is in the model no more"
+                raise ValueError(
+                    f"the layer that wears the vectors of {site.module!r} {where}, so that adapters cannot be told by "
+                    "the names of layers: unpatch() before layers are moved or taken out, and patch() the model again"
+                )
+
+    def check_alone(self) -> None:
+        """Sees to it that nothing stands around a layer that wears vectors, in its place, as a LoRA's layer does.
+
+        Raises:
+            ValueError: something does; or as `check_in_place`.
+        """
+        self.check_in_place()
+        for site, layer in self.layers.items():
+            found = _find(self._model, site.module)
+            if found is not layer:
+                raise ValueError(
+                    f"a {type(found).__name__} was put around the layer {site.module!r} after patch(), and has its "
+                    "weight and others: take it away before this (of PEFT's adapters, unload() or merge_and_unload())"
+                )
 
     def settle(self) -> None:
         """Lets each drop-in read what is worn where its vectors lie: looked up here, and not at each call.
@@ -82,6 +118,17 @@ class DropIns:
         if routing.backend == "triton":
             layers = {site.module: layer for site, layer in self.layers.items()}
             pair_layers(layers, layers)
+
+    def _by_name(self) -> dict[str, nn.Module]:
+        """The model's modules by path; those on the way to a layer by the names that they had before others were put
+        around them."""
+        modules = dict(self._model.named_modules())
+        paths = {module: path for path, module in modules.items()}
+        for site, layer in self.layers.items():
+            for known, present in _on_the_way(site.module, paths.get(layer, site.module)):
+                modules.setdefault(known, modules.get(present, layer))
+            modules[site.module] = layer
+        return modules
 
     def _wrap(self, module: nn.Module, mixin: type[Wearer], site: Site) -> None:
         if not isinstance(module, Wearer):
@@ -108,3 +155,25 @@ class DropIns:
 
     def _is_ours(self, module: nn.Module) -> bool:
         return isinstance(module, Wearer) and module.ia3_routing is self._routing
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _leads_through(path: str, now: str) -> bool:
+    """Whether a path is another one with names of wrappers in it."""
+    return path in dict(_on_the_way(path, now))
+
+
+def _on_the_way(path: str, now: str) -> Iterator[tuple[str, str]]:
+    """Each module's path on the way to `path`, and what that is on the way `now`, with names of wrappers in it."""
+    names, known = path.split("."), 0
+    parts = now.split(".")
+    for place, part in enumerate(parts, 1):
+        if known < len(names) and part == names[known]:
+            known += 1
+            yield ".".join(names[:known]), ".".join(parts[:place])

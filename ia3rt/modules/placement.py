@@ -68,6 +68,14 @@ class Placement:
         self._hooks = []
         self.is_installed = False
 
+    def check_in_place(self) -> None:
+        """Raises ValueError where layers were moved, so that names mean others than those that wear the vectors."""
+        self._drop_ins.check_in_place()
+
+    def check_alone(self) -> None:
+        """Raises ValueError where something else was put around a layer that wears vectors; or as `check_in_place`."""
+        self._drop_ins.check_alone()
+
     def add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:
         """Adds an adapter: its vectors to the bank, its own modules beside the model's. Called with the lock.
 
@@ -80,6 +88,7 @@ class Placement:
         Raises:
             ValueError: a vector or a module does not fit. Nothing has changed then.
         """
+        self.check_in_place()
         for site in vectors:
             owner = own.owner(site.path)
             if owner is not None:

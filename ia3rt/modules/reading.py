@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -29,10 +29,19 @@ class Reading:
         bank: the rows and columns that the vectors are to have.
         sites: where they can act.
         routing: whose lock is taken where the bank is looked at.
+        check_in_place: raises ValueError where the sites' names mean other layers by now.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank, sites: AdapterSites, routing: Routing) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        sites: AdapterSites,
+        routing: Routing,
+        check_in_place: Callable[[], None],
+    ) -> None:
         self._model, self._bank, self._sites, self._routing = model, bank, sites, routing
+        self._check_in_place = check_in_place
 
     def vectors(self, name: str, checkpoint: Checkpoint) -> dict[Site, Tensor]:
         """An adapter's vectors by site, where the model may have none yet. Called with the lock.
@@ -79,6 +88,7 @@ class Reading:
     @alone
     def _packed(self, name: str, read: Mapping[SiteKey, Tensor]) -> tuple[Tensor, dict[Site, Tensor]]:
         """A row of the bank; alone, as a load that fails takes columns back that it added."""
+        self._check_in_place()
         for key in read:
             if key not in self._bank.sites:
                 raise ValueError(
