@@ -120,8 +120,7 @@ class DropIns:
             pair_layers(layers, layers)
 
     def _by_name(self) -> dict[str, nn.Module]:
-        """The model's modules by path; those on the way to a layer by the names that they had before others were put
-        around them."""
+        """The model's modules by path; on the way to a layer by the names of before others were put around."""
         modules = dict(self._model.named_modules())
         paths = {module: path for path, module in modules.items()}
         for site, layer in self.layers.items():
@@ -173,7 +172,7 @@ def _on_the_way(path: str, now: str) -> Iterator[tuple[str, str]]:
     """Each module's path on the way to `path`, and what that is on the way `now`, with names of wrappers in it."""
     names, known = path.split("."), 0
     parts = now.split(".")
-    for place, part in enumerate(parts, 1):
+    for count, part in enumerate(parts, 1):
         if known < len(names) and part == names[known]:
             known += 1
-            yield ".".join(names[:known]), ".".join(parts[:place])
+            yield ".".join(names[:known]), ".".join(parts[:count])
