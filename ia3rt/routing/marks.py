@@ -17,6 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+_WRITE_UNTOLD = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
+"""Operations that write to their inputs, the running statistics, and do not declare it."""
+
 _SWEEP = 256  # operations after which the twins of memory that was freed go
 
 
@@ -86,7 +89,7 @@ class Marks(TorchDispatchMode):
         # Where numbers depend on the row, the choices that are made by them (the k largest, which are not 0) stay those
         # of the forward: a twin that goes another way says nothing of it.
         by_numbers = any(each.is_floating_point() for each in marked)
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or func.overloadpacket.__name__ in _WRITE_UNTOLD:
             for each in inputs:
                 if not self._has_twin(each) and _address(each) is not None:
                     self._give_twin(each)

@@ -393,6 +393,33 @@ def test_seeing_leaves_what_a_model_counts() -> None:
             assert model.total == 12 * step
 
 
+@pytest.mark.parametrize("sites", [["v_proj"], ["v_proj", "head"]], ids=["known", "refused"])
+def test_seeing_leaves_running_statistics(sites) -> None:
+    """As BatchNorm keeps them in training; what comes after it depends on all rows."""
+
+    class Normalised(Embedded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.norm(self.v_proj(self.embed(input_ids)[:, 0])))
+
+    truth, model = Normalised(), Normalised()
+    runtime = patched(model, target_modules=sites, feedforward_modules=[])
+    truth.train()(ids(3, 6)), model.train()
+    with runtime.route([None, None, None]):
+        model(ids(3, 6))
+    torch.testing.assert_close(model.norm.state_dict(), truth.norm.state_dict())
+    with runtime.route(NAMES):
+        if "head" in sites:
+            with pytest.raises(ValueError, match="head"):
+                model(ids(3, 6))
+        else:
+            model(ids(3, 6))
+    assert all(tensor.isfinite().all() for tensor in model.norm.state_dict().values())
+
+
 class OfFeatures(nn.Module):
     """As sentence-transformers' models are: all inputs in one dictionary, and the results in it too."""
 
