@@ -41,6 +41,7 @@ from ia3rt.modules.reading import Reading
 from ia3rt.modules.sites import Targets
 from ia3rt.modules.training import Training
 from ia3rt.routing.combined import combined_vectors
+from ia3rt.routing.entering import Entering
 from ia3rt.routing.route import Backend, Route, check_images, check_index
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.start import check_one_sequence, check_start
@@ -522,9 +523,9 @@ class Runtime:
     ) -> AbstractContextManager[None]:
         """Makes each row, or each token, wear a mix of its own, in the thread or task that calls it.
 
-        Takes effect at once; used in a `with`, what was worn before comes back at its end, and else it lasts until the
-        next `route` or `set_adapter` of this thread. Within `generate`, one row stands for a prompt, however many beams
-        or sequences it is expanded to.
+        Takes effect at once, and is entered where it is called: used in a `with`, what was worn before comes back at
+        its end, and else it lasts until the next `route` or `set_adapter` of this thread. Within `generate`, one row
+        stands for a prompt, however many beams or sequences it is expanded to.
 
         Where a layer has its rows is seen in the first forward of each kind, which takes about three times as long.
 
@@ -549,7 +550,8 @@ class Runtime:
                 of so many rows was captured. A route whose rows are not the batch's is an error of the forward,
                 before anything runs, and so is a start of which it is not known at which tokens a forward is; a layer
                 where it is not known whose each element of its input is, is one when it is reached.
-            RuntimeError: the model is merged or no longer patched.
+            RuntimeError: the model is merged or no longer patched; or, when it is entered, something else is worn by
+                now, or it was entered before.
         """
         self._check_open("route rows")
         if isinstance(mixes, (str, Mapping, Mix, Set)) or mixes is None:
@@ -565,7 +567,8 @@ class Runtime:
         if start is not None:
             check_one_sequence(self.model)
             starts = check_start(start, rows, index is not None and index.dim() == 2, image_rows)
-        return self._restoring(self._wear_here(read, self._fetch(read), index, image_rows, starts))
+        before = self._wear_here(read, self._fetch(read), index, image_rows, starts)
+        return Entering(self._routing, before, lambda: self._placement.is_installed)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -576,8 +579,12 @@ class Runtime:
         """
         self._check_open("disable adapters")
         before = self._routing.wear_here(Route((self._bank.resolve(BASE),)))
-        with self._restoring(before):
+        within = self._routing.hold()
+        try:
             yield
+        finally:
+            if self._placement.is_installed:
+                self._routing.wear_again(before, within)
 
     def merge_adapter(self, adapter_names: MixLike = None) -> None:
         """Writes a mix into the model's weights, to export it; adapters cannot change until `unmerge_adapter`.
@@ -771,12 +778,3 @@ class Runtime:
     def _add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:
         self._check_name(name)  # it may have got another meaning since it was looked at first
         self._placement.add(name, vectors, config, own)
-
-    @contextmanager
-    def _restoring(self, before: Wearing) -> Iterator[None]:
-        within = self._routing.hold()
-        try:
-            yield
-        finally:
-            if self._placement.is_installed:
-                self._routing.wear_again(before, within)

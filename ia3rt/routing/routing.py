@@ -244,12 +244,13 @@ class Routing:
         wearing.is_repeated = is_inside or wearing.task != -1
         return within
 
-    def wear_again(self, before: Wearing, within: Forward | None = None) -> None:
+    def wear_again(self, before: Wearing, within: Forward | None = None, stacklevel: int = 4) -> None:
         """Makes this context wear what it wore; rows whose adapters are gone since wear the base, with a warning.
 
         Args:
             before: what that was.
             within: the forward that goes on now.
+            stacklevel: whose line the warning names.
         """
         self.forwards.leave_ended(sys._getframe())
         route = before.worn.route
@@ -257,7 +258,7 @@ class Routing:
         for adapter in gone:
             warnings.warn(
                 f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
         if gone:
             with self.lock:

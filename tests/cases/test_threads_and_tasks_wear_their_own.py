@@ -160,3 +160,22 @@ def test_a_forward_wears_its_own_head_while_the_bank_grows(monkeypatch) -> None:
         assert torch.equal(each, right)
     runtime.set_adapter("z")
     assert not torch.equal(logits(runtime.model, IDS), right)
+
+
+def test_a_route_is_entered_where_it_is_called(runtime) -> None:
+    """It takes effect when it is called; entered elsewhere, or after another one, it would wear what that says."""
+    first, second = runtime.route(["a"] * 3), runtime.route(["b"] * 3)
+    with pytest.raises(RuntimeError, match="something else is worn here"), first:
+        pass
+    with second:
+        close(logits(runtime.model, IDS), logits(truth(runtime, "b"), IDS))
+    with pytest.raises(RuntimeError, match="entered before"), second:
+        pass
+    third = runtime.route(["a"] * 3)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="for the thread or task that calls it"):
+        pool.submit(third.__enter__).result()
+    close(logits(runtime.model, IDS), logits(truth(runtime, "a"), IDS))
+    runtime.set_adapter("b")
+    with pytest.raises(RuntimeError, match="something else is worn here"), third:
+        pass
+    close(logits(runtime.model, IDS), logits(truth(runtime, "b"), IDS))
