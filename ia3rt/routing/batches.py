@@ -15,6 +15,7 @@ from ia3rt.routing.batch import cached, has_text, is_media, is_text, takes_text
 from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Part
 from ia3rt.routing.images import images_of
+from ia3rt.routing.sorted_rows import check_unsorted
 from ia3rt.routing.start import check_one_sequence
 from ia3rt.routing.worn import Worn
 
@@ -48,6 +49,8 @@ class Batches:
                 return worn.with_images(range(len(batch)))  # one a row, as the route does not say whose they are
             return worn
         self.check_rows(worn, batch)
+        if len(worn.route.mixes) > 1:
+            check_unsorted()
         if batch is None:
             return worn
         if worn.route.by_token and part is Part.WHOLE:

@@ -1,6 +1,8 @@
 """Rows that wear different adapters, in models that do not have them in the first dimension of every layer's input."""
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy
 import pytest
@@ -440,6 +442,23 @@ def test_inputs_in_a_dictionary() -> None:
     assert_each_row_wears_its_own(runtime, NAMES, lambda: model(given())["token_embeddings"])
     with runtime.route(["a", "b"]), pytest.raises(ValueError, match="the route has 2 rows, but the batch has 3"):
         model(features=given())
+
+
+def test_a_caller_that_sorts_the_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sentence-transformers' encode() does, by length."""
+    package = ModuleType("sentence_transformers")
+    exec("def predict(model, batch): return model(batch.flip(0)).logits.flip(0)", vars(package))
+    torch.manual_seed(0)
+    model, x = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99)), ids(3, 6)
+    runtime = patched(model)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    with runtime.route(NAMES):
+        model(x)
+        with pytest.raises(ValueError, match=r"predict\(\) sorts what it is given by length"):
+            package.predict(model, x)
+    for names in (["a"] * 3, [None] * 3):
+        with runtime.route(names):
+            package.predict(model, x)
 
 
 def test_images_are_spoken_of_where_there_are_some() -> None:
