@@ -58,7 +58,7 @@ def row_inputs(arguments: Mapping[str, Any], rows: int) -> Iterator[Tensor]:
     """The inputs of which each row of the batch has one."""
     text = has_text(arguments)
     for name, value in arguments.items():
-        if not _is_of_rows(name):
+        if not is_of_rows(name):
             continue
         if text and is_media(name):
             continue
@@ -85,7 +85,7 @@ def with_own_rows(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[s
     """
 
     def own(name: str, value: Any) -> Any:
-        is_one = _is_of_rows(name) and any(map(_is_one, tree_leaves(value)))
+        is_one = is_of_rows(name) and any(map(_is_one, tree_leaves(value)))
         return tree_map_only(Tensor, _own, value) if is_one else value
 
     placed = tuple(own(_name(names, at), value) for at, value in enumerate(args))
@@ -97,7 +97,7 @@ def _name(names: Sequence[str], at: int) -> str:
     return names[at] if at < len(names) else str(at)
 
 
-def _is_of_rows(name: str) -> bool:
+def is_of_rows(name: str) -> bool:
     """Whether an argument may say what is in the rows, and not where they are or what came before."""
     return name not in _CACHES and not any(part in name for part in _NOT_MARKED)
 

@@ -16,7 +16,7 @@ from ia3rt.routing.context import Context
 from ia3rt.routing.forward import Part
 from ia3rt.routing.images import images_of
 from ia3rt.routing.sorted_rows import check_unsorted
-from ia3rt.routing.start import check_one_sequence
+from ia3rt.routing.start import check_no_other_sequence, check_one_sequence
 from ia3rt.routing.worn import Worn
 
 
@@ -55,6 +55,7 @@ class Batches:
             return worn
         if worn.route.by_token and part is Part.WHOLE:
             check_one_sequence(model)
+            check_no_other_sequence(batch, arguments)
             worn = self._over_tokens(model, worn, batch, arguments)
         images = images_of(model, arguments) if worn.images is None else None
         return worn if images is None else worn.with_images(images)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ia3rt.routing.batch import is_of_rows
 from ia3rt.routing.listed import listed
 
 _FAR = 2**62
@@ -62,3 +63,17 @@ def check_one_sequence(model: nn.Module) -> None:
             f"each token wears a mix of its own, and {type(model).__name__} has two sequences of tokens, an encoder's "
             "and a decoder's: route rows"
         )
+
+
+def check_no_other_sequence(batch: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where an input beside the text has as many places, which would be taken for its tokens.
+
+    As what a model attends to besides. Where it is longer or shorter, what is made of it is no tokens by its size.
+    """
+    for name, value in arguments.items():
+        is_other = isinstance(value, Tensor) and value is not batch and is_of_rows(name)
+        if is_other and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == batch.shape[:2]:
+            raise ValueError(
+                f"each token wears a mix of its own, and {name} {tuple(value.shape)} has as many places as the text "
+                "has tokens, so that no layer can tell them from those: route rows (route(…) without start or index)"
+            )

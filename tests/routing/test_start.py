@@ -17,6 +17,7 @@ from tiny import (
     VOCABULARY,
     generated,
     logits,
+    patched,
     peft_model,
     peft_vectors,
     save_each,
@@ -31,6 +32,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DynamicCache,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -342,6 +345,20 @@ def test_xlnet_that_goes_over_tokens_twice_is_refused(torch_backend) -> None:
     runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
     with runtime.route(["a", None], start=9), pytest.raises(ValueError, match="does not say how many they were"):
         runtime.model(IDS[:2], mems=runtime.model(IDS[:2], use_mems=True).mems)
+
+
+def test_an_input_as_long_as_the_text_is_not_taken_for_its_tokens(torch_backend) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=64, add_cross_attention=True)
+    model = GPT2LMHeadModel(config).eval()
+    runtime = patched(model)
+    ids, states = torch.arange(4, 18).view(2, 7), torch.randn(2, 7, 32)
+    index = torch.tensor([[0] * 3 + [1] * 4] * 2)
+    for route in (dict(mixes=["a", None], index=index), dict(mixes=["a", "b"], start=3)):
+        with runtime.route(**route), pytest.raises(ValueError, match=r"encoder_hidden_states \(2, 7, 32\) has as many"):
+            model(ids, encoder_hidden_states=states)
+    with runtime.route(["a", "b"]):
+        model(ids, encoder_hidden_states=states)
 
 
 def test_what_has_no_one_sequence_of_tokens_is_refused(torch_backend) -> None:
