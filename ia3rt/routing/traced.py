@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+transform = torch._C._functorch.peek_interpreter_stack
+"""The transform of torch.func that computes here, as vmap, grad and jvp are; None outside of them."""
+
 
 def is_traced() -> bool:
     """Whether a compiler or an export reads this; not where such a one calls code that it does not read.
