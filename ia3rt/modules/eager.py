@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ia3rt.routing.traced import transform
+from ia3rt.routing.traced import may_be_kept
 
 # Multiplying bfloat16 by float32 on a CPU makes float32 copies of the operands. Past a megabyte or so the allocator
 # maps and unmaps them each time, which costs thirty times the multiplication: larger tensors go piece by piece.
@@ -13,15 +13,15 @@ _PIECE = 1 << 18
 
 
 def scale_(y: Tensor, scale: Tensor) -> Tensor:
-    """Scales `y` and returns it, in place but for torch.func's transforms: there one scale may stand for several.
+    """Scales `y` and returns it: in place, but where somebody else may keep y, or one scale stands for several.
 
     Args:
         y: [..., width], any floating dtype, computed by the caller: what another module returns may be its input, a
             buffer of its own or a view that autograd forbids to write on, and belongs to whoever else holds it.
         scale: float32, broadcasts over y: [width] where all rows wear one mix.
     """
-    if transform() is not None:
-        return (y * scale).to(y.dtype)  # a tensor that vmap knows nothing of has no place for what it maps over
+    if may_be_kept():
+        return (y * scale).to(y.dtype)
     if scale.dim() == 1 and (y.dtype is scale.dtype or y.numel() <= _PIECE):
         return y.mul_(scale)  # what decoding does: the rest would take longer than the multiplication
     _multiply_(y, scale)
@@ -32,7 +32,7 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments as `scale_`."""
     if x.dtype == scale.dtype:
         return x * scale
-    if transform() is not None:
+    if may_be_kept():
         return (x * scale).to(x.dtype)
     out = x.clone(memory_format=torch.contiguous_format)
     _multiply_(out, scale)

@@ -10,6 +10,15 @@ transform = torch._C._functorch.peek_interpreter_stack
 """The transform of torch.func that computes here, as vmap, grad and jvp are; None outside of them."""
 
 
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def may_be_kept() -> bool:
+    """Whether somebody sees what an operation gives, and may keep it: a transform, or a dispatch mode, as selective
+    activation checkpointing is. A compiler sees what is done to it later, too."""
+    return transform() is not None or (not torch.compiler.is_compiling() and _modes() > 0)
+
+
 def is_traced() -> bool:
     """Whether a compiler or an export reads this; not where such a one calls code that it does not read.
 
