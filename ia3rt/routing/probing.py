@@ -32,6 +32,7 @@ class Probing:
         self._bank = bank
         self._kinds: set[object] = set()
         self.seen = 0
+        self._differ = False  # whether a layer has its rows in one place in a call, and in another one in the next
         self._by_shape = False  # whether how often rows are repeated somewhere depends on the batch's shape
 
     def is_first(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> bool:
@@ -48,7 +49,7 @@ class Probing:
         forward.sees = bool(media)
         of_model = forward.part, media, _kind(model, arguments, batch, forward.worn.images)
         forward.kind = of_model, shape, rows == 1, forward.most is not None
-        return forward.kind not in self._kinds
+        return self._differ or forward.kind not in self._kinds
 
     def follow(self, forward: Forward, arguments: Mapping[str, Any]) -> None:
         """Follows the last row of the batch through a forward, and the last of its images.
@@ -100,8 +101,11 @@ class Probing:
         """
         layouts: Layouts = layer.ia3_layouts  # type: ignore[assignment]
         if forward is not None and forward.marks is not None and not is_traced():
-            _see(layouts, x, worn, forward)
+            here = _see(layouts, x, worn, forward)
             seen = layouts[_key(x, worn)]
+            if isinstance(here, Layout) and isinstance(seen, Unknown):
+                self._differ = True  # so each forward is looked at from now on, and what it shows is what holds in it
+                return here
             self._by_shape = self._by_shape or (isinstance(seen, Layout) and seen.repeated not in (0, TOKENS))
         layout = layouts.get(_key(x, worn))
         if isinstance(layout, Layout) and worn.is_of_one_row:
@@ -114,10 +118,10 @@ class Probing:
             if count and (layout.fits(x.shape, count, tokens) or (layout.images and count == 1)):
                 return layout
             self._kinds.clear()
+            what = "images, and it is known of {} which row has them" if layout.images else "rows, and there are {}"
             layout = Unknown(
-                f"its dimension {layout.dim} goes over the rows, and there are {count}"
-                if not layout.images
-                else f"its dimension {layout.dim} goes over the images, and it is known of {count} which row has them"
+                f"its dimension {layout.dim} went over the {what.format(count)}. Call the model again: the next "
+                "forward is looked at anew"
             )
         if layout is None:
             self._kinds.clear()  # one that is reached by chance: the next forward is looked at again
@@ -146,14 +150,14 @@ class Probing:
         )
 
 
-def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
-    """Notes what the marks say of an input; what differs from what was seen before is not known."""
+def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> Layout | Unknown:
+    """What the marks say of an input, and notes it; what differs from what was seen before is not known."""
     assert worn.rows is not None and forward.marks is not None
     if worn.is_of_one_row:  # what depends on the text has its tokens, and what does not has others, as of an image
         text: Layout | Unknown = Layout(0, TOKENS) if forward.marks.marked(x).any() else NOTHING
         known = layouts.setdefault(_key(x, worn), text)
         layouts[_key(x, worn)] = text if known == text else NOTHING
-        return
+        return layouts[_key(x, worn)]
     seen: Layout | Unknown = layout_of(forward.marks.marked(x), worn.rows, forward.tokens or 0)
     if isinstance(seen, Layout) and forward.marks.is_picked(x):  # unless all were
         seen = Layout(0, TOKENS) if len(x) == worn.rows * (forward.tokens or 0) else PICKED
@@ -164,6 +168,7 @@ def _see(layouts: Layouts, x: Tensor, worn: Worn, forward: Forward) -> None:
             seen = of_images._replace(images=True)
     before = layouts.get(x.dim(), seen)
     layouts[x.dim()] = seen if before == seen else _both(before, seen, forward.tokens)
+    return seen
 
 
 def _key(x: Tensor, worn: Worn) -> int:

@@ -293,6 +293,34 @@ def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
     assert refused >= 2
 
 
+class Turning(Embedded):
+    """With the rows in one place for some batches and in another one for others; and for some nobody knows."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, length = self.embed(input_ids), input_ids.shape[1]
+        if length == 5:
+            return self.v_proj(x.transpose(0, 1)).transpose(0, 1)
+        return self.v_proj(x + x.mean(0)) if length == 9 else self.v_proj(x)
+
+
+@pytest.mark.parametrize("lengths", [(6, 5, 6, 5), (5, 6, 4, 5), (9, 6, 9, 5, 6)], ids=str)
+def test_a_batch_that_is_laid_out_in_another_way_is_none_for_those_after_it(lengths) -> None:
+    model = Turning()
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    for length in lengths:
+        x = ids(3, length)
+        if length == 9:
+            with runtime.route(NAMES), pytest.raises(ValueError, match="v_proj.*depends on several rows"):
+                model(x)
+            continue
+        try:
+            with runtime.route(NAMES):
+                model(x)
+        except ValueError as error:
+            assert "v_proj" in str(error) and "Call the model again" in str(error)
+        assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x))  # noqa: B023
+
+
 class Picked(Embedded):
     """As what has layers for the tokens of each modality: a layer has those of all rows that are of its kind."""
 
