@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ia3rt.routing.averaging import is_flattened
+
 
 def is_distributed(x: object) -> bool:
     """Whether x is a tensor of several processes, each with a part of it or with all."""
@@ -25,6 +27,16 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules of a model that fully_shard was called with."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel, which came before fully_shard, is around a part of a model, or around all."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    # Around all, it is no module of the model's: then it shows in the parameters that it was given.
+    is_within = any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
+    return is_within or any(map(is_flattened, model.parameters()))
 
 
 def is_tensor_parallel(modules: Mapping[str, nn.Module], path: str) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ia3rt.adapters.adapter import Adapter
 from ia3rt.modules.offloading import execution_device
-from ia3rt.modules.sharding import fsdp_modules, is_tensor_parallel
+from ia3rt.modules.sharding import fsdp_modules, is_fully_sharded, is_tensor_parallel
 from ia3rt.routing.training import check_names
 
 
@@ -16,9 +16,15 @@ def check_trainable(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Checks that adapters can be trained.
 
     Raises:
-        ValueError: the model is tensor-parallel; one acts at an offloaded module, or has modules of its own beside a
-            model that FSDP splits; or a name is in the way.
+        ValueError: the model is in FullyShardedDataParallel, or tensor-parallel; one acts at an offloaded module, or
+            has modules of its own beside a model that FSDP splits; or a name is in the way.
     """
+    if is_fully_sharded(model):
+        raise ValueError(
+            f"adapter {adapters[0].name!r} cannot be trained: the model is in FullyShardedDataParallel (FSDP1), which "
+            "averages gradients over processes only of parameters that it was given before, so that each process would "
+            "learn another adapter. Load the model anew, and use fully_shard (FSDP2) or DistributedDataParallel"
+        )
     is_sharded = bool(fsdp_modules(model))
     modules = dict(model.named_modules())
     parallel = next((path for path in modules if is_tensor_parallel(modules, path)), None)

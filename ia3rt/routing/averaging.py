@@ -18,6 +18,14 @@ def mesh_of(model: nn.Module) -> Any:
     return next((each.device_mesh for each in model.parameters() if isinstance(each, tensors.DTensor)), None)
 
 
+def is_flattened(tensor: object) -> bool:
+    """Whether FullyShardedDataParallel joins a parameter with others into one, for forwards that it begins itself.
+
+    It puts views of that one in their places meanwhile, by which gradients go to it; it is not averaged else.
+    """
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
 class Averaging:
     """Makes each gradient the mean over processes, at the end of each backward pass that reaches one of them.
 

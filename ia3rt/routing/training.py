@@ -12,7 +12,7 @@ from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site
-from ia3rt.routing.averaging import Averaging, mesh_of
+from ia3rt.routing.averaging import Averaging, is_flattened, mesh_of
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 from ia3rt.routing.worn import Worn
@@ -93,6 +93,23 @@ class TrainedAdapters:
             placed = tuple(MixTables.over(vectors, packed.to(device), index.to(device)) for device in devices)
         return Worn(route, None if route.index is None else len(route.index), scales, placed)
 
+    def check_gradients(self) -> None:
+        """Checks that gradients of what is registered, as a forward begins, are those that an optimizer reads.
+
+        Raises:
+            RuntimeError: FullyShardedDataParallel was put around a part of the model since, or around all of it and the
+                forward is none of its own.
+        """
+        for adapter, site, module in self._places():
+            registered = module._parameters.get(_attribute(site, adapter))
+            if isinstance(registered, nn.Parameter) and is_flattened(registered):
+                raise RuntimeError(
+                    f"adapter {adapter.name!r} is trained, and its vector at {site} was given to "
+                    "FullyShardedDataParallel (FSDP1) after train_adapter(): a forward reads all vectors as it begins, "
+                    "before a part of the model has its own, so that their gradients would not be averaged. Load the "
+                    "model anew, and call fully_shard (FSDP2) before train_adapter(), or DistributedDataParallel"
+                )
+
     def is_replaced(self) -> bool:
         """Whether other code registered something in the place of a parameter."""
         return any(
@@ -137,15 +154,25 @@ class TrainedAdapters:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Writes the parameters into the bank's rows, rounded to its dtype."""
+        """Writes the parameters into the bank's rows, rounded to its dtype.
+
+        Raises:
+            RuntimeError: FullyShardedDataParallel has split them over processes.
+        """
         for adapter in self.adapters:
             for site, row in self._bank.vectors(adapter).items():
                 registered = self._modules[site.module]._parameters.get(_attribute(site, adapter))
                 trained = self._parameters[adapter][site] if registered is None else registered
+                learned = _repeated(trained, site)
+                if is_flattened(trained) and len(learned) != len(self._columns.get(site, row)):
+                    raise RuntimeError(
+                        f"adapter {adapter.name!r} is trained, and FullyShardedDataParallel has split its vector at "
+                        f"{site} over processes: call this within FullyShardedDataParallel.summon_full_params(model)"
+                    )
                 if site.slices is None:
-                    row.copy_(_repeated(trained, site))
+                    row.copy_(learned)
                 else:
-                    row[self._columns[site]] = trained.to(row.dtype)
+                    row[self._columns[site]] = learned.to(row.dtype)
 
     def end(self) -> None:
         """Writes the bank, unregisters the parameters, and gives the model's own their `requires_grad` back."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mixtures import tiny_mixture
 from tiny import logits, tiny_model, token_ids
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ia3rt
@@ -62,6 +62,32 @@ def trained(runtime: ia3rt.Runtime, whole: ia3rt.Runtime) -> float:
     return max(float((got[name].grad - grad).norm() / grad.norm()) for name, grad in expected.items())
 
 
+def trained_in_fsdp1() -> tuple[float, str]:
+    """How much logits differ from the single model's after two steps, at most, and what is said of a split vector."""
+    ids, rank = token_ids(4), dist.get_rank()
+    runtime, whole = patched(tiny_model()), patched(tiny_model())
+    for each in (runtime, whole):
+        each.train_adapter("a")
+    wrapped = FullyShardedDataParallel(runtime.model, use_orig_params=True, device_id=torch.device("cpu"))
+    for model, mine in ((wrapped, ids[2 * rank : 2 * rank + 2]), (whole.model, ids)):
+        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+        for _ in range(2):
+            model(mine, labels=mine).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    try:
+        said = str(runtime.get_adapter("a"))
+    except RuntimeError as error:
+        said = str(error)
+    during = logits(whole.model, ids)
+    with torch.no_grad():
+        differs = float((wrapped(ids).logits - during).abs().max())
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        runtime.end_training()
+    with torch.no_grad():
+        return max(differs, float((wrapped(ids).logits - during).abs().max())), said
+
+
 def refusals() -> list[str]:
     """What is said of what is not supported."""
     said = []
@@ -104,6 +130,7 @@ for made in (tiny_model, tiny_mixture):
             runtime = patched(made())
             shard(runtime.model)
         results[f"{made.__name__}, {order}"] = worn(runtime, whole), trained(runtime, whole)
+results["fsdp1"] = trained_in_fsdp1()
 results["refusals"] = refusals()
 if dist.get_rank() == 0:
     with open(sys.argv[1], "w", encoding="utf-8") as file:

@@ -31,3 +31,9 @@ def test_what_is_not_supported_is_said(results):
     assert "adapter 'headed' has its own ['lm_head'], whose gradients FSDP" in headed
     assert "own module 'lm_head' cannot be one like the model's, whose 'weight' is split over processes" in added
     assert "'model.layers.0.mlp.experts.down_proj' wears no vector: MixtralExperts is tensor-parallel" in experts
+
+
+def test_fsdp1_around_the_whole_model_in_training_learns_what_one_process_does(results):
+    differs, said = results["fsdp1"]
+    assert differs < 1e-5
+    assert "adapter 'a' is trained, and FullyShardedDataParallel has split its vector at" in said
