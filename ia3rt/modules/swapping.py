@@ -15,7 +15,7 @@ from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.modules.chosen import Choice, choose
 from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row
-from ia3rt.modules.wearer import How, Wearer, become, computing_device
+from ia3rt.modules.wearer import How, Wearer, become, computing_device, deep_copy, original_class, unwrap
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.traced import is_traced
@@ -71,6 +71,12 @@ class OwnOfOne:
         for own in self.own.values():
             own.to(device)
         self._device = device
+
+    def copied(self, memo: dict[int, Any]) -> nn.Module:
+        """The module's deep copy: with the whole model, one of its copy; else what it was before it was patched."""
+        mixin = Wearer if isinstance(self.module, Wearer) else Swapping  # the last before the class's own
+        wears = original_class(self.cls) if self.own else None
+        return deep_copy(self.module, memo, mixin, self._routing, wears, _give_back)
 
     def is_looked_at(self) -> bool:
         """Whether it is seen in this forward where modules have their rows."""
@@ -162,6 +168,10 @@ class Swapping(nn.Module):
         assert together is not None
         return together
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """As that of a `Wearer`."""
+        return self.ia3_own.copied(memo)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Lets the adapters' own follow `model.to(…)`."""
         for own in self.ia3_own.own.values():
@@ -249,6 +259,12 @@ def lift(module: nn.Module) -> None:
     del vars(module)["ia3_own"]
     if not isinstance(module, Wearer):
         del vars(module)["ia3_layouts"]
+
+
+def _give_back(module: nn.Module) -> None:
+    lift(module)
+    if isinstance(module, Wearer):
+        unwrap(module)
 
 
 def _only_tensor(path: str, values: tuple[Any, ...]) -> Tensor:

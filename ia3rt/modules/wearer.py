@@ -70,21 +70,8 @@ class Wearer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """With the whole model, a drop-in of its copy; else a plain module: no Runtime says what the part wears."""
-        whole = self.ia3_routing.is_copied(memo)
-        if not whole and self.ia3_routing.bank.adapters and PLAIN not in memo:
-            memo[PLAIN] = True
-            _warn_of_plain(self)
-        ours = {name: value for name, value in vars(self).items() if name.startswith("ia3_")}
-        if not whole:
-            memo.update((id(value), value) for value in ours.values())
-        made = memo[id(self)] = copied_as_pickle_does(self, memo)
-        if whole:
-            vars(made)["ia3_key"] = vars(made)["ia3_routing"].key
-        else:
-            for name in [name for name in made._parameters if name.startswith("ia3_")]:
-                del made._parameters[name]
-            unwrap(made)
-        return made
+        wears = self.ia3_original if self.ia3_routing.bank.adapters else None
+        return deep_copy(self, memo, Wearer, self.ia3_routing, wears, unwrap)
 
     def __init_subclass__(cls) -> None:
         """Calls no further: what a layer's class does with its subclasses is not meant for drop-in classes."""
@@ -119,20 +106,54 @@ class Wearer(nn.Module):
         raise NotImplementedError
 
 
-def _warn_of_plain(module: nn.Module) -> None:
+def deep_copy(
+    module: nn.Module,
+    memo: dict[int, Any],
+    mixin: type[nn.Module],
+    routing: Routing,
+    wears: type | None,
+    give_back: Callable[[nn.Module], None],
+) -> nn.Module:
+    """A deep copy of a patched module: with the whole model, a patched one of its copy; else the plain module.
+
+    Args:
+        module: the module.
+        memo: the deep copy's.
+        mixin: what is mixed into its class, before its own.
+        routing: the model's.
+        wears: the module's own class, where a plain copy lacks what it may wear: a warning says so, once for a part.
+        give_back: makes a module the plain one.
+    """
+    whole = routing.is_copied(memo)
+    if not whole and wears is not None and PLAIN not in memo:
+        memo[PLAIN] = True
+        _warn_of_plain(wears)
+    if not whole:
+        memo.update((id(value), value) for name, value in vars(module).items() if name.startswith("ia3_"))
+    made = _copied_as_pickle_does(module, memo, mixin)
+    if not whole:
+        for name in [name for name in made._parameters if name.startswith("ia3_")]:
+            del made._parameters[name]
+        give_back(made)
+    elif "ia3_key" in vars(made):
+        vars(made)["ia3_key"] = vars(made)["ia3_routing"].key
+    return made
+
+
+def _warn_of_plain(cls: type) -> None:
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("ia3rt", "copy", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"a part of a patched model, with a {type(module).ia3_original.__name__} that wears adapters, was copied by "  # type: ignore[attr-defined]
+        f"a part of a patched model, with a {cls.__name__} that wears adapters, was copied by "
         "itself: the copy is plain and wears none. Copy the whole model, or unpatch() it before",
         stacklevel=level,
     )
 
 
-def copied_as_pickle_does(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copied_as_pickle_does(module: nn.Module, memo: dict[int, Any], mixin: type[nn.Module]) -> nn.Module:
     """A deep copy as copy.deepcopy makes it: by the original class's own way, where that has one."""
-    own = getattr(super(Wearer, module), "__deepcopy__", None)
+    own = getattr(super(mixin, module), "__deepcopy__", None)
     if own is not None:
         return own(memo)  # type: ignore[no-any-return]
     made = memo[id(module)] = type(module).__new__(type(module))

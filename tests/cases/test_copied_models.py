@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, generated, logits, tiny_model, token_ids
+from tiny import FAMILIES, generated, logits, patched, tiny_model, token_ids
+from torch import nn
 
 import ia3rt
 
@@ -120,3 +121,71 @@ def test_a_copy_of_a_part_is_plain():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(logits(copy.deepcopy(model), IDS), before)
+
+
+OWN = {"a head": "lm_head", "a layer that wears vectors": "model.layers.0.mlp.down_proj", "a block": "model.layers.0"}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["worn", "trained"])
+@pytest.mark.parametrize("path", OWN.values(), ids=OWN)
+def test_a_copy_of_a_part_with_an_own_module_is_plain(path, training):
+    """The part is such a module, or holds one; the truth is the model before it was patched."""
+    torch.manual_seed(0)
+    model, plain = tiny_model(), tiny_model()
+    runtime = patched(model, "b")
+    state = {name: tensor + 1 for name, tensor in plain.get_submodule(path).state_dict().items()}
+    vectors = {site.key: torch.rand(site.width) for site in runtime.sites if not site.path.startswith(path)}
+    runtime.add_adapter("a", vectors, modules={path: state})
+    runtime.set_adapter("a")
+    if training:
+        runtime.train_adapter("a")
+    during, outer = logits(model, IDS), path.rpartition(".")[0]
+    with pytest.warns(UserWarning, match=r"a part of a patched model, with a \w+ that wears adapters") as warned:
+        parts = {path: copy.deepcopy(model.get_submodule(path))}
+        if outer:
+            parts[outer] = copy.deepcopy(model.get_submodule(outer))
+    assert [Path(each.filename).name for each in warned] == [Path(__file__).name] * len(parts)
+
+    def assert_plain():
+        for part, copied in parts.items():
+            truth = plain.get_submodule(part)
+            assert [(name, type(each)) for name, each in copied.named_modules()] == [
+                (name, type(each)) for name, each in truth.named_modules()
+            ]
+            assert not [key for each in copied.modules() for key in vars(each) if key.startswith("ia3_")]
+            assert copied.state_dict().keys() == truth.state_dict().keys()
+            assert all(map(torch.equal, copied.state_dict().values(), truth.state_dict().values()))
+            for name, parameter in copied.named_parameters():
+                found = copied.get_submodule(name.rpartition(".")[0])
+                assert getattr(found, name.rpartition(".")[2]) is parameter
+            if isinstance(copied, nn.Linear):
+                x = torch.randn(2, copied.in_features)
+                assert torch.equal(copied(x), truth(x))
+
+    assert_plain()
+    assert torch.equal(logits(model, IDS), during)
+    if training:
+        runtime.end_training()
+    runtime.set_adapter("b")
+    assert_plain()
+    runtime.set_adapter("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = copy.deepcopy(model)
+    assert torch.equal(logits(whole, IDS), during)
+    ia3rt.patch(whole).delete_adapter("a")
+    assert torch.equal(logits(model, IDS), during)
+    runtime.unpatch()
+    assert_plain()
+
+
+def test_a_copy_of_a_module_of_which_no_adapter_has_its_own_any_more_is_plain():
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", modules={"lm_head": model.lm_head.state_dict()})
+    runtime.delete_adapter("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied = copy.deepcopy(model.lm_head)
+    assert type(copied) is nn.Linear
+    runtime.add_adapter("a", modules={"lm_head": copied.state_dict()})
