@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -189,26 +189,30 @@ class TrainedAdapters:
             for site in by_site:
                 yield adapter, site, self._modules[site.module]
 
-    def _vectors(self, used: Sequence[int]) -> list[list[Tensor | _Part]]:
+    def _vectors(self, used: Sequence[int]) -> list[list[_Vector]]:
         """By site, the vectors of these rows of the bank: parameters, or copies, which no later load changes."""
         trained: dict[int, dict[Site, Tensor]] = {adapter.row: {} for adapter in self._parameters}
         for adapter, site, module in self._places():
             registered = module._parameters.get(_attribute(site, adapter))
             own = self._parameters[adapter][site] if registered is None else registered
-            trained[adapter.row][site] = _repeated(own, site)
+            trained[adapter.row][site] = own
         frozen = {
             row: self._bank.by_site(lambda on: torch.split(on.table[row].float().clone(), on.widths))  # noqa: B023
             for row in used
         }
-        vectors: list[list[Tensor | _Part]] = []
+        vectors: list[list[_Vector]] = []
         for position, (site, device) in enumerate(self._bank.devices.items()):
-            here = [(trained.get(row, {}).get(site), frozen[row][position]) for row in used]
             if site in self._columns:
-                columns = self._columns[site] = self._columns[site].to(device)
-                vectors.append([row if own is None else _Part(own, row, columns) for own, row in here])
-            else:
-                vectors.append([row if own is None else own for own, row in here])
+                self._columns[site] = self._columns[site].to(device)
+            here = [(trained.get(row, {}).get(site), frozen[row][position]) for row in used]
+            vectors.append([row if own is None else self._whole(site, own, row) for own, row in here])
         return vectors
+
+    def _whole(self, site: Site, own: Tensor, row: Tensor) -> _Vector:
+        """The vector of a whole site, of which a parameter may be a part: laid when it is worn, as that changes."""
+        if site in self._columns:
+            return _Part(own, row, self._columns[site])
+        return _Shared(own, site) if _is_shared(own, site) else own
 
 
 class _Part(NamedTuple):
@@ -222,8 +226,22 @@ class _Part(NamedTuple):
         return self.row.to(self.trained.dtype).index_copy(0, self.columns, self.trained)
 
 
-def _laid(vector: Tensor | _Part) -> Tensor:
-    return vector.laid() if isinstance(vector, _Part) else vector
+class _Shared(NamedTuple):
+    """A vector that all experts of a site share."""
+
+    trained: Tensor
+    site: Site
+
+    def laid(self) -> Tensor:
+        return _repeated(self.trained, self.site)
+
+
+_Vector: TypeAlias = "Tensor | _Part | _Shared"
+"""Of one row at one site; what is no Tensor is laid where it is worn."""
+
+
+def _laid(vector: _Vector) -> Tensor:
+    return vector if isinstance(vector, Tensor) else vector.laid()
 
 
 class TrainedScales:
@@ -239,11 +257,11 @@ class TrainedScales:
     is_written = True
 
     def __init__(
-        self, vectors: list[list[Tensor | _Part]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool
+        self, vectors: list[list[_Vector]], mixes: Sequence[ResolvedMix], index: Tensor | None, keeps: bool
     ) -> None:
         self.vectors = vectors
         self._mixes = [(mix.rows, mix.weights) for mix in mixes]
-        devices = dict.fromkeys((each.row if isinstance(each, _Part) else each).device for each, *_ in vectors)
+        devices = dict.fromkeys((each if isinstance(each, Tensor) else each.trained).device for each, *_ in vectors)
         self._index = index
         self._indices = {} if index is None else {device: index.to(device) for device in devices}
         self._keeps = keeps
@@ -263,7 +281,7 @@ class TrainedScales:
 class Stacked(Sequence[Tensor]):
     """By site, the vectors as a bank that the kernels read, [rows, width]; stacked where they are worn."""
 
-    def __init__(self, vectors: list[list[Tensor | _Part]]) -> None:
+    def __init__(self, vectors: list[list[_Vector]]) -> None:
         self._vectors = vectors
 
     def __len__(self) -> int:
@@ -287,7 +305,11 @@ def _mixed(vectors: Sequence[Tensor], rows: Sequence[int], weights: Sequence[flo
 
 def _repeated(vector: Tensor, site: Site) -> Tensor:
     """The vector of a whole site, where experts may share one."""
-    return vector.repeat(site.experts) if site.experts and len(vector) == site.width_of_one else vector
+    return vector.repeat(site.experts) if _is_shared(vector, site) else vector
+
+
+def _is_shared(vector: Tensor, site: Site) -> bool:
+    return bool(site.experts) and len(vector) == site.width_of_one
 
 
 def _attribute(site: Site, adapter: Adapter) -> str:

@@ -209,6 +209,29 @@ def test_gradients_reach_the_vectors(way, shared):
     torch.testing.assert_close(learned, 2.0 * vectors[DOWN, "in"])
 
 
+@pytest.mark.parametrize("route", [None, ["b", None, "b"]], ids=["all rows", "by row"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_vector_that_all_experts_share_is_worn_as_it_is_after_a_step(backend, route):
+    model, ids = tiny_mixture(num_hidden_layers=1).to(home(backend)), token_ids().to(home(backend))
+    wide = scaled_mixture(model, {})
+    runtime = ia3rt.patch(model, backend=backend, target_modules=["down_proj"])
+    runtime.add_adapter("b", {(DOWN, "in"): torch.rand(24) + 0.5})
+    (parameter,) = runtime.train_adapter("b")
+    if route is not None:
+        runtime.route(route)
+    for _ in range(2):  # what is worn was laid before the first
+        leaf = parameter.detach().double().requires_grad_()
+        weights = {DOWN: wide.get_parameter(DOWN).detach() * leaf}
+        expected = torch.func.functional_call(wide, weights, (ids,)).logits[0]
+        worn = model(ids).logits[0]
+        assert near(worn.detach(), expected.detach())
+        (truth,) = torch.autograd.grad(expected.square().sum(), leaf)
+        (gradient,) = torch.autograd.grad(worn.square().sum(), parameter)
+        assert near(gradient, truth, 1e-5)
+        with torch.no_grad():
+            parameter.mul_(3.0)
+
+
 def test_files_hold_a_vector_for_each_expert_or_one_for_all(tmp_path):
     model = tiny_mixture(num_hidden_layers=1)
     plain = copy.deepcopy(model)
