@@ -600,7 +600,8 @@ class Runtime:
         Raises:
             ValueError: rows wear different mixes; or a weight is quantised, offloaded, shared, or would overflow.
                 Nothing has changed then.
-            RuntimeError: adapters are trained, or the model is no longer patched.
+            RuntimeError: adapters are trained, or the model is no longer patched; or other code has written merged
+                weights, as `unmerge_adapter`.
         """
         self._check_open("merge", while_merged=True)
         mix = None if adapter_names is None else self._mix(adapter_names)
@@ -628,8 +629,11 @@ class Runtime:
     def unmerge_adapter(self) -> None:
         """Puts the weights back bit for bit, and what the rows wore before the merge.
 
+        The model may have been moved or cast meanwhile, but what loads or trains its weights comes after.
+
         Raises:
-            RuntimeError: the model is not merged.
+            RuntimeError: the model is not merged; or other code has written merged weights since, or put others in
+                their place. Nothing has changed then, and `merge_and_unload()` keeps what is there.
         """
         if self._merged is None:
             raise RuntimeError("the model is not merged: there is nothing to unmerge")
@@ -644,11 +648,11 @@ class Runtime:
 
         Args:
             adapter_names: what to merge, also after `merge_adapter`; None merges what all rows wear now, or nothing
-                more than what is merged already.
+                more than what is merged already: then the model stays as it is.
 
         Raises:
             ValueError: as `merge_adapter`; or nothing is named, merged or worn.
-            RuntimeError: as `merge_adapter`.
+            RuntimeError: as `merge_adapter`, where there is something to merge.
         """
         self._check_open("merge", while_merged=True)
         mix = None if adapter_names is None else self._mix(adapter_names)
@@ -678,9 +682,12 @@ class Runtime:
         Raises:
             ValueError: PEFT cannot hold what there is now: rows wear different mixes or a weighted one, or an adapter
                 acts at both sides of a module. Nothing has changed then.
-            RuntimeError: it was unpatched already.
+            RuntimeError: it was unpatched already; or, as `unmerge_adapter`, other code has written merged weights.
+                Nothing has changed then.
         """
         self._check_open("unpatch it", while_merged=True)
+        if self._merged is not None:
+            self._merged.check_unwritten()
         contents, active = ([], []) if self._taken is None else self._to_give_back(self._taken)
         self._uninstall()
         try:

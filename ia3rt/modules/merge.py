@@ -14,6 +14,7 @@ from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.mix import Mix
 from ia3rt.adapters.resolved import ResolvedMix
+from ia3rt.adapters.shortened import some
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.modules.channels import channel_weight, channel_widths, scaled_channels
 from ia3rt.modules.experts_forms import matrices_of
@@ -21,6 +22,7 @@ from ia3rt.modules.memory import Memory, repeats
 from ia3rt.modules.mergeable import mergeable_weight
 from ia3rt.modules.offloading import execution_device
 from ia3rt.modules.sharding import is_split
+from ia3rt.modules.written import Written
 from ia3rt.routing.composed import composed_vectors
 
 
@@ -46,6 +48,7 @@ class MergedWeights:
         self._write_own = write_own
         self._mixes: list[ResolvedMix] = []
         self._originals: dict[tuple[nn.Module, str], Tensor] = {}
+        self._notes: dict[tuple[nn.Module, str], Written] = {}
 
     @property
     def adapters(self) -> list[str]:
@@ -76,7 +79,9 @@ class MergedWeights:
             ValueError: a weight is quantised, offloaded, computed from others, over memory that another tensor has too
                 or that its own elements share, not all that its layer computes by, or would overflow; or a vector or a
                 weight is not finite.
+            RuntimeError: as `check_unwritten`.
         """
+        self.check_unwritten()
         merged = [*self._mixes, mix]
         try:
             self._write(merged)
@@ -85,13 +90,40 @@ class MergedWeights:
             raise
         self._mixes = merged
 
+    def check_unwritten(self) -> None:
+        """Sees to it that the originals belong to the model as it is now.
+
+        Raises:
+            RuntimeError: other code has written where the merge wrote. Its own numbers stand elsewhere in the model, to
+                which the originals at these layers would make a model that nobody had.
+        """
+        modules = set(self._model.modules())
+        paths = dict.fromkeys(written.path for written in self._notes.values() if not written.stands(modules))
+        if paths:
+            raise RuntimeError(
+                f"the weights of {some(paths)} are not those that merge_adapter() wrote: other code has written or "
+                "replaced them since (load_state_dict(), an optimizer's step, a resize), and with the weights of "
+                "before the merge, or another merge into those, the model would be a mixture of both. Call "
+                "merge_and_unload() without a name to keep what is there, without ia3rt; another time, "
+                "unmerge_adapter() first, and then load or train"
+            )
+
     def unmerge(self) -> None:
-        """Puts the original weights back, bit for bit, into what stands in their places now."""
+        """Puts the original weights back, bit for bit, into what stands in their places now.
+
+        Raises:
+            RuntimeError: as `check_unwritten`. Nothing has changed then.
+        """
+        self.check_unwritten()
+        self._restore()
+
+    def _restore(self) -> None:
         for (module, name), original in self._originals.items():
             _write_into((module._parameters if name in module._parameters else module._buffers)[name], original)
 
     def _write(self, mixes: Sequence[ResolvedMix]) -> None:
-        self.unmerge()
+        self._restore()
+        self._notes = {}
         scales: dict[SiteKey, Tensor] = {}
         sites: dict[str, Site] = {}
         for mix in mixes:
@@ -112,6 +144,7 @@ class MergedWeights:
             else:
                 self._write_layer(path, scales.get((path, "in")), scales.get((path, "out")))
         self._write_own(dict.fromkeys(adapter for mix in mixes for adapter in mix.adapters), self._replace)
+        self._originals = {place: self._originals[place] for place in self._notes}  # others' were put back for good
 
     def _written(self, site: Site, scales: Mapping[SiteKey, Tensor]) -> Iterator[tuple[nn.Module, str]]:
         """The tensors that a merge at a site writes: what holds each, and its name there."""
@@ -182,6 +215,7 @@ class MergedWeights:
         if place not in self._originals:
             self._originals[place] = parameter.detach().clone().cpu()
         _write_into(parameter, rounded)
+        self._notes[place] = Written(path, *place)
 
     def _place(self, path: str, tensor: Tensor) -> tuple[nn.Module, str]:
         for module in self._model.get_submodule(path).modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import peft
@@ -224,3 +225,76 @@ def test_unmerging_finds_weights_that_a_checkpoint_put_in_their_place():
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     runtime.unmerge_adapter()
     assert torch.equal(logits(model, IDS), logits(tiny_model(), IDS))
+
+
+def load(model):
+    model.load_state_dict({name: tensor + 0.25 for name, tensor in model.state_dict().items()})
+
+
+def assign(model):
+    model.load_state_dict({name: tensor + 0.25 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("write", [load, assign, step], ids=lambda write: write.__name__)
+def test_weights_that_were_written_while_merged_are_not_mixed_with_those_of_before(write):
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    for name in "ab":
+        runtime.add_adapter(name, {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.merge_adapter("a")
+    write(model)
+    written = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for use in (runtime.unmerge_adapter, runtime.unpatch, lambda: runtime.merge_adapter("b")):
+        with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn\.k_proj.*merge_and_unload\(\) without a name"):
+            use()
+        torch.testing.assert_close(model.state_dict(), written, rtol=0, atol=0)
+    worn = logits(model, IDS)
+    assert torch.equal(logits(runtime.merge_and_unload(), IDS), worn)
+    assert "ia3_runtime" not in vars(model)
+
+
+def test_a_resize_while_merged_is_told():
+    model = tiny_model()
+    runtime = ia3rt.patch(model, target_modules=["lm_head", "embed_tokens"])
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.merge_adapter("a")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    resized = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for use in (runtime.unmerge_adapter, runtime.unpatch):
+        with pytest.raises(RuntimeError, match="the weights of 'model.embed_tokens', 'lm_head' are not those"):
+            use()
+    torch.testing.assert_close(runtime.merge_and_unload().state_dict(), resized, rtol=0, atol=0)
+    assert logits(model, IDS).shape[-1] == len(resized["lm_head.weight"])
+
+
+@pytest.mark.parametrize("load", [dict(assign=True), dict()], ids=["assigned", "copied"])
+def test_weights_that_are_written_elsewhere_or_as_they_were_merged_stay_so(load):
+    model, plain = tiny_model(), tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.merge_adapter("a")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] *= 2
+    model.load_state_dict(state, **load)
+    plain.lm_head.weight.data *= 2
+    runtime.unpatch()
+    assert torch.equal(logits(model, IDS), logits(plain, IDS))
+
+
+def test_a_copy_of_a_merged_model_that_was_cast_is_unmerged():
+    model = tiny_model()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", {site.key: torch.rand(site.width) for site in runtime.sites})
+    runtime.merge_adapter("a")
+    copied = copy.deepcopy(model.half())
+    ia3rt.patch(copied).unpatch()
+    torch.testing.assert_close(copied.state_dict(), tiny_model().half().state_dict(), rtol=0, atol=0)
+    load(copied_again := copy.deepcopy(model))
+    with pytest.raises(RuntimeError, match="are not those"):
+        ia3rt.patch(copied_again).unpatch()
