@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from ia3rt.adapters import adapterhub
 from ia3rt.adapters.folder import CONFIG_NAME, PEFT_NAMES, SAFETENSORS_NAME, find_file, local_folder
 from ia3rt.adapters.keys import PREFIX, SUFFIX, modules_to_save, saved_paths, sort_keys
 from ia3rt.adapters.plain_file import read_plain
-from ia3rt.adapters.site import Side, Site, SiteKey, name_matches
+from ia3rt.adapters.site import Side, Site, SiteKey
+from ia3rt.adapters.site_names import config_names
 from ia3rt.adapters.tensor_file import read_tensors
 
 MOST_CONFIG = 1 << 22
@@ -181,10 +182,8 @@ def write_checkpoint(
                 "module. Save them as two adapters"
             )
         sides[site.path] = site.side
-    feedforward = [module for module, side in sides.items() if side == "in"]
-    target = sorted(sides) if module_names is None else shortest_names(list(sides), module_names, sides)
+    target, feedforward = config_names(sides, module_names)
     known = modules if module_names is None else module_names
-    names = {module: name for name in target for module in sides if name_matches(module, [name])}
     tensors = {
         f"{PREFIX}{site.path}{SUFFIX}": _as_saved(site, vector.cpu()).clone() for site, vector in vectors.items()
     }
@@ -196,8 +195,8 @@ def write_checkpoint(
     written = {
         **config,
         "peft_type": "IA3",
-        "target_modules": sorted(target),
-        "feedforward_modules": sorted({names[module] for module in feedforward}),
+        "target_modules": target,
+        "feedforward_modules": feedforward,
         "exclude_modules": None,
         "modules_to_save": to_save or None,
         "inference_mode": True,
@@ -228,17 +227,3 @@ def _names_to_save(modules: list[str], module_names: Collection[str], config: Ma
             f"cannot save an own module at {modules}: PEFT compares endings, and would take {sorted(others)} too"
         )
     return modules
-
-
-def shortest_names(modules: list[str], module_names: Iterable[str], sides: Mapping[str, Side]) -> list[str]:
-    """The shortest last components that mean `modules` and nothing else, and tell their sides apart."""
-    others = set(module_names) - set(modules)
-    for depth in range(1, max(module.count(".") for module in modules) + 1):
-        names = {".".join(module.split(".")[-depth:]) for module in modules}
-        if any(name_matches(other, names) for other in others):
-            continue
-        # PEFT compares feedforward_modules as raw endings, so `fc` there would also mean `pre_fc`.
-        inputs = {name for name in names if any(sides[m] == "in" and name_matches(m, [name]) for m in modules)}
-        if not any(sides[module] == "out" and module.endswith(tuple(inputs)) for module in modules):
-            return sorted(names)
-    return sorted(modules)

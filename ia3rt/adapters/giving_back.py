@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3rt.adapters.checkpoint import shortest_names
 from ia3rt.adapters.contents import AdapterContents
 from ia3rt.adapters.mix import Mix
-from ia3rt.adapters.site import Side, name_matches
+from ia3rt.adapters.site import Side
+from ia3rt.adapters.site_names import config_names
 from ia3rt.adapters.takeover import KEPT_IN_MODEL, TakenOver, ia3_layers
 
 
@@ -147,14 +147,13 @@ def _inject(taken: TakenOver, adapter: AdapterContents, module_names: Collection
     from peft import IA3Config, inject_adapter_in_model
 
     sides: dict[str, Side] = dict(adapter.vectors.keys())
-    names = shortest_names(list(sides), module_names, sides)
-    inputs = [path for path, side in sides.items() if side == "in"]
+    target, feedforward = config_names(sides, module_names)
     known = {field.name for field in fields(IA3Config)}
     config = IA3Config(
         **{
             **{key: value for key, value in adapter.config.items() if key in known},
-            "target_modules": names,
-            "feedforward_modules": [name for name in names if any(name_matches(path, [name]) for path in inputs)],
+            "target_modules": target,
+            "feedforward_modules": feedforward,
             "exclude_modules": None,
             "inference_mode": True,
         }

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ia3rt.adapters.given import check_floating
-from ia3rt.adapters.site import Side, SiteKey, name_matches
+from ia3rt.adapters.site import Side, SiteKey
+from ia3rt.adapters.site_names import paths_of
 
 PREFIX = "base_model.model."
 SUFFIX = ".ia3_l"
@@ -174,23 +175,23 @@ def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
         return "out"
     if tensor.dim() == 3 and tensor.shape[0] > 1 and (tensor.shape[1] == 1) != (tensor.shape[2] == 1):
         return "in" if tensor.shape[1] == 1 else "out"  # one such vector an expert
-    if tensor.dim() == 2 and tensor.numel() == 1:
-        return "in" if name_matches(path, _feedforward(path, config)) else "out"
-    if tensor.dim() in (3, 4, 5) and tensor.shape[0] == 1 and tensor.numel() == tensor.shape[1]:
-        # A convolution's, of the same shape at both sides: PEFT knows it by its config, of which it compares endings.
-        return "in" if path.endswith(_feedforward(path, config)) else "out"
+    of_convolution = tensor.dim() in (3, 4, 5) and tensor.shape[0] == 1 and tensor.numel() == tensor.shape[1]
+    if of_convolution or (tensor.dim() == 2 and tensor.numel() == 1):
+        return "in" if _is_input(path, config) else "out"  # of the same shape at both sides: PEFT asks its config
     raise ValueError(
         f"the vector at {path!r} has shape {tuple(tensor.shape)}: PEFT's linear layers have [1, in_features] or "
         "[out_features, 1], and convolutions [1, channels, 1, 1] or one dimension more"
     )
 
 
-def _feedforward(path: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names in feedforward_modules, for a vector whose shape does not say its side."""
+def _is_input(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether feedforward_modules mean a module, for a vector whose shape does not say its side."""
     named = config.get("feedforward_modules") or ()
+    if isinstance(named, str) and (paths := paths_of(named)) is not None:
+        return path in paths
     if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever
         raise ValueError(
             f"feedforward_modules is {str(named)[:80]!r}, and the shape of the vector at {path!r} does not say on "
             "which side it acts: expected a list of modules' names, which does"
         )
-    return tuple(map(str, named))
+    return path.endswith(tuple(map(str, named)))  # as PEFT compares
