@@ -14,7 +14,9 @@ from torch import Tensor
 from ia3rt.adapters import adapterhub
 from ia3rt.adapters.folder import CONFIG_NAME, PEFT_NAMES, SAFETENSORS_NAME, find_file, local_folder
 from ia3rt.adapters.keys import PREFIX, SUFFIX, modules_to_save, saved_paths, sort_keys
+from ia3rt.adapters.new_folder import replacing
 from ia3rt.adapters.plain_file import read_plain
+from ia3rt.adapters.shortened import short
 from ia3rt.adapters.site import Side, Site, SiteKey
 from ia3rt.adapters.site_names import config_names
 from ia3rt.adapters.tensor_file import read_tensors
@@ -159,10 +161,10 @@ def write_checkpoint(
     modules: Mapping[str, Mapping[str, Tensor]],
     unnamed: Collection[str],
 ) -> None:
-    """Writes a checkpoint that PEFT's `from_pretrained` and `read_checkpoint` load.
+    """Writes a checkpoint that PEFT's `from_pretrained` and `read_checkpoint` load: all of it, or nothing.
 
     Args:
-        path: the folder, made where it is missing.
+        path: the folder, made where it is missing; an adapter that is there is replaced.
         vectors: [width] each; [width_of_one] where experts share one.
         module_names: the names of all the model's modules, so that the config's names match these sites only; None
             where no model is at hand, and the config has whole paths.
@@ -172,7 +174,8 @@ def write_checkpoint(
 
     Raises:
         ValueError: a module wears an input and an output vector, or modules_to_save would mean another module too:
-            PEFT's format cannot say that.
+            PEFT's format cannot say that. Or the config holds what JSON cannot.
+        OSError: the folder cannot be written.
     """
     sides: dict[str, Side] = {}
     for site in vectors:
@@ -190,8 +193,6 @@ def write_checkpoint(
     for module, state in modules.items():
         tensors.update({f"{PREFIX}{module}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})
     to_save = _names_to_save([module for module in modules if module not in unnamed], known, config)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     written = {
         **config,
         "peft_type": "IA3",
@@ -201,8 +202,22 @@ def write_checkpoint(
         "modules_to_save": to_save or None,
         "inference_mode": True,
     }
-    save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
-    (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = _as_json(written, path)
+    with replacing(path) as folder:
+        save_file(tensors, folder / SAFETENSORS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _as_json(config: Mapping[str, Any], path: str | Path) -> str:
+    for key, value in config.items():
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"cannot save an adapter to {path}: its config has {short(repr(value))} at {key!r}, which JSON cannot "
+                f"hold: {error}"
+            ) from error
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _as_saved(site: Site, vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A folder that is there whole, or not at all."""
+"""A folder that is there whole, or not at all; files that take others' place all together, or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -65,6 +65,53 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             _move_into(written, folder)
         else:
             os.replace(written, folder)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A context with an empty folder to write files into. They are in the folder at `path` at the end, in the place of
+    files of their names; where that is an exception, everything there is as it was.
+
+    Raises:
+        OSError: they cannot be written, or the folder not made.
+    """
+    folder = Path(path)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".ia3rt.", dir=folder) as around:
+            written, old = Path(around) / "new", Path(around) / "old"
+            written.mkdir()
+            old.mkdir()
+            yield written
+            _replace(written, folder, old)
+    except BaseException as error:
+        for each in made:
+            with suppress(OSError):  # nothing was made, or something else is in it by now
+                each.rmdir()
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.filename is None):  # a full disk
+            raise OSError(f"cannot write {folder}, where nothing has changed: {error}") from error
+        raise
+
+
+def _replace(written: Path, folder: Path, old: Path) -> None:
+    """Moves files into a folder, and what was there by their names into `old`; all, or none."""
+    moved: list[str] = []
+    try:
+        for name in sorted((file.name for file in written.iterdir()), key=lambda name: (name in _LAST, name)):
+            if (folder / name).is_dir():
+                raise IsADirectoryError(f"{folder / name} is a folder, and not a file to replace")
+            moved.append(name)
+            with suppress(FileNotFoundError):
+                os.rename(folder / name, old / name)
+            os.rename(written / name, folder / name)
+    except BaseException:
+        for name in moved:
+            if os.path.lexists(old / name):
+                os.replace(old / name, folder / name)
+            elif not os.path.lexists(written / name):
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _move_into(written: Path, folder: Path) -> None:

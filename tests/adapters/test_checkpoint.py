@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import resource
+import signal
 
 import peft
 import pytest
@@ -52,6 +54,28 @@ def test_a_saved_adapter_comes_back_as_it_was(folder, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM", "what the config said besides the sites is kept"
+
+
+def test_what_cannot_be_saved_leaves_the_adapter_that_was_there(folder, tmp_path):
+    runtime = ia3rt.patch(tiny_model())
+    runtime.load_adapter(folder)
+    runtime.save_adapter("b", tmp_path / "there")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()}
+    runtime.add_adapter("odd", config={"task_type": "CAUSAL_LM", "note": {1, 2}})
+    for place in ("there", "new/deep"):
+        with pytest.raises(ValueError, match=r"cannot save .*has \{1, 2\} at 'note', which JSON cannot hold"):
+            runtime.save_adapter("odd", tmp_path / place)
+    runtime.add_adapter("long", config={"task_type": "CAUSAL_LM", "note": "x" * 50_000})
+    limits, heeded = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # the vectors have room on this disk, the config has not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write .*there, where nothing has changed"):
+            runtime.save_adapter("long", tmp_path / "there")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, heeded)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_in_the_config_mean_the_adapters_sites_and_no_others(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from ia3rt.adapters import new_folder as module
-from ia3rt.adapters.new_folder import check_new, new_folder
+from ia3rt.adapters.new_folder import check_new, new_folder, replacing
 
 
 def fill(folder: Path) -> None:
@@ -101,3 +101,50 @@ def test_a_path_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path
     with new_folder(longest) as folder:
         fill(folder)
     assert contents(longest) == FILLED
+
+
+def write_two(folder: Path) -> None:
+    with replacing(folder) as written:
+        for name in ("adapter_config.json", "weights"):
+            (written / name).write_text("new")
+
+
+def test_files_are_replaced_and_others_stay(tmp_path: Path) -> None:
+    write_two(tmp_path / "a" / "b")
+    assert contents(tmp_path / "a" / "b") == ["adapter_config.json", "weights"]
+    (tmp_path / "a" / "b" / "weights").write_text("old")
+    (tmp_path / "a" / "b" / "notes").write_text("mine")
+    write_two(tmp_path / "a" / "b")
+    read = {file.name: file.read_text() for file in (tmp_path / "a" / "b").iterdir()}
+    assert read == {"adapter_config.json": "new", "weights": "new", "notes": "mine"}
+
+
+@pytest.mark.parametrize("there", [["adapter_config.json", "weights"], ["adapter_config.json"], []])
+@pytest.mark.parametrize("step", range(4))
+def test_replacing_that_fails_at_any_step_changes_nothing(
+    step: int, there: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in there:
+        (tmp_path / name).write_text(f"old {name}")
+    steps, rename = iter(range(4)), os.rename
+
+    def fails_once(old: Path, new: Path) -> None:
+        if next(steps) == step:
+            raise OSError("broken")
+        rename(old, new)
+
+    monkeypatch.setattr(module.os, "rename", fails_once)
+    with pytest.raises(OSError, match="where nothing has changed: broken"):
+        write_two(tmp_path)
+    assert contents(tmp_path) == there
+    assert [(tmp_path / name).read_text() for name in there] == [f"old {name}" for name in there]
+
+
+def test_replacing_that_is_not_begun_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space"), replacing(tmp_path / "a" / "b"):
+        raise SafetensorError("Error: No space left on device")
+    assert not contents(tmp_path)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(OSError, match="weights is a folder"):
+        write_two(tmp_path)
+    assert contents(tmp_path) == ["weights"]
