@@ -191,7 +191,9 @@ def write_checkpoint(
         f"{PREFIX}{site.path}{SUFFIX}": _as_saved(site, vector.cpu()).clone() for site, vector in vectors.items()
     }
     for module, state in modules.items():
-        tensors.update({f"{PREFIX}{module}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})
+        # A layer that PEFT wraps holds the model's own inside, where PEFT looks for weights that were saved with it.
+        inside = f"{module}.base_layer" if module in unnamed and module in sides else module
+        tensors.update({f"{PREFIX}{inside}.{name}": tensor.detach().cpu().clone() for name, tensor in state.items()})
     to_save = _names_to_save([module for module in modules if module not in unnamed], known, config)
     written = {
         **config,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.checkpoint import Checkpoint
+from ia3rt.adapters.file_modules import own_modules
 from ia3rt.adapters.site import Site, SiteKey
 
 
@@ -46,13 +47,13 @@ def bank_of_files(checkpoints: Mapping[str, Checkpoint]) -> Bank:
     """The adapters, each by its name, in a bank on the CPU, float32.
 
     Raises:
-        ValueError: as `file_sites`; or a number is NaN or inf.
+        ValueError: as `file_sites` and `own_modules`; or a number is NaN or inf.
     """
-    sites = file_sites(checkpoints)
+    sites, own = file_sites(checkpoints), own_modules(checkpoints)
     bank = Bank(sites.values(), torch.device("cpu"), torch.float32, len(checkpoints))
     for name, checkpoint in checkpoints.items():
         vectors = {sites[key]: vector for key, vector in checkpoint.vectors.items()}
-        bank.add(name, vectors, dict(checkpoint.config), frozenset(checkpoint.modules), checkpoint.unnamed)
+        bank.add(name, vectors, dict(checkpoint.config), own[name], checkpoint.unnamed & own[name])
     return bank
 
 
