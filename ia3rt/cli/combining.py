@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ia3rt.adapters.combining.combination import Combination
+from ia3rt.adapters.file_experts import check_experts
 from ia3rt.adapters.file_sites import bank_of_files
 from ia3rt.adapters.new_folder import check_new
 from ia3rt.cli.errors import UsageError
@@ -51,6 +52,7 @@ def combine(
     """
     check_new(output)
     checkpoints = read_all(console, combination.adapters)
+    check_experts(checkpoints, combination)
     base_model = one_base_model(checkpoints, base_model)
     if importances and len(importances) != len(checkpoints):
         raise UsageError("--importances", f"{len(importances)} given for {len(checkpoints)} adapters: give each one")

@@ -155,6 +155,11 @@ class Combination:
         return None if self.combination_type == "product" else self.used_weights
 
     @property
+    def is_of_whole_vectors(self) -> bool:
+        """Whether a number depends on others of its site, or on which site it is, and not on its own place alone."""
+        return self.combination_type == "slerp" or (self.combination_type in _PRUNING and self.density != 1)
+
+    @property
     def in_full(self) -> str:
         """It with what is taken where nothing was given: `ties of a and b, weights 1 and 1, density 0.4`."""
         taken = self.taken_weights
