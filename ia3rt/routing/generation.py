@@ -7,6 +7,7 @@ read here. Where another model's `generate` changes its rows, they are no longer
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -212,13 +213,27 @@ def _need_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self.ia3_generation.is_entered:
+    routing = self.ia3_generation
+    _check_left(routing)
+    manager = _original(self, "init_continuous_batching")(*args, **kwargs)
+    add = manager.add_request  # which a manager that runs already is asked for, whatever is entered by then
+
+    @functools.wraps(add)
+    def add_request(*args: Any, **kwargs: Any) -> Any:
+        _check_left(routing)
+        return add(*args, **kwargs)
+
+    manager.add_request = add_request
+    return manager
+
+
+def _check_left(routing: Routing) -> None:
+    if routing.is_entered:
         raise ValueError(
             "a route is entered here, or disable_adapter(), and transformers' continuous batching (generate_batch) "
             "runs in a thread of its own, which wears what set_adapter() says: leave the route and set_adapter() one "
             "mix for all requests, or call generate()"
         )
-    return _original(self, "init_continuous_batching")(*args, **kwargs)
 
 
 _METHODS: dict[str, Callable[..., Any]] = {

@@ -588,3 +588,10 @@ def test_continuous_batching_knows_no_route(both) -> None:
     for entered in (both.runtime.route(["b", None]), both.runtime.disable_adapter()):
         with entered, pytest.raises(ValueError, match="runs in a thread of its own"):
             both.model.generate_batch(prompts, generation_config=config)
+    manager = both.model.init_continuous_batching(generation_config=config)
+    for entered in (both.runtime.route(["b", None]), both.runtime.disable_adapter()):
+        with entered:
+            for add in (lambda: manager.add_request(prompts[0]), lambda: manager.add_requests(prompts)):
+                with pytest.raises(ValueError, match="runs in a thread of its own"):
+                    add()
+    assert manager.add_request(prompts[0])
