@@ -112,7 +112,14 @@ class IA3Layer(Wearer):
         if not isinstance(y, Tensor):
             return self._not_scaled(worn, l_out, y)  # type: ignore[no-any-return]
         s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
-        return y if s_out is None else eager.scaled(y, s_out)
+        if s_out is None:
+            return y
+        if y.shape[-1] != s_out.shape[-1]:
+            raise ValueError(
+                f"a {type(self).ia3_original.__name__} gave a tensor {tuple(y.shape)}, and its vector has width "
+                f"{s_out.shape[-1]}: leave the module out with patch(exclude_modules=…)"
+            )
+        return eager.scaled(y, s_out)
 
     def ia3_unscaled(self, x: Tensor) -> Tensor:
         """What the layer's own forward gives for x: a method of ours, which compiled code does not look up again."""

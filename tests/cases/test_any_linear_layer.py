@@ -274,6 +274,24 @@ def test_a_router_is_left_alone_by_all_linear_and_refused_by_name():
             runtime.add_adapter("a", {(name, "out"): torch.rand(4 if name == "router" else 8)})
 
 
+class Joined(nn.Linear):
+    """As one with a matrix for each group of its input."""
+
+    def forward(self, input):
+        y = super().forward(input)
+        return y.flatten(-2) if input.dim() > 2 else y
+
+
+def test_a_width_that_nothing_told_of_is_an_error_of_the_forward():
+    model = nn.ModuleDict({"joined": Joined(8, 8)})
+    runtime = ia3rt.patch(model, target_modules=["joined"])
+    runtime.add_adapter("a", {("joined", "out"): torch.rand(8)})
+    runtime.set_adapter("a")
+    assert model["joined"](torch.randn(3, 8)).shape == (3, 8)
+    with pytest.raises(ValueError, match=r"a Joined gave a tensor \(3, 16\), and its vector has width 8"):
+        model["joined"](torch.randn(3, 2, 8))
+
+
 def test_a_tuple_that_nothing_told_of_is_an_error_of_the_forward():
     class Pair(nn.Linear):
         def forward(self, input, factor):
