@@ -28,7 +28,16 @@ _GIVING = ("__getitem__", "__iter__", "__reversed__", "get", "items", "values")
 
 
 # torch's ways to a part by its path, as state_dict() names it, mean the model's own. transformers ties weights by them.
-_BY_PATH = frozenset({"torch.nn.modules.module", "torch.nn.utils._named_member_accessor"})
+_BY_PATH = frozenset({"torch.nn.modules.module"})
+
+# Who makes the model's new parts of those that it has, and puts them there: what stays is no adapter's.
+_MAKERS = frozenset({"transformers.initialization", "transformers.modeling_utils"})
+_LIBRARIES_OF_MAKERS = ("torch.ao.", "torch.nn.utils.", "torchao.", "transformers.quantizers.")
+
+# Models have these for who makes parts, and for others: who calls them asks.
+_ON_BEHALF = frozenset(
+    {"_init_weights", "base_model", "enable_input_require_grads", "get_input_embeddings", "get_output_embeddings"}
+)
 
 
 class _Here(threading.local):
@@ -55,9 +64,12 @@ def reads_the_models() -> bool:
     return _here.reads_models
 
 
-def is_by_path(asking: FrameType) -> bool:
-    """Whether who asks for a part goes by its path in the model."""
-    return asking.f_globals.get("__name__") in _BY_PATH
+def means_the_models(asking: FrameType) -> bool:
+    """Whether who asks for a part goes by its path in the model, or makes the model's new one of it."""
+    while asking.f_code.co_name in _ON_BEHALF and asking.f_back is not None:
+        asking = asking.f_back
+    name = asking.f_globals.get("__name__", "")
+    return name in _BY_PATH or name in _MAKERS or name.startswith(_LIBRARIES_OF_MAKERS)
 
 
 def is_worn_part(module: nn.Module, name: str) -> bool:

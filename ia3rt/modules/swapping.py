@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ia3rt.adapters.adapter import Adapter
 from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.modules.chosen import Choice, choose
-from ia3rt.modules.parts import by_row, giving, is_by_path, is_worn_part, reads_the_models, refuse_by_row
-from ia3rt.modules.wearer import How, Wearer, become, computing_device, deep_copy, original_class, unwrap
+from ia3rt.modules.parts import by_row, giving, is_worn_part, means_the_models, reads_the_models, refuse_by_row
+from ia3rt.modules.wearer import How, Wearer, become, class_without, computing_device, deep_copy, original_class, unwrap
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.traced import is_traced
@@ -147,7 +147,7 @@ class Swapping(nn.Module):
             return super().__getattr__(name)
         if is_traced():
             return _untraced_part()(self, name)
-        return super().__getattr__(name) if is_by_path(sys._getframe(1)) else _worn_part(self, name)
+        return super().__getattr__(name) if means_the_models(sys._getframe(1)) else _worn_part(self, name)
 
     def _by_row(self, held: OwnOfOne, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         x = _only_tensor(held.path, (*args, *kwargs.values()))
@@ -231,12 +231,13 @@ class SwappingWearer(Swapping):
 
 def plain(module: Swapping) -> nn.Module:
     """The module by its class without `Swapping`: what that does depends on what class it is. It shares all it has."""
-    held = module.ia3_own
-    same = held.cls.__new__(held.cls)
+    cls: Any = class_without(type(module), _WITHOUT)
+    same: nn.Module = cls.__new__(cls)
     object.__setattr__(same, "__dict__", vars(module))
     return same
 
 
+_WITHOUT = "ia3_without"  # by which a class of these names the one that it was made of
 _swapping: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -246,7 +247,7 @@ def lay(module: nn.Module, held: OwnOfOne) -> None:
     if cls not in _swapping:
         mixin = SwappingWearer if issubclass(cls, Wearer) else Swapping
         doc = f"{cls.__name__} that adapters have their own of."
-        namespace = {"__module__": __name__, "__doc__": doc, **giving(cls, _whole)}
+        namespace = {"__module__": __name__, "__doc__": doc, _WITHOUT: cls, **giving(cls, _whole)}
         _swapping[cls] = type(f"Own{cls.__name__}", (mixin, cls), namespace)
     vars(module)["ia3_own"] = held
     vars(module).setdefault("ia3_layouts", {})
@@ -255,7 +256,7 @@ def lay(module: nn.Module, held: OwnOfOne) -> None:
 
 def lift(module: nn.Module) -> None:
     """Makes `module` what it was before `lay`."""
-    become(module, vars(module)["ia3_own"].cls)
+    become(module, class_without(type(module), _WITHOUT))
     del vars(module)["ia3_own"]
     if not isinstance(module, Wearer):
         del vars(module)["ia3_layouts"]

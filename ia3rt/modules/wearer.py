@@ -240,28 +240,37 @@ def place(module: nn.Module, side: Side, position: int | None) -> None:
 
 def unwrap(module: nn.Module) -> None:
     """Makes `module` what it was before `wrap`, but for what other code made of its class since."""
-    become(module, _given_back(type(module)))
+    become(module, class_without(type(module), "ia3_original"))
     for name in [name for name in vars(module) if name.startswith("ia3_")]:
         del vars(module)[name]
 
 
-def _given_back(cls: type) -> type:
-    """The class without the drop-in's: one that torch.nn.utils.parametrize or FSDP made of it is made of the original.
+def class_without(cls: type, name: str) -> type:
+    """The class without one of ours that it is, or is made of: a class that parametrize or FSDP made of that is made of
+    the original.
 
     It is one and the same for all modules of a class.
+
+    Args:
+        cls: the class.
+        name: by which ours names the class that it was made of.
     """
-    if not issubclass(cls, Wearer):
+    if not hasattr(cls, name):
         return cls
-    if "ia3_original" in vars(cls):
-        return original_class(cls)
-    if cls not in _unpatched:
-        held = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-        name = cls.__name__.replace(f"IA3{original_class(cls).__name__}", original_class(cls).__name__)
-        _unpatched[cls] = type(name, tuple(map(_given_back, cls.__bases__)), held)
-    return _unpatched[cls]
+    if name in vars(cls):
+        original: type = vars(cls)[name]
+        return original
+    made = _without.setdefault(cls, {})
+    if name not in made:
+        left = "__dict__", "__weakref__"
+        held = {key: value for key, value in vars(cls).items() if key not in left and not key.startswith("ia3_")}
+        ours = next(each for each in cls.__mro__ if name in vars(each))
+        shorter = cls.__name__.replace(ours.__name__, vars(ours)[name].__name__)
+        made[name] = type(shorter, tuple(class_without(base, name) for base in cls.__bases__), held)
+    return made[name]
 
 
-_unpatched: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+_without: weakref.WeakKeyDictionary[type, dict[str, type]] = weakref.WeakKeyDictionary()
 
 
 def become(module: nn.Module, cls: type) -> None:
