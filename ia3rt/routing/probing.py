@@ -12,10 +12,11 @@ from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward, Part
 from ia3rt.routing.layout import NOTHING, PICKED, TOKENS, WINDOWS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
-from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced
+from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced, is_transformed
 from ia3rt.routing.worn import Worn
 
 _ELSEWHERE = "the rows are in another place of it than in an earlier call"
+_CALL_BEFORE = "call the model once by itself within the route, with an input like this one, before it is transformed"
 
 Layouts: TypeAlias = "dict[int, Layout | Unknown]"
 """By the number of dimensions of an input; by minus that, of a batch of one row, whose tokens wear different mixes."""
@@ -55,7 +56,13 @@ class Probing:
         """Follows the last row of the batch through a forward, and the last of its images.
 
         That has another place in any order of them that a model may take, such as the reverse.
+
+        Raises:
+            ValueError: torch.func transforms the forward, so that nothing can be followed.
         """
+        if is_transformed():
+            _check_alike(forward)
+            return
         rows, images = forward.worn.rows, forward.worn.images or ()
         assert rows is not None
         of_rows = () if forward.part is Part.IMAGES else row_inputs(arguments, rows)
@@ -100,7 +107,9 @@ class Probing:
             ValueError: it is not known.
         """
         layouts: Layouts = layer.ia3_layouts  # type: ignore[assignment]
-        if forward is not None and forward.marks is not None and not is_traced():
+        is_followed = forward is not None and forward.marks is not None and not is_traced() and not is_transformed()
+        if is_followed and x.numel():  # what has no elements says nothing
+            assert forward is not None
             here = _see(layouts, x, worn, forward)
             seen = layouts[_key(x, worn)]
             if isinstance(here, Layout) and isinstance(seen, Unknown):
@@ -140,13 +149,29 @@ class Probing:
                 "forward (model(…), which runs hooks, not model.forward(…)) nor a part of it, or let all rows wear one "
                 "mix (set_adapter)"
             )
-        reason = layout.reason if layout else "no forward of rows with different adapters has reached it yet"
+        unseen = "no forward of rows with different adapters has reached it yet"
+        if not is_traced() and is_transformed():
+            unseen += f", and within torch.func's transforms none can be followed ({_CALL_BEFORE})"
+        reason = layout.reason if layout else unseen
         may_say = layout is not PICKED and worn.images is None and (forward is None or forward.sees)
         told = "say which row each image belongs to (route(…, images=[…])), " if may_say else ""
         return (
             f"the rows wear different adapters, and it is not known whose each element of the tensor "
             f"{tuple(x.shape)} at {site} is: {reason}. Let all rows wear one mix (set_adapter), {told}or leave the "
             "module out with patch(exclude_modules=…)"
+        )
+
+
+def _check_alike(forward: Forward) -> None:
+    """Raises ValueError where a forward has to be followed, for its rows wear different mixes, or theirs from a start.
+
+    Under torch.func, numbers are in tensors within others, of which operations show nothing to who looks on.
+    """
+    if len(forward.worn.route.mixes) > 1 or forward.most is not None:
+        raise ValueError(
+            "the rows wear different adapters, and in the first forward of its kind it is seen where the model has "
+            "each of them, which cannot be while torch.func transforms it (grad, jvp, vmap, functionalize): "
+            + _CALL_BEFORE
         )
 
 

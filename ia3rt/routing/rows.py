@@ -60,7 +60,7 @@ class RowScales:
         scale = worn.composed.scale(position)
         if scale.dim() < 2:
             return scale
-        if has_no_numbers(x) or self._need_no_order(layer, x, worn):
+        if has_no_numbers(x) or self._need_no_order(layer, x, worn, forward):
             return scale[0]
         layout = self._probing.layout(layer, position, x, worn, forward)
         laid = spread(scale, layout, x, worn)
@@ -92,7 +92,7 @@ class RowScales:
             return None
         worn.compose(self._bank)
         scale = worn.composed.scale(position)
-        if scale.dim() < 2 or has_no_numbers(x) or self._need_no_order(layer, x, worn):
+        if scale.dim() < 2 or has_no_numbers(x) or self._need_no_order(layer, x, worn, forward):
             return scale.reshape(-1, scale.shape[-1])[:1], None
         layout = self._probing.layout(layer, position, x, worn, forward)
         return scale, _numbers(scale, layout, x, worn)
@@ -110,7 +110,7 @@ class RowScales:
             return True  # as in each step of decoding: the rest would take longer than a launch
         if not self._is_scaled(layer, position, x, worn, forward):
             return False
-        if has_no_numbers(x) or self._need_no_order(layer, x, worn):
+        if has_no_numbers(x) or self._need_no_order(layer, x, worn, forward):
             return True
         layout = self._probing.layout(layer, position, x, worn, forward)
         if layout.dim != 0 or layout.images:
@@ -139,7 +139,7 @@ class RowScales:
     def see(self, module: nn.Module, where: int | str, x: Tensor, worn: Worn) -> None:
         """Sees where they are, in a forward that is looked at; what is not known there is an error when it is asked."""
         forward = self._forward()
-        if forward is not None and forward.marks is not None:
+        if forward is not None and forward.marks is not None and x.numel():
             with suppress(ValueError):
                 self._probing.layout(module, where, x, worn, forward)
 
@@ -177,8 +177,15 @@ class RowScales:
             "module out with patch(exclude_modules=…)"
         )
 
-    def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn) -> bool:
-        """Whether rows that all wear the same mix are scaled as one; what runs for others too does as for others."""
+    def _need_no_order(self, layer: nn.Module, x: Tensor, worn: Worn, forward: Forward | None) -> bool:
+        """Whether rows that all wear the same mix are scaled as one; what runs for others too does as for others.
+
+        So is what has no elements, as of a part of the model that a batch has nothing for.
+        """
+        if not is_traced() and not x.numel():
+            if forward is not None and forward.marks is not None and not self._probing.is_known(layer, x):
+                forward.kind = object()  # the next forward may have elements there, and is looked at again
+            return True
         if worn.is_of_one_row and worn.tokens is None:
             return True
         if is_traced() and self._probing.is_known(layer, x):

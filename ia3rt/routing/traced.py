@@ -35,3 +35,8 @@ def is_captured(x: Tensor) -> bool:
 def has_no_numbers(x: Tensor) -> bool:
     """Whether only shapes are computed: on the meta device, or in FakeTensorMode."""
     return x.is_meta or isinstance(x, FakeTensor)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what is done (grad, jvp, vmap, functionalize): tensors stand for others then."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -498,3 +498,52 @@ def test_images_are_spoken_of_where_there_are_some() -> None:
     with seeing.route(["a", "b"]), pytest.raises(ValueError) as of_images:
         seeing.model(input_ids=ids(2, 6), pixel_values=torch.randn(3, 3, 16, 16))
     assert "images=[…]" not in str(of_text.value) and "images=[…]" in str(of_images.value)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "functionalize"])
+def test_what_torch_func_transforms_is_seen_by_itself_before(transform) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE, vocab_size=99)).eval()
+    runtime, x = patched(model), ids(3, 5)
+    weight, name = model.lm_head.weight.detach(), "lm_head.weight"
+
+    def run(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {name: weight}, (x,), {"use_cache": False}).logits
+
+    def transformed() -> Tensor:
+        if transform == "grad":
+            return torch.func.grad(lambda weight: run(weight).square().sum())(weight)
+        return torch.func.vmap(run)(weight[None])[0] if transform == "vmap" else torch.func.functionalize(run)(weight)
+
+    with runtime.route(NAMES):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"while torch.func transforms it .*: call the model once by itself"):
+                transformed()
+        assert all(not layer.ia3_layouts for layer in model.modules() if hasattr(layer, "ia3_layouts"))
+    assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x, use_cache=False).logits)
+    with runtime.route(["b", "a", "a"]):
+        given, leaf = transformed(), weight.clone().requires_grad_()
+        logits = run(leaf)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
+    torch.testing.assert_close(given, gradient if transform == "grad" else logits.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_has_no_elements_says_nothing_of_the_rows(backend, flat) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj, self.extra_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, some: int) -> Tensor:
+            h = self.k_proj(x)
+            part = h[:, :some].flatten(0, 1) if flat else h[:, :some]
+            return h + self.extra_proj(part).view(len(x), some, 8).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    model = Net().to(home(backend))
+    runtime = patched(model, target_modules=["k_proj", "extra_proj"], feedforward_modules=[], backend=backend)
+    x = torch.randn(3, 5, 8).to(home(backend))
+    for some in (0, 2, 0, 2):
+        assert_each_row_wears_its_own(runtime, NAMES, lambda: model(x, some))  # noqa: B023
