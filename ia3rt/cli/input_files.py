@@ -36,7 +36,20 @@ _PATTERNS = (
     "dict.txt",
     "prophetnet.tokenizer",
     "normalizer.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    # What else processors save: voices, a language model over sounds, a font for what is written into pictures.
+    "speaker_embeddings_path.json",
+    "speaker_embeddings/**/*.npy",
+    "alphabet.json",
+    "language_model/attrs.json",
+    "language_model/unigrams.txt",
+    "language_model/*.arpa",
+    "language_model/*.bin",
+    "*.ttf",
 )
+_MARKS = ("config.json", "adapter_config.json")
+"""What another model's or an adapter's folder has, as trainers leave them inside: its tokenizer is not this model's."""
 
 
 def copy_input_files(source: Path, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -53,13 +66,20 @@ def copy_input_files(source: Path, folder: Path) -> tuple[tuple[str, ...], tuple
         OSError: one cannot be read or written.
     """
     copied = []
-    for file in sorted({file for pattern in _PATTERNS for file in source.glob(pattern) if file.is_file()}):
+    places = (source, *_other_tokenizers(source))
+    for file in sorted({file for place in places for pattern in _PATTERNS for file in place.glob(pattern)}):
         name = file.relative_to(source)
-        if not (folder / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
+        if file.is_file() and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
             copied.append(name.as_posix())
     return tuple(copied), tuple(sorted(file.name for file in source.glob("*.py")))
+
+
+def _other_tokenizers(source: Path) -> list[Path]:
+    """The folders inside in which a processor saves what tokenizers it has besides its first."""
+    folders = [file.parent for file in source.glob("*/tokenizer_config.json")]
+    return [folder for folder in folders if not any((folder / mark).exists() for mark in _MARKS)]
 
 
 def model_folder(model: str) -> Path:
@@ -72,4 +92,5 @@ def model_folder(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=[*_PATTERNS, "*.py"]))
+    inside = [f"*/{name}" for name in (*_PATTERNS, *_MARKS)]
+    return Path(snapshot_download(model, allow_patterns=[*_PATTERNS, *inside, "*.py"]))

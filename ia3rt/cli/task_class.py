@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ia3rt.adapters.checkpoint import Checkpoint
 
@@ -16,6 +18,8 @@ _MAPPINGS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
 }
 """By PEFT's task_type: where transformers has the classes for it, by config."""
+_TRIED = (5, 7)
+"""Numbers of labels; no head has the one in one model and the other in the next for another reason."""
 
 
 def class_for_task(cls: Any, config: Any, adapters: Collection[Checkpoint]) -> Any | None:
@@ -34,13 +38,36 @@ def class_for_task(cls: Any, config: Any, adapters: Collection[Checkpoint]) -> A
         return None
     with torch.device("meta"):
         there = {name for name, _ in cls(config).named_modules()}
-    lacking = [adapter.modules[path] for adapter in with_head for path in adapter.modules if path not in there]
+    lacking = {path: adapter.modules[path] for adapter in with_head for path in adapter.modules if path not in there}
     if not lacking:
         return None
     transformers: Any = importlib.import_module("transformers")  # Any: it is not typed
     found = getattr(transformers, _MAPPINGS[tasks.pop()]).get(type(config), None)
-    for head in lacking:
-        last = head.get("weight", head.get("out_proj.weight"))  # a linear layer, or RoBERTa's and its kin's
-        if found is not None and last is not None and last.dim() == 2:
-            config.num_labels = len(last)
+    if found is not None:
+        config.num_labels = _labels(found, config, lacking) or config.num_labels
     return found
+
+
+def _labels(cls: Any, config: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> int | None:
+    """How many labels an adapter's heads are for: the size that changes where the class is made for others.
+
+    None where no size does, as of a class that has two always.
+    """
+    few, more = (_shapes(cls, config, labels) for labels in _TRIED)
+    for path, head in heads.items():
+        for name, tensor in head.items():
+            key = f"{path}.{name}"
+            for place, sizes in enumerate(zip(few.get(key, ()), more.get(key, ()), strict=True)):
+                if sizes == _TRIED and place < tensor.dim():
+                    return tensor.shape[place]
+    return None
+
+
+def _shapes(cls: Any, config: Any, labels: int) -> dict[str, torch.Size]:
+    tried = copy.deepcopy(config)
+    tried.num_labels = labels
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(tried).state_dict().items()}
+    except (ValueError, AssertionError):  # DistilBERT's class for questions takes two and no others
+        return {}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from commands import done, fails, run
 from safetensors.torch import load_file, save_file
 from tiny import TARGETS, logits, token_ids
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from words import save_tiny
+
+from ia3rt.cli.input_files import _PATTERNS
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -77,6 +82,32 @@ def test_an_adapter_with_a_head_of_its_own_says_the_class(folders: dict[str, Pat
     torch.testing.assert_close(logits(merged, token_ids()), right, rtol=1e-4, atol=1e-5)
     weights_of(folders["model"], lambda tensors: tensors.pop(UP))
     fails(run("merge", folders["model"], tmp_path / "topics", "-o", tmp_path / "no"), 2, f"loaded as: {UP}.")
+
+
+@pytest.mark.parametrize(("task", "labels"), [("SEQ_CLS", 3), ("TOKEN_CLS", 32), ("QUESTION_ANS", 2)])
+def test_labels_are_counted_where_the_class_has_them(task: str, labels: int, tmp_path: Path) -> None:
+    """DistilBERT's class for sequences has a square layer before its last, its one for questions two labels always."""
+    sizes = dict(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4, max_position_embeddings=64)
+    transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes)).save_pretrained(tmp_path / "model")
+    auto = {
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+        "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    }[task]
+    config = peft.IA3Config(
+        task_type=task,
+        target_modules=["k_lin", "v_lin", "lin2"],
+        feedforward_modules=["lin2"],
+        init_ia3_weights=False,
+    )
+    wrapped = peft.get_peft_model(auto.from_pretrained(tmp_path / "model", num_labels=labels), config).eval()
+    wrapped.save_pretrained(tmp_path / "a")
+    done("merge", tmp_path / "model", tmp_path / "a", "-o", tmp_path / "out")
+    merged, ids = auto.from_pretrained(tmp_path / "out").eval(), token_ids() % 64
+    with torch.no_grad():
+        made, right = merged(ids), wrapped(ids)
+    torch.testing.assert_close(made[0], right[0], rtol=1e-4, atol=1e-5)
+    assert merged.config.num_labels == labels
 
 
 def test_weights_of_another_size_are_named(folders: dict[str, Path]) -> None:
@@ -164,6 +195,35 @@ def test_input_files_are_copied_as_they_are(text: str, folders: dict[str, Path],
     assert set(copied) == {*TOKENIZER, *more}
     for name in copied:
         assert (tmp_path / "out" / name).read_bytes() == (folders["model"] / name).read_bytes()
+
+
+def test_what_processors_save_besides_is_copied(folders: dict[str, Path], tmp_path: Path) -> None:
+    more = {
+        "word_shape.json",
+        "speaker_embeddings_path.json",
+        "speaker_embeddings/v2/en_semantic.npy",
+        "alphabet.json",
+        "language_model/unigrams.txt",
+        "qformer_tokenizer/tokenizer_config.json",
+        "qformer_tokenizer/tokenizer.json",
+    }
+    others = {"qformer_tokenizer/notes.md", "checkpoint-5/config.json", "mine/adapter_config.json"}
+    others |= {"checkpoint-5/tokenizer_config.json", "mine/tokenizer_config.json"}
+    for name in more | others:
+        (folders["model"] / name).parent.mkdir(parents=True, exist_ok=True)
+        (folders["model"] / name).write_text(name)
+    copied = done("merge", folders["model"], folders["b"], "-o", tmp_path / "out")["copied"]
+    assert set(copied) == {*TOKENIZER, *more}
+    assert all((tmp_path / "out" / name).read_text() == name for name in more)
+
+
+def test_files_of_all_tokenizers_of_transformers_are_known() -> None:
+    written = " ".join(
+        file.read_text() for file in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")
+    )
+    names = set(re.findall(r'"\w+_file": "([^"]+\.\w+)"', written))
+    assert {"vocab.txt", "word_pronunciation.json", "spiece.model"} <= names
+    assert [name for name in names if not any(fnmatch(name, pattern) for pattern in _PATTERNS)] == []
 
 
 @pytest.mark.parametrize("command", ["merge", "combine"])
