@@ -47,14 +47,46 @@ def bank_of_files(checkpoints: Mapping[str, Checkpoint]) -> Bank:
     """The adapters, each by its name, in a bank on the CPU, float32.
 
     Raises:
-        ValueError: as `file_sites` and `own_modules`; or a number is NaN or inf.
+        ValueError: as `file_sites`, `own_modules` and `check_finite`.
     """
+    for name, checkpoint in checkpoints.items():
+        check_finite(name, checkpoint)
     sites, own = file_sites(checkpoints), own_modules(checkpoints)
     bank = Bank(sites.values(), torch.device("cpu"), torch.float32, len(checkpoints))
     for name, checkpoint in checkpoints.items():
         vectors = {sites[key]: vector for key, vector in checkpoint.vectors.items()}
         bank.add(name, vectors, dict(checkpoint.config), own[name], checkpoint.unnamed & own[name])
     return bank
+
+
+def check_finite(name: str, checkpoint: Checkpoint) -> None:
+    """Checks that all of an adapter's numbers are some, those of its own modules too.
+
+    Args:
+        name: the adapter's, for the error.
+        checkpoint: the adapter.
+
+    Raises:
+        ValueError: one is NaN or inf.
+    """
+    for (path, side), vector in checkpoint.vectors.items():
+        if not finite(vector).all():
+            raise ValueError(
+                f"adapter {name!r} has a NaN or inf at {path} ({side}put): its training diverged or the file is damaged"
+            )
+    for path, state in checkpoint.modules.items():
+        for each, tensor in state.items():
+            if not finite(tensor).all():
+                raise ValueError(
+                    f"adapter {name!r} has a NaN or inf in {each!r} of its own module {path!r}: its training diverged "
+                    "or the file is damaged"
+                )
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Which numbers are neither NaN nor inf, of any dtype: torch does not tell of those of eight bits."""
+    is_small = tensor.is_floating_point() and tensor.element_size() == 1
+    return (tensor.float() if is_small else tensor).isfinite()
 
 
 def _site(key: SiteKey, vector: Tensor) -> Site:

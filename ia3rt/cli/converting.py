@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ia3rt.adapters.checkpoint import read_checkpoint
-from ia3rt.adapters.file_sites import file_sites
+from ia3rt.adapters.file_sites import check_finite, file_sites
 from ia3rt.adapters.new_folder import check_new
 from ia3rt.cli.files import write_new
 from ia3rt.cli.progress import busy
@@ -34,9 +34,7 @@ def convert(console: Console, source: str, output: Path, revision: str | None, s
     check_new(output)
     with busy(console, "Reading the adapter"):
         checkpoint = read_checkpoint(source, revision=revision, subfolder=subfolder)
-    for (path, side), vector in checkpoint.vectors.items():
-        if not vector.isfinite().all():
-            raise ValueError(f"{source} has a NaN or inf at {path} ({side}put): its training diverged")
+    check_finite(source, checkpoint)
     sites = file_sites({source: checkpoint})
     vectors = {sites[key]: vector.reshape(-1) for key, vector in checkpoint.vectors.items()}
     write_new(output, vectors, [checkpoint], checkpoint.config.get("base_model_name_or_path"))

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ia3rt.adapters.checkpoint import Checkpoint
+from ia3rt.adapters.file_sites import finite
 from ia3rt.adapters.site import Side, SiteKey
 
 # What all module paths of a family's adapters look like, with layer numbers written as N. The first that fits wins,
@@ -221,7 +222,7 @@ def _own_module(path: str, checkpoint: Checkpoint) -> OwnModule:
         tensors=", ".join(f"{name} {' × '.join(f'{n:,}' for n in each.shape)}" for name, each in state.items()),
         numbers=sum(tensor.numel() for tensor in state.values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
-        not_finite=sum(int((~tensor.isfinite()).sum()) for tensor in state.values()),
+        not_finite=sum(int((~finite(tensor)).sum()) for tensor in state.values()),
     )
 
 

@@ -93,6 +93,35 @@ def test_combine_by_importance(folders: dict[str, Path], tmp_path: Path) -> None
     assert not (tmp_path / "x").exists()
 
 
+def with_head(folders: dict[str, Path], head: torch.Tensor, dtype: torch.dtype) -> Path:
+    """Makes b an adapter with a head of its own, all its numbers of one dtype."""
+    tensors = {**load_file(folders["b"] / FILE), "base_model.model.score.weight": head}
+    save_file({key: each.to(dtype) for key, each in tensors.items()}, folders["b"] / FILE)
+    config = json.loads((folders["b"] / CONFIG).read_text())
+    (folders["b"] / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["score"]}))
+    return folders["b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_nan_in_an_own_head_is_refused_as_it_is_when_it_is_loaded(
+    dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, output = with_head(folders, torch.full((3, 32), torch.nan), dtype), tmp_path / "out"
+    for command in (["convert", folder], ["combine", folder, folders["c"]]):
+        fails(run(*command, "-o", output), 1, f"'{folder}' has a NaN or inf in 'weight' of its own module 'score'")
+    assert run("inspect", folder).exit_code == 1 and not output.exists()
+
+
+def test_numbers_of_eight_bits_are_converted_as_they_are(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = with_head(folders, torch.ones(3, 32), torch.float8_e4m3fn)
+    done("convert", folder, "-o", tmp_path / "out")
+    given, made = load_file(folder / FILE), load_file(tmp_path / "out" / FILE)
+    assert given.keys() == made.keys()
+    assert all(each.dtype == made[key].dtype and torch.equal(each, made[key]) for key, each in given.items())
+    done("combine", folder, folders["c"], "-o", tmp_path / "both")
+    assert run("inspect", folder).exit_code == 0
+
+
 def test_combine_keeps_an_own_head(folders: dict[str, Path], tmp_path: Path) -> None:
     from transformers import LlamaForSequenceClassification
 
