@@ -71,7 +71,10 @@ def sort_keys(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: st
     contents = Contents()
     seen: dict[tuple[str, str], str] = {}
     adapters: dict[str, str] = {}
-    to_save = modules_to_save(config)
+    try:
+        to_save = modules_to_save(config)
+    except ValueError as error:
+        raise ValueError(f"the config beside {file}: {error}") from None
     for key, plain in zip(tensors, _plain(tensors), strict=True):
         tensor = tensors[key]
         what = _meaning(plain, to_save, key, file)
@@ -84,7 +87,7 @@ def sort_keys(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: st
         if adapter is not None:
             adapters.setdefault(adapter, key)
         if name == SUFFIX:
-            contents.vectors[path, _side(path, tensor, config)] = tensor
+            contents.vectors[path, _side(path, tensor, config, file)] = tensor
             continue
         contents.modules.setdefault(path, {})[name] = tensor
         if not is_named:
@@ -165,10 +168,10 @@ def _prefixes(key: str) -> Iterable[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
-def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
+def _side(path: str, tensor: Tensor, config: Mapping[str, Any], file: str) -> Side:
     # The shape says what was trained. The config can be wrong: in PEFT the first adapter on a module fixes its side
     # for all later ones.
-    check_floating(tensor, f"the vector at {path!r}")
+    check_floating(tensor, f"{file}: the vector at {path!r}")
     if tensor.dim() == 2 and tensor.shape[0] == 1 and tensor.shape[1] > 1:
         return "in"
     if tensor.dim() == 2 and tensor.shape[1] == 1 and tensor.shape[0] > 1:
@@ -177,21 +180,21 @@ def _side(path: str, tensor: Tensor, config: Mapping[str, Any]) -> Side:
         return "in" if tensor.shape[1] == 1 else "out"  # one such vector an expert
     of_convolution = tensor.dim() in (3, 4, 5) and tensor.shape[0] == 1 and tensor.numel() == tensor.shape[1]
     if of_convolution or (tensor.dim() == 2 and tensor.numel() == 1):
-        return "in" if _is_input(path, config) else "out"  # of the same shape at both sides: PEFT asks its config
+        return "in" if _is_input(path, config, file) else "out"  # of the same shape at both sides: PEFT asks its config
     raise ValueError(
-        f"the vector at {path!r} has shape {tuple(tensor.shape)}: PEFT's linear layers have [1, in_features] or "
-        "[out_features, 1], and convolutions [1, channels, 1, 1] or one dimension more"
+        f"{file}: the vector at {path!r} has shape {tuple(tensor.shape)}: PEFT's linear layers have [1, in_features] "
+        "or [out_features, 1], and convolutions [1, channels, 1, 1] or one dimension more"
     )
 
 
-def _is_input(path: str, config: Mapping[str, Any]) -> bool:
+def _is_input(path: str, config: Mapping[str, Any], file: str) -> bool:
     """Whether feedforward_modules mean a module, for a vector whose shape does not say its side."""
     named = config.get("feedforward_modules") or ()
     if isinstance(named, str) and (paths := paths_of(named)) is not None:
         return path in paths
     if not isinstance(named, list | tuple | set):  # a pattern out of a file is not run: it may take for ever
         raise ValueError(
-            f"feedforward_modules is {str(named)[:80]!r}, and the shape of the vector at {path!r} does not say on "
-            "which side it acts: expected a list of modules' names, which does"
+            f"the config beside {file}: feedforward_modules is {str(named)[:80]!r}, and the shape of the vector at "
+            f"{path!r} does not say on which side it acts: expected a list of modules' names, which does"
         )
     return path.endswith(tuple(map(str, named)))  # as PEFT compares

@@ -151,6 +151,7 @@ def _pickle(file: Path, stream: BinaryIO, device: str) -> dict[str, Tensor]:
     except (
         zipfile.BadZipFile,
         EOFError,
+        OSError,  # of a file that was cut off, without its name
         RuntimeError,
         ValueError,
         KeyError,

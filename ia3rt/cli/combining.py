@@ -56,7 +56,7 @@ def combine(
     base_model = one_base_model(checkpoints, base_model)
     if importances and len(importances) != len(checkpoints):
         raise UsageError("--importances", f"{len(importances)} given for {len(checkpoints)} adapters: give each one")
-    read = [each.vectors for each in read_all(console, importances).values()]
+    read = [each.vectors for each in read_all(console, importances, "--importances").values()]
     with busy(console, "Combining them"):
         bank = bank_of_files(checkpoints)
         vectors = combined_vectors(bank, combination, dict(zip(checkpoints, read, strict=True)) if read else None)

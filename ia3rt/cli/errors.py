@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -42,3 +46,24 @@ def errors_in_a_line() -> Iterator[None]:
         line = " ".join(str(error).split())
         Console(stderr=True).print(Text(f"Error: {line}", style="red"), soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def print_anything() -> None:
+    """Lets standard output take characters that its encoding lacks, as `\\u2026`, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a test's, or a notebook's, may be none
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def reporting_on(output: Path) -> Iterator[None]:
+    """A context in which a report on what was written is printed.
+
+    Raises:
+        OSError: it cannot be; the message says that `output` is there nevertheless.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What is left to print would be tried again as Python ends, and fail once more, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"{output} is written, but the report on it cannot be printed: {error}") from error

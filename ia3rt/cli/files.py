@@ -15,21 +15,27 @@ from ia3rt.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpo
 from ia3rt.adapters.combining.config import combined_config
 from ia3rt.adapters.keys import modules_to_save
 from ia3rt.adapters.new_folder import new_folder
+from ia3rt.adapters.shortened import short
 from ia3rt.adapters.site import Site
 from ia3rt.cli.errors import UsageError
 from ia3rt.cli.progress import busy
 from ia3rt.cli.stopping import ended_by_sigterm
 
 
-def read_all(console: Console, paths: Sequence[str]) -> dict[str, Checkpoint]:
+def read_all(console: Console, paths: Sequence[str], option: str = "ADAPTER") -> dict[str, Checkpoint]:
     """The adapters by the paths that they were given by.
+
+    Args:
+        console: where to show that it is at work.
+        paths: folders or Hub ids.
+        option: what they were given as, for errors.
 
     Raises:
         UsageError: one is given twice.
         FileNotFoundError: there is no such adapter.
         ValueError: one is damaged, or of another kind.
     """
-    _check_each_once(paths)
+    _check_each_once(paths, option)
     with busy(console, "Reading the adapters", len(paths)) as advance:
         read = {}
         for path in paths:
@@ -46,16 +52,24 @@ def one_base_model(checkpoints: Mapping[str, Checkpoint], base_model: str | None
         base_model: what the user says; None leaves it to the adapters.
 
     Raises:
-        ValueError: they say different ones, and the user none.
+        ValueError: they say different ones, or what is no name, and the user none.
     """
+    if base_model:
+        return base_model
     said = {name: checkpoint.config.get("base_model_name_or_path") for name, checkpoint in checkpoints.items()}
+    for name, model in said.items():
+        if model is not None and not isinstance(model, str):
+            raise ValueError(
+                f"the config of adapter {name!r} says base_model_name_or_path={short(model)}, which is no name of a "
+                "model. Say what it was trained on: --base-model"
+            )
     models = list(dict.fromkeys(model for model in said.values() if model))
-    if base_model is None and len(models) > 1:
+    if len(models) > 1:
         named = ", ".join(f"{name!r} on {model!r}" for name, model in said.items() if model)
         raise ValueError(
             f"the adapters were trained on different models: {named}. If these are one, say by which name: --base-model"
         )
-    return base_model or next(iter(models), None)
+    return next(iter(models), None)
 
 
 def write_new(
@@ -88,10 +102,10 @@ def write_new(
 
 def print_json(report: Mapping[str, Any]) -> None:
     """Writes a report to standard output, as JSON and nothing else."""
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2), flush=True)  # what a full disk raises is raised here, and not as Python ends
 
 
-def _check_each_once(paths: Sequence[str]) -> None:
+def _check_each_once(paths: Sequence[str], option: str) -> None:
     """Refuses a folder that is given twice, by another path too.
 
     Raises:
@@ -102,5 +116,5 @@ def _check_each_once(paths: Sequence[str]) -> None:
         place = os.path.realpath(path) if os.path.isdir(path) else path  # what is no folder is a Hub id
         if place in seen:
             other = "" if seen[place] == path else f", first as {seen[place]!r}"
-            raise UsageError("ADAPTER", f"{path!r} is given twice{other}: give each adapter once")
+            raise UsageError(option, f"{path!r} is given twice{other}: give each once")
         seen[place] = path

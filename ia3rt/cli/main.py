@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ia3rt import __version__
 from ia3rt.bench.cli import app as bench
-from ia3rt.cli.errors import errors_in_a_line
+from ia3rt.cli.errors import errors_in_a_line, print_anything, reporting_on
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 _Output = Annotated[
@@ -41,6 +41,7 @@ def main(
     ] = False,
 ) -> None:
     """Many IA³ adapters on one PyTorch model."""
+    print_anything()
 
 
 @app.command()
@@ -253,12 +254,13 @@ def combine(
         )
         combine_files(Console(stderr=True), combination, output, importances or [], base_model)
         description = describe(read_checkpoint(output))
-        if as_json:
-            taken = {**asdict(combination), "weights": combination.taken_weights}
-            print_json({"adapter": str(output), "combination": taken, **asdict(description)})
-        else:
-            Console().print(Text(combination.in_full), soft_wrap=True)
-            Console().print(render(description, str(output)))
+        with reporting_on(output):
+            if as_json:
+                taken = {**asdict(combination), "weights": combination.taken_weights}
+                print_json({"adapter": str(output), "combination": taken, **asdict(description)})
+            else:
+                Console().print(Text(combination.in_full), soft_wrap=True)
+                Console().print(render(description, str(output)))
 
 
 @app.command()
@@ -284,10 +286,11 @@ def convert(
     with errors_in_a_line():
         written_by = convert_files(Console(stderr=True), source, output, revision, subfolder)
         description = describe(read_checkpoint(output))
-        if as_json:
-            print_json({"adapter": str(output), "converted_from": written_by, **asdict(description)})
-        else:
-            Console().print(render(description, str(output)))
+        with reporting_on(output):
+            if as_json:
+                print_json({"adapter": str(output), "converted_from": written_by, **asdict(description)})
+            else:
+                Console().print(render(description, str(output)))
 
 
 @app.command()
@@ -307,16 +310,14 @@ def merge(
 
     with errors_in_a_line():
         merged = merge_files(Console(stderr=True), model, adapters, output)
-    if as_json:
-        print_json({"model": str(output), "adapters": adapters, **asdict(merged)})
-    else:
-        copied = f"with its {', '.join(merged.copied)}" if merged.copied else "it has no tokenizer's files"
-        cast = f" (its files have {', '.join(merged.cast_from)})" if merged.cast_from else ""
-        what = f"{merged.architecture} in {merged.dtype}{cast}, {copied}"
-        Console().print(Text(f"{output}: {what}; merged: {', '.join(adapters)}"), soft_wrap=True)
-        for names, why in (
-            (merged.not_copied, "are code, and not copied"),
-            (merged.left_out, f"have no place in {merged.architecture}, and are left out"),
-        ):
-            if names:
-                Console(stderr=True).print(Text(f"{some(names)} {why}"), soft_wrap=True)
+        with reporting_on(output):
+            if as_json:
+                print_json({"model": str(output), "adapters": adapters, **asdict(merged)})
+            else:
+                Console().print(Text(f"{output}: {merged.in_words}; merged: {', '.join(adapters)}"), soft_wrap=True)
+                for names, why in (
+                    (merged.not_copied, "are code, and not copied"),
+                    (merged.left_out, f"have no place in {merged.architecture}, and are left out"),
+                ):
+                    if names:
+                        Console(stderr=True).print(Text(f"{some(names)} {why}"), soft_wrap=True)

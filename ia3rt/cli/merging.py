@@ -38,6 +38,13 @@ class Merged:
     not_copied: tuple[str, ...]
     left_out: tuple[str, ...]
 
+    @property
+    def in_words(self) -> str:
+        """What it is: `LlamaForCausalLM in float32 (its files have float16), with its tokenizer.json`."""
+        cast = f" (its files have {', '.join(self.cast_from)})" if self.cast_from else ""
+        copied = f"with its {', '.join(self.copied)}" if self.copied else "it has no tokenizer's files"
+        return f"{self.architecture} in {self.dtype}{cast}, {copied}"
+
 
 def merge(console: Console, model: str, adapters: Sequence[str], output: Path) -> Merged:
     """Loads a model, multiplies the adapters' product into its weights, and writes it with its tokenizer's files.

@@ -119,6 +119,18 @@ def test_the_shape_says_the_side_where_the_config_errs(folder):
     assert sides == {"k_proj": "out", "v_proj": "out", "down_proj": "in"}
 
 
+def _cut_pickle(folder):
+    file = folder / "adapter_model.bin"
+    torch.save(load_file(folder / "adapter_model.safetensors"), file)
+    (folder / "adapter_model.safetensors").unlink()
+    file.write_bytes(file.read_bytes()[:-300])
+
+
+def _no_names(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": 5}))
+
+
 class Bomb:
     def __reduce__(self):
         return exec, ("raise SystemExit('the pickle ran')",)
@@ -210,11 +222,13 @@ def _huge_lora(folder):
         (_pipe("adapter_model.safetensors"), ValueError, "adapter_model.safetensors is a pipe"),
         (_huge_config, ValueError, "adapter_config.json is too large"),
         (_huge_header, ValueError, "has a header of 99,000,000 bytes"),
-        (_huge_lora, ValueError, r"has shape \(2, 1073741824\)"),
+        (_huge_lora, ValueError, r"b/adapter_model.safetensors: the vector .*has shape \(2, 1073741824\)"),
+        (_cut_pickle, ValueError, "b/adapter_model.bin is damaged"),
+        (_no_names, ValueError, "beside .*b/adapter_model.safetensors: modules_to_save is '5'"),
         (_bad_json, ValueError, "adapter_config.json is damaged"),
         (_modules_to_save, ValueError, "weights for 'score' .weight., a module that LlamaForCausalLM lacks"),
         (_odd_shape, ValueError, r"at 'model.layers.0.*' has shape \(2, 3\)"),
-        (_integers, ValueError, "of dtype torch.int32: expected a floating point one"),
+        (_integers, ValueError, "b/adapter_model.safetensors: .*of dtype torch.int32: expected a floating point one"),
         (_empty, ValueError, "holds no vectors"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), FileNotFoundError, "holds neither"),
         (lambda folder: (folder / "adapter_config.json").unlink(), FileNotFoundError, "holds no adapter_config.json"),

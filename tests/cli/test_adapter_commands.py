@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from words import save_tiny
 
 import ia3rt
 from ia3rt.adapters.checkpoint import read_checkpoint
+from ia3rt.cli.main import app
 
 IDS = token_ids()
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -91,6 +93,40 @@ def test_combine_by_importance(folders: dict[str, Path], tmp_path: Path) -> None
         torch.testing.assert_close(vector, ((f * x + g * y) / (f + g)).float(), rtol=1e-6, atol=1e-6)
     fails(run("combine", folders["b"], folders["c"], "-o", tmp_path / "x", "--type", "fisher", *both[:2]), 2, "1 given")
     assert not (tmp_path / "x").exists()
+
+
+def test_importances_that_are_given_twice_are_told_by_their_option(folders: dict[str, Path], tmp_path: Path) -> None:
+    twice = ["--type", "fisher", "--importances", folders["b"], "--importances", folders["b"]]
+    result = run("combine", folders["b"], folders["c"], "-o", tmp_path / "out", *twice)
+    fails(result, 2, "--importances", f"'{folders['b']}' is given twice")
+
+
+def test_a_base_model_that_is_no_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((folders["c"] / CONFIG).read_text())
+    (folders["c"] / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": {"a": 1}}))
+    both = (folders["b"], folders["c"], "-o", tmp_path / "out")
+    fails(run("combine", *both), 1, f"adapter '{folders['c']}' says base_model_name_or_path={{'a': 1}}", "--base-model")
+    done("combine", *both, "--base-model", "llama")
+
+
+def test_a_report_that_cannot_be_printed_says_that_the_adapter_is_written(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, options in enumerate(([], ["--json"])):
+        output = tmp_path / str(number)
+        with open("/dev/full", "w") as full, pytest.raises(SystemExit, match="1"):
+            monkeypatch.setattr(sys, "stdout", full)
+            app(["convert", str(folders["b"]), "-o", str(output), *options])
+        assert "is written, but the report on it cannot be printed" in " ".join(capfd.readouterr().err.split())
+        assert read_checkpoint(output).vectors
+
+
+def test_a_report_in_ascii(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = folders["b"].rename(tmp_path / "é")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="0"):
+        patch.setattr(sys, "stdout", stdout := io.TextIOWrapper(io.BytesIO(), "ascii"))
+        app(["inspect", str(output)])
+    assert b"\\xe9" in stdout.buffer.getvalue()
 
 
 def with_head(folders: dict[str, Path], head: torch.Tensor, dtype: torch.dtype) -> Path:

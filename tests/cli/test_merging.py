@@ -128,6 +128,10 @@ def test_weights_that_are_cast_are_told(folders: dict[str, Path], tmp_path: Path
     weights_of(folders["model"], lambda tensors: tensors.update({UP: tensors[UP].half()}))
     result = run("merge", folders["model"], folders["b"], "-o", tmp_path / "out")
     assert "in float32 (its files have float16, float32)" in result.stdout
+    file = folders["model"] / "model.safetensors"
+    torch.save({key: tensor.bfloat16() for key, tensor in load_file(file).items()}, file.with_name("pytorch_model.bin"))
+    file.unlink()
+    assert done("merge", folders["model"], folders["b"], "-o", tmp_path / "pickled")["cast_from"] == ["bfloat16"]
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
