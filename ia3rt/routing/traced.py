@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-transform = torch._C._functorch.peek_interpreter_stack
-"""The transform of torch.func that computes here, as vmap, grad and jvp are; None outside of them."""
-
-
+_transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what is done (grad, jvp, vmap, functionalize): tensors stand for others then."""
+    return _transform() is not None
 
 
 def may_be_kept() -> bool:
     """Whether somebody sees what an operation gives, and may keep it: a transform, or a dispatch mode, as selective
     activation checkpointing is. A compiler sees what is done to it later, too."""
-    return transform() is not None or (not torch.compiler.is_compiling() and _modes() > 0)
+    return _transform() is not None or (not torch.compiler.is_compiling() and _modes() > 0)
 
 
 def is_traced() -> bool:
@@ -35,8 +37,3 @@ def is_captured(x: Tensor) -> bool:
 def has_no_numbers(x: Tensor) -> bool:
     """Whether only shapes are computed: on the meta device, or in FakeTensorMode."""
     return x.is_meta or isinstance(x, FakeTensor)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func transforms what is done (grad, jvp, vmap, functionalize): tensors stand for others then."""
-    return torch._C._functorch.peek_interpreter_stack() is not None

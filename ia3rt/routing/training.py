@@ -15,6 +15,7 @@ from ia3rt.adapters.site import Site
 from ia3rt.routing.averaging import Averaging, is_flattened, mesh_of
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
+from ia3rt.routing.traced import is_transformed
 from ia3rt.routing.worn import Worn
 
 
@@ -122,7 +123,7 @@ class TrainedAdapters:
 
         Tensors that are none, as torch.func.functional_call puts there for one call, are worn by what is laid then.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_transformed():
             return
         for adapter, site, module in self._places():
             registered = module._parameters.get(_attribute(site, adapter))
