@@ -688,6 +688,7 @@ class Runtime:
         self._check_open("unpatch it", while_merged=True)
         if self._merged is not None:
             self._merged.check_unwritten()
+        self._training.make_plain()  # while modules have the classes that other code made of theirs
         contents, active = ([], []) if self._taken is None else self._to_give_back(self._taken)
         self._uninstall()
         try:

@@ -18,6 +18,7 @@ from ia3rt.modules.own_reached import OwnReached
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.hooks import Hook
+from ia3rt.routing.registered import make_plain
 from ia3rt.routing.routing import Routing
 
 
@@ -145,6 +146,13 @@ class OwnModules:
                         )
                     found.append((self._held[path], module, name, part, last, parameter))
         return found
+
+    def make_plain(self) -> None:
+        """Makes parameters again of what other code computes in the places of those that are trained."""
+        for held in self._held.values():
+            for name, part, last in held.in_training:
+                make_plain(held.module, name)
+                held.module._parameters.setdefault(name, part._parameters[last])  # where it was taken away
 
     def end_training(self) -> None:
         """Ends what `train` began: the own modules keep what they learned."""

@@ -16,6 +16,7 @@ from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.modules.chosen import Choice, choose
 from ia3rt.modules.parts import by_row, giving, is_worn_part, means_the_models, reads_the_models, refuse_by_row
 from ia3rt.modules.wearer import How, Wearer, become, class_without, computing_device, deep_copy, original_class, unwrap
+from ia3rt.routing.registered import unregistered
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.traced import is_traced
@@ -99,9 +100,17 @@ class OwnOfOne:
             )
 
     def follow(self) -> None:
-        """Takes trained parameters as they stand in the model: load_state_dict(assign=True) puts others there."""
+        """Takes trained parameters as they stand in the model: load_state_dict(assign=True) puts others there.
+
+        Raises:
+            RuntimeError: one is no parameter any more.
+        """
         for name, part, last in self.in_training:
-            part._parameters[last] = self.module._parameters[name]
+            standing = self.module._parameters.get(name)
+            if standing is None:
+                whose = next(adapter.name for adapter, own in self.own.items() if part in list(own.modules()))
+                raise unregistered(name, whose, repr(self.path))
+            part._parameters[last] = standing
 
 
 class Swapping(nn.Module):

@@ -79,8 +79,15 @@ class Training:
             self._routing.wear_everywhere(route)
         return [*trained.parameters, *own]
 
+    def make_plain(self) -> None:
+        """Takes off what other code computes parameters by that are trained, with the numbers that it gives."""
+        if self._routing.trained is not None:
+            self._own.make_plain()
+            self._routing.trained.make_plain()
+
     def end(self) -> None:
         """Lets the adapters keep what they learned, and the model's parameters be its own; nothing where none are."""
+        self.make_plain()
         if self._routing.trained is not None:
             self._own.end_training()
             self._routing.trained.end()

@@ -13,6 +13,7 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site
 from ia3rt.routing.averaging import Averaging, is_flattened, mesh_of
+from ia3rt.routing.registered import make_plain, unregistered
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 from ia3rt.routing.traced import is_transformed
@@ -122,14 +123,18 @@ class TrainedAdapters:
         """Takes parameters that other code registered in the place of these, as a checkpoint does.
 
         Tensors that are none, as torch.func.functional_call puts there for one call, are worn by what is laid then.
+
+        Raises:
+            RuntimeError: one is no parameter any more, or split over processes.
         """
+        self._check_registered()
         if is_transformed():
             return
         for adapter, site, module in self._places():
-            registered = module._parameters.get(_attribute(site, adapter))
-            if type(registered) is nn.Parameter:
-                self._parameters[adapter][site] = registered
-            elif hasattr(registered, "device_mesh"):
+            standing = self._standing(adapter, site, module)
+            if type(standing) is nn.Parameter:
+                self._parameters[adapter][site] = standing
+            elif hasattr(standing, "device_mesh"):
                 raise RuntimeError(
                     f"adapter {adapter.name!r} is trained, and its vector at {site} was split over processes after "
                     "train_adapter(): call end_training(), and train_adapter() once fully_shard() was called"
@@ -153,17 +158,21 @@ class TrainedAdapters:
                     parameter.grad = parameter.grad.to(own.device, own.dtype)
         self._float32 = kept
 
-    @torch.no_grad()
     def sync(self) -> None:
         """Writes the parameters into the bank's rows, rounded to its dtype.
 
         Raises:
-            RuntimeError: FullyShardedDataParallel has split them over processes.
+            RuntimeError: one is no parameter any more, or FullyShardedDataParallel has split them over processes.
+                Nothing has changed then.
         """
+        self._check_registered()
+        self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
         for adapter in self.adapters:
             for site, row in self._bank.vectors(adapter).items():
-                registered = self._modules[site.module]._parameters.get(_attribute(site, adapter))
-                trained = self._parameters[adapter][site] if registered is None else registered
+                trained = self._standing(adapter, site, self._modules[site.module])
                 learned = _repeated(trained, site)
                 if is_flattened(trained) and len(learned) != len(self._columns.get(site, row)):
                     raise RuntimeError(
@@ -175,11 +184,16 @@ class TrainedAdapters:
                 else:
                     row[self._columns[site]] = learned.to(row.dtype)
 
+    def make_plain(self) -> None:
+        """Makes parameters again of what other code computes in their places."""
+        for adapter, site, module in self._places():
+            make_plain(module, _attribute(site, adapter))
+
     def end(self) -> None:
         """Writes the bank, unregisters the parameters, and gives the model's own their `requires_grad` back."""
-        self.sync()
+        self._write()
         for adapter, site, module in self._places():
-            delattr(module, _attribute(site, adapter))
+            module._parameters.pop(_attribute(site, adapter), None)
         for module, name in self._frozen:  # what stands there now: a checkpoint may have put others there
             parameter = module._parameters.get(name)
             if parameter is not None and parameter.is_floating_point():
@@ -190,13 +204,21 @@ class TrainedAdapters:
             for site in by_site:
                 yield adapter, site, self._modules[site.module]
 
+    def _standing(self, adapter: Adapter, site: Site, module: nn.Module) -> Tensor:
+        """What the model has for a vector now: what was registered, where nothing is."""
+        standing = module._parameters.get(_attribute(site, adapter))
+        return self._parameters[adapter][site] if standing is None else standing
+
+    def _check_registered(self) -> None:
+        for adapter, site, module in self._places():
+            if module._parameters.get(_attribute(site, adapter)) is None:
+                raise unregistered(_attribute(site, adapter), adapter.name, str(site))
+
     def _vectors(self, used: Sequence[int]) -> list[list[_Vector]]:
         """By site, the vectors of these rows of the bank: parameters, or copies, which no later load changes."""
         trained: dict[int, dict[Site, Tensor]] = {adapter.row: {} for adapter in self._parameters}
         for adapter, site, module in self._places():
-            registered = module._parameters.get(_attribute(site, adapter))
-            own = self._parameters[adapter][site] if registered is None else registered
-            trained[adapter.row][site] = own
+            trained[adapter.row][site] = self._standing(adapter, site, module)
         frozen = {
             row: self._bank.by_site(lambda on: torch.split(on.table[row].float().clone(), on.widths))  # noqa: B023
             for row in used

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import FAMILIES, TARGETS, VOCABULARY, logits, patched, peft_vectors, scaled, tiny_model, token_ids
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from where import home
 
 import ia3rt
@@ -374,3 +375,68 @@ def test_errors_leave_everything_as_it_was():
     with pytest.raises(ValueError, match="another name"):
         taken.train_adapter(["a.b", "a_b"])
     assert not any("ia3" in n for n in taken.model.state_dict())
+
+
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(x)
+
+
+def parametrized(layer: nn.Module, name: str) -> Tensor:
+    return getattr(parametrize.register_parametrization(layer, name, Positive()), name)
+
+
+def pruned(layer: nn.Module, name: str) -> Tensor:
+    return getattr(prune.l1_unstructured(layer, name, 0.5), name)
+
+
+def taken_away(layer: nn.Module, name: str) -> Tensor:
+    return layer._parameters.pop(name)
+
+
+@pytest.mark.parametrize("end", ["end_training", "unpatch"])
+@pytest.mark.parametrize("compute", [parametrized, pruned, taken_away], ids=lambda compute: compute.__name__)
+@pytest.mark.parametrize("where", ["vector", "own module"])
+def test_what_other_code_computes_in_the_place_of_a_parameter_is_refused(where, compute, end):
+    model, ids = tiny_model(), token_ids()
+    layer, config = model.model.layers[0].self_attn.k_proj, {}
+    name, site = "ia3_out_a", "model.layers.0.self_attn.k_proj"
+    if where == "own module":
+        layer, name, site, config = model.lm_head, "ia3_own_a_weight", "lm_head", {"modules_to_save": ["lm_head"]}
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a", None, config)
+    runtime.train_adapter("a")
+    with torch.no_grad():
+        layer.get_parameter(name).uniform_(0.5, 1.5)
+    given = compute(layer, name).detach().clone()
+    for use in (lambda: model(ids), lambda: runtime.get_adapter("a")):
+        with pytest.raises(RuntimeError, match=rf"adapter 'a' is trained, and its '{name}' at .*{site}.*end_training"):
+            use()
+    if end == "end_training":
+        runtime.end_training()
+        contents = runtime.get_adapter("a")
+        kept = contents.modules[site]["weight"] if where == "own module" else contents.vectors[site, "out"]
+        assert torch.equal(kept, given)
+        model(ids)
+    plain = runtime.unpatch()
+    assert torch.equal(logits(plain, ids), logits(tiny_model(), ids))
+    assert plain.state_dict().keys() == tiny_model().state_dict().keys()
+    assert [type(each) for each in plain.modules()] == [type(each) for each in tiny_model().modules()]
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+def test_training_goes_on_where_what_computed_a_parameter_was_taken_off():
+    model, ids = tiny_model(), token_ids()
+    runtime = ia3rt.patch(model)
+    runtime.add_adapter("a")
+    runtime.train_adapter("a")
+    layer = model.model.layers[0].self_attn.k_proj
+    parametrized(layer, "ia3_out_a")
+    parametrize.remove_parametrizations(layer, "ia3_out_a")
+    model(ids, labels=ids).loss.backward()
+    assert layer.ia3_out_a.grad is not None
+    worn = logits(model, ids)
+    ones = {site.key: torch.ones(site.width) for site in runtime.sites}
+    ones["model.layers.0.self_attn.k_proj", "out"] = nn.functional.softplus(torch.ones(64))[:32]
+    ones = {key: vector.double() for key, vector in ones.items()}
+    assert torch.allclose(worn.double(), logits(scaled(tiny_model(), ones), ids), atol=1e-5)
