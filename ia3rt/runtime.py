@@ -338,6 +338,11 @@ class Runtime:
         cannot be worn (heads of their own); `set_adapter` and `route` go on as before, and other adapters in a mix stay
         as they are.
 
+        Each call makes new parameters, which `end_training` takes out of the model again. So an optimizer is of one
+        `train_adapter` … `end_training`: kept for a later one it moves nothing, and says nothing, as its parameters
+        get no gradients. Adapters that are trained in turns are trained together (`train_adapter(["a", "b"])`), and
+        `set_adapter` or `route` says whose turn it is: what no row wears gets no gradient.
+
         Args:
             adapter_names: loaded adapters, or new ones (`add_adapter(name)`).
 
@@ -366,6 +371,8 @@ class Runtime:
     @alone
     def end_training(self) -> None:
         """Ends what `train_adapter` began: the adapters keep what they learned, and the model's parameters are its own.
+
+        An optimizer over the parameters that `train_adapter` gave ends with it.
 
         Raises:
             RuntimeError: no adapters are trained.
