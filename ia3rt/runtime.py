@@ -141,6 +141,7 @@ class Runtime:
 
         Raises:
             ValueError: it is unknown.
+            RuntimeError: adapters are trained, and other code computes a parameter of theirs from others.
         """
         self._placement.check_in_place()
         return self._contents(adapter_name, self._fetch_named((adapter_name,)))
@@ -294,7 +295,7 @@ class Runtime:
             ValueError: as `Combination`; an adapter is unknown, or the name is taken; what cannot be combined, with the
                 site. Nothing has changed then.
             TypeError: as `Combination`; or importances are no tensors.
-            RuntimeError: the model is merged or no longer patched.
+            RuntimeError: the model is merged or no longer patched; or as `get_adapter`.
         """
         self._check_open("combine adapters")
         self._check_name(adapter_name)
@@ -489,6 +490,7 @@ class Runtime:
 
         Raises:
             ValueError: it is unknown, or wears an input and an output vector on one module.
+            RuntimeError: as `get_adapter`.
         """
         adapter, vectors, own = self._stored(adapter_name, self._fetch_named((adapter_name,)))
         base = getattr(getattr(self.model, "config", None), "name_or_path", "") or None
