@@ -1,4 +1,4 @@
-"""Lets state that outlives a call be made inside torch.inference_mode(), and inside a mode such as FakeTensorMode."""
+"""Lets state that outlives a call be made inside torch.inference_mode(), FakeTensorMode and the like, and jit.trace."""
 
 from __future__ import annotations
 
@@ -13,18 +13,33 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _modes = torch._C._len_torch_dispatch_stack
+_recorder = torch._C._get_tracing_state
+_set_recorder = torch._C._set_tracing_state  # type: ignore[attr-defined]
+
+
+def _sees_before_dispatch() -> bool:
+    """Whether proxies see operations before autograd does, as make_fx(pre_dispatch=True) has them: in a stack apart."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
 
 
 def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` outside of inference mode and of modes that see each operation.
+    """Runs `function` outside of inference mode, and of what sees each operation: modes, and torch.jit.trace.
 
-    A tensor made in inference mode could never be written to outside of it, and one made in FakeTensorMode has no
-    numbers at all. Where no mode is on, as when adapters are switched by the microsecond, the call costs nothing more.
+    A tensor made in inference mode could never be written to outside of it, one made in FakeTensorMode has no numbers
+    at all, and what a trace saw being written it would write again, whenever it runs. Where nothing is on, as when
+    adapters are switched by the microsecond, the call costs nothing more.
     """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _modes():
+        recorder = _recorder()
+        if recorder is not None:
+            _set_recorder(None)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                _set_recorder(recorder)
+        if _modes() or _sees_before_dispatch():
             with _disable_current_modes():
                 return run(*args, **kwargs)
         if not torch.is_inference_mode_enabled():

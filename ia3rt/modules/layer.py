@@ -21,6 +21,7 @@ from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.modules.weights import dense_weight, quantised_weight
 from ia3rt.routing.routing import routing_of
 from ia3rt.routing.tables import MixTables
+from ia3rt.routing.traced import is_recorded
 from ia3rt.routing.worn import Worn
 
 _Positions: TypeAlias = "tuple[int | None, int | None]"
@@ -126,8 +127,11 @@ class IA3Layer(Wearer):
         return super().forward(x)  # type: ignore[no-any-return]
 
     def _is_left(self) -> bool:
-        """Whether a compiler multiplies by the vectors: where it also compiles what multiplies by the weight."""
-        return self.ia3_is_dense or routing_of(self.ia3_key).backend == "torch"
+        """Whether a compiler multiplies by the vectors: where it also compiles what multiplies by the weight.
+
+        A program that is recorded does so everywhere.
+        """
+        return self.ia3_is_dense or is_recorded() or routing_of(self.ia3_key).backend == "torch"
 
     def _not_scaled(self, worn: Worn, l_out: int | None, y: Any) -> Any:
         """What is no tensor, as a layer gives that only code could tell of, where no adapter is worn.

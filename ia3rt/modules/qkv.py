@@ -20,7 +20,6 @@ from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.qkv_forms import Form, form_of_class, original_forward
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
-from ia3rt.routing.traced import is_traced
 from ia3rt.routing.worn import Worn
 
 _Positions = tuple[int | None, ...]
@@ -61,7 +60,7 @@ class IA3QKV(Wearer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, its vectors applied on the way."""
         worn = self.ia3_worn()
-        if is_traced() and worn.is_left_to_compiler:
+        if worn.is_left_to_compiler:
             return super().forward(*args, **kwargs)
         positions = self._ia3_positions()
         if positions is None or not self._fits(worn, positions, args, kwargs):

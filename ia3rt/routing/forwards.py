@@ -57,6 +57,9 @@ class Wears(Protocol):
     def compose(self) -> None:
         """Has composed what this thread wears, now and at each switch from now on."""
 
+    def record(self) -> None:
+        """Lets a program that is exported now keep what this thread wears, composed."""
+
 
 class Forwards:
     """Of one model.
@@ -79,6 +82,7 @@ class Forwards:
             lambda: routing.route,
             lambda: self.leave_ended(sys._getframe(1)),
             routing.compose,
+            routing.record,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
@@ -132,6 +136,10 @@ class Forwards:
             given = named_arguments(self._names, args, kwargs)
             self._batches.check_rows(worn, main_input(given, model))
             self._compiled.see(_tensors(given), worn.is_of_one_row)
+
+    def record(self) -> None:
+        """Lets a program that is exported keep what is worn, where a compiler reads it."""
+        self._compiled.record()
 
     def _check_compiled(self, worn: Worn) -> None:
         if worn.route.by_token:

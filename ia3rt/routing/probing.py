@@ -12,7 +12,7 @@ from ia3rt.routing.batch import has_text, is_media, media_inputs, row_inputs
 from ia3rt.routing.forward import Forward, Part
 from ia3rt.routing.layout import NOTHING, PICKED, TOKENS, WINDOWS, Layout, Unknown, layout_of
 from ia3rt.routing.marks import Marks
-from ia3rt.routing.traced import has_no_numbers, is_captured, is_traced, is_transformed
+from ia3rt.routing.traced import has_no_numbers, is_by_proxies, is_captured, is_recorded, is_traced, is_transformed
 from ia3rt.routing.worn import Worn
 
 _ELSEWHERE = "the rows are in another place of it than in an earlier call"
@@ -39,7 +39,7 @@ class Probing:
     def is_first(self, forward: Forward, model: nn.Module, arguments: Mapping[str, Any], batch: Tensor | None) -> bool:
         """Whether a forward is to be followed: none of its kind was yet."""
         rows = forward.worn.rows
-        if rows is None or batch is None or has_no_numbers(batch) or is_captured(batch):
+        if rows is None or batch is None or has_no_numbers(batch) or is_captured(batch) or is_by_proxies():
             return False
         is_row = rows == 1 and forward.worn.tokens is None
         # On a GPU, rows that are alike now may be captured next, for others.
@@ -154,10 +154,11 @@ class Probing:
             unseen += f", and within torch.func's transforms none can be followed ({_CALL_BEFORE})"
         reason = layout.reason if layout else unseen
         may_say = layout is not PICKED and worn.images is None and (forward is None or forward.sees)
+        first = "Call the model once in this route first, let" if layout is None and is_recorded() else "Let"
         told = "say which row each image belongs to (route(…, images=[…])), " if may_say else ""
         return (
             f"the rows wear different adapters, and it is not known whose each element of the tensor "
-            f"{tuple(x.shape)} at {site} is: {reason}. Let all rows wear one mix (set_adapter), {told}or leave the "
+            f"{tuple(x.shape)} at {site} is: {reason}. {first} all rows wear one mix (set_adapter), {told}or leave the "
             "module out with patch(exclude_modules=…)"
         )
 

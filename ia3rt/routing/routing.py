@@ -26,7 +26,7 @@ from ia3rt.routing.past import PastForwards, is_checkpointing
 from ia3rt.routing.probing import Probing
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.rows import RowScales
-from ia3rt.routing.traced import is_traced
+from ia3rt.routing.traced import is_recorded, is_traced
 from ia3rt.routing.training import TrainedAdapters
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Shelf, Worn
@@ -138,6 +138,8 @@ class Routing:
                 "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
                 "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
             )
+        if torch.compiler.is_exporting():
+            self.forwards.record()
         held = self.context.local.held.worn
         worn = self._of_thread if held is None else held
         if self.backend == "triton" and not worn.is_left_to_compiler and len(self.bank.tables) > 1:
@@ -322,6 +324,14 @@ class Routing:
             self.composes = True
             self.refresh()
 
+    @outside_modes
+    def record(self) -> None:
+        """Lets a program that is exported now keep what this thread wears, composed."""
+        held = self.context.local.held.worn
+        worn = self._of_thread if held is None else held
+        worn.compose(self.bank)
+        (worn.of or worn).lent = True
+
     def leave_graphs(self) -> None:
         """Says, after the bank's table was replaced, that what a CUDA graph captured is no more what is worn."""
         if self.context.forget_captured():
@@ -391,7 +401,9 @@ class Routing:
                 worn = self.capture(worn)
             else:
                 worn.order(self.bank)
-        if torch.is_grad_enabled():
+        if is_recorded():
+            worn = worn.recorded(self.bank)
+        elif torch.is_grad_enabled():
             worn = worn.kept(self.bank)
         if not self.context.wearing.is_repeated:
             self.past.begin(worn)

@@ -1,11 +1,15 @@
-"""Whether what is done now is also done later, for rows that wear something else; or is not done at all."""
+"""Whether what is done now is also done later, by others than this code; or is not done at all."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY
 _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 
@@ -34,6 +38,37 @@ def is_captured(x: Tensor) -> bool:
     return not is_traced() and x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_by_proxies() -> bool:
+    """Whether proxies record what is done, as in torch.export and make_fx; whether they have numbers is theirs."""
+    if torch._C._get_dispatch_mode(_PROXIES) is not None:
+        return True
+    before_dispatch = torch._ops.mode_stack_state_for_pre_dispatch()  # type: ignore[no-untyped-call]
+    return before_dispatch.get(0) is not None
+
+
+def is_recorded() -> bool:
+    """Whether what is done becomes a program that runs later, whatever is worn then: torch.export's, or a trace."""
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_dynamo_compiling():  # which does not look into the others
+        return False
+    return torch._C._is_tracing() or is_by_proxies()
+
+
 def has_no_numbers(x: Tensor) -> bool:
-    """Whether only shapes are computed: on the meta device, or in FakeTensorMode."""
-    return x.is_meta or isinstance(x, FakeTensor)
+    """Whether only shapes are asked for: on the meta device, or in FakeTensorMode.
+
+    Not where a program is recorded by shapes, which is to have numbers when it runs.
+    """
+    return x.is_meta or (isinstance(x, FakeTensor) and not is_recorded())
+
+
+@contextmanager
+def outside_export() -> Iterator[None]:
+    """Lets what is called within be no part of a program that torch.export records."""
+    was_exporting = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = was_exporting

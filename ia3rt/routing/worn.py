@@ -16,6 +16,7 @@ from ia3rt.routing.composed import ComposedMixes, Scales
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.streams import Streams, current_stream, current_streams
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
+from ia3rt.routing.traced import is_traced
 
 _KEPT = 4  # of each size and stream: a switch needs one besides the one that is worn
 _KINDS = 32  # sizes and streams of which there may be some
@@ -80,14 +81,16 @@ class Worn:
             the rows.
         major: sites whose tensors lie row by row, by what `RowScales.are_major` looks them up.
         streams: of CUDA devices, those that the numbers were written in, by the device's place in the bank.
-        lent: whether something else may still read the numbers once this is gone, as autograd and a CUDA graph do.
+        lent: whether something else may still read the numbers once this is gone, as autograd, a CUDA graph and a
+            program that was recorded do.
+        is_recorded: whether a program is recorded that reads them.
     """
 
     # Most have none of these, and what is made by each switch is made by the microsecond.
     before_start: Worn | None = None
     after_start: Worn | None = None
     is_behind = False
-    lent = False
+    lent = is_recorded = False
     shelf: Shelf | None = None
     of: Worn | None = None
     """Whose numbers these are."""
@@ -113,11 +116,12 @@ class Worn:
 
     @property
     def is_left_to_compiler(self) -> bool:
-        """Whether a compiler reads along that can read composed mixes.
+        """Whether a compiler reads along that can read composed mixes, or a program is recorded.
 
-        It fuses their multiplication into what it compiles anyway; a kernel would be launched by itself.
+        It fuses their multiplication into what it compiles anyway; a kernel would be launched by itself. A program of
+        torch's operations runs where there are no kernels of ours.
         """
-        return torch.compiler.is_dynamo_compiling() and self.composed.is_written
+        return (is_traced() or self.is_recorded) and self.composed.is_written
 
     def compose(self, bank: Bank) -> None:
         """Composes the mixes where only the kernels' tables were written.
@@ -191,12 +195,21 @@ class Worn:
             self._kept = weakref.ref(kept)
         return kept
 
+    @outside_modes
+    def recorded(self, bank: Bank) -> Worn:
+        """The same for a program that is recorded now, which keeps the numbers; in torch's operations."""
+        self.compose(bank)
+        kept = self.kept(bank)
+        made = kept._over(kept.placed)
+        made.is_recorded = True
+        return made
+
     def _over(self, placed: tuple[MixTables, ...]) -> Worn:
         """The same numbers, with other tables for the kernels."""
         made = Worn(self.route, self.rows, self.composed, placed)
         made.of = self.of or self
         made.length, made.images, made._acts = self.length, self.images, self._acts
-        made.is_behind = self.is_behind
+        made.is_behind, made.is_recorded = self.is_behind, self.is_recorded
         return made
 
     def order(self, bank: Bank) -> None:
