@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from contextvars import ContextVar, Token
+from types import ModuleType
 from typing import TypeVar
 
 from ia3rt.routing.forward import Forward
+from ia3rt.routing.traced import leave_alone
 from ia3rt.routing.wearing import Wearing
 from ia3rt.routing.worn import Memory, Worn
 
@@ -38,15 +39,29 @@ class Held:
 
 
 class _Local(threading.local):
-    """What compiled code finds what is worn by: a compiler does not look into a ContextVar."""
-
-    def __init__(self, wearing: Wearing) -> None:
-        self.wearing = wearing
+    def __init__(self) -> None:
         self.held = Held()
 
 
-def _is_in_a_task() -> bool:
-    return asyncio._get_running_loop() is not None  # get_running_loop() raises an error where there is none
+class Now(ModuleType):
+    """What compiled code finds what is worn by.
+
+    A compiler does not look into a ContextVar, and a thread's local is not what a thread wears that runs one context
+    after another: a pool's, or an event loop's. An attribute of a module is read anew by each call of compiled code,
+    and what gives it is not looked into. So this is one.
+    """
+
+    def __init__(self, wearing: ContextVar[Wearing], forward: ContextVar[Forward | None]) -> None:
+        super().__init__("ia3rt_now")
+        self._wearing, self._forward = wearing, forward
+
+    def _find(self) -> Wearing:
+        """What the forward wears that this context is in, or else what the context wears."""
+        forward = self._forward.get()
+        return self._wearing.get() if forward is None else forward.wearing
+
+    wearing = property(_find)
+    leave_alone(_find.__code__)
 
 
 def _unset(variable: ContextVar[T], token: Token[T] | None, value: T) -> None:
@@ -63,19 +78,19 @@ class Context:
 
     Attributes:
         everywhere: what contexts wear that have nothing of their own.
-        has_tasks: whether a task of an event loop ever entered something of its own.
-        local: the same for compiled code: `local.wearing` is what its thread wears.
+        now: the same for compiled code.
+        local: `local.held` is what the compiled forward wears that a thread is in.
     """
 
     def __init__(self, everywhere: Wearing) -> None:
         self.everywhere = everywhere
-        self.has_tasks = False
-        self.local = _Local(everywhere)
+        self.local = _Local()
         self._wearing: ContextVar[Wearing] = ContextVar("ia3_wearing", default=everywhere)
         self._forward: ContextVar[Forward | None] = ContextVar("ia3_forward", default=None)
         self._suspended: ContextVar[tuple[Forward, ...]] = ContextVar("ia3_suspended", default=())
         self._captured: ContextVar[Captured | None] = ContextVar("ia3_captured", default=None)
         self._all_captured: list[Captured] = []
+        self.now = Now(self._wearing, self._forward)
         self.forward = self._forward.get  # looked up once: layers ask it at each call
 
     @property
@@ -89,10 +104,9 @@ class Context:
         if wearing is self.everywhere:
             _unset(self._wearing, before.token, wearing)
         else:
-            self.has_tasks = self.has_tasks or _is_in_a_task()
             token = self._wearing.set(wearing)
             wearing.token = before.token or token  # of the first: what takes it back leaves nothing of the model
-        self.local.wearing, self.local.held.worn = wearing, None
+        self.local.held.worn = None
         captured = self._captured.get()
         if captured is not None:
             captured.wearing = wearing
@@ -130,12 +144,11 @@ class Context:
     def enter(self, forward: Forward) -> None:
         """Makes it the forward that this context is in."""
         forward.token = self._forward.set(forward)
-        self.local.wearing, self.local.held.worn = forward.wearing, None
+        self.local.held.worn = None
 
     def leave(self, forward: Forward) -> None:
         """Ends what `enter` began."""
         _unset(self._forward, forward.token, forward.outer)
-        self.local.wearing = self.wearing if forward.outer is None else forward.outer.wearing
 
     @property
     def suspended(self) -> tuple[Forward, ...]:
@@ -156,7 +169,7 @@ class Context:
             return False
         self.forget(forward)
         self._forward.set(forward)
-        self.local.wearing, self.local.held.worn = forward.wearing, None
+        self.local.held.worn = None
         return True
 
     def forget(self, forward: Forward) -> None:

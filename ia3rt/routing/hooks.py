@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ia3rt.routing.batch import Arguments
+from ia3rt.routing.traced import leave_alone
 
 if TYPE_CHECKING:
     from ia3rt.routing.routing import Routing
@@ -65,10 +66,7 @@ class Hook:
         return Hook(copy.deepcopy(self._routing, memo), run, traced, ahead)
 
 
-# What torch's own `skip_code` does, without the second that importing the compiler takes.
-_dynamo.set_code_exec_strategy(
-    Hook.__call__.__code__, _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.DEFAULT)
-)
+leave_alone(Hook.__call__.__code__)
 
 
 def nothing(*args: object) -> None:

@@ -133,15 +133,10 @@ class Routing:
         Raises:
             RuntimeError: it cannot be told.
         """
-        if self.context.has_tasks:
-            raise RuntimeError(
-                "a route was entered by a task of an event loop, and compiled code knows threads only: enter it in "
-                "the thread that computes (a function for asyncio.to_thread), or call the model uncompiled"
-            )
         if torch.compiler.is_exporting():
             self.forwards.record()
         held = self.context.local.held.worn
-        worn = self._of_thread if held is None else held
+        worn = self._found if held is None else held
         if self.backend == "triton" and not worn.is_left_to_compiler and len(self.bank.tables) > 1:
             raise RuntimeError(
                 "the model's sites lie on several devices, and a part of it is compiled by itself, where the "
@@ -158,9 +153,9 @@ class Routing:
         return self._outside()
 
     @property
-    def _of_thread(self) -> Worn:
-        """What compiled code finds that this thread wears."""
-        return self.context.local.wearing.worn if self._covering is None else self._covering.worn
+    def _found(self) -> Worn:
+        """What compiled code finds that this context wears."""
+        return self.context.now.wearing.worn if self._covering is None else self._covering.worn
 
     def now_on(self, place: int) -> Worn:
         """The same for a layer on one of several devices, as that reads it.
@@ -320,7 +315,7 @@ class Routing:
 
     def compose(self) -> None:
         """Has composed what this thread wears, now and at each switch from now on."""
-        if not (self.composes and self._of_thread.composed.is_written):
+        if not (self.composes and self._found.composed.is_written):
             self.composes = True
             self.refresh()
 
@@ -328,7 +323,7 @@ class Routing:
     def record(self) -> None:
         """Lets a program that is exported now keep what this thread wears, composed."""
         held = self.context.local.held.worn
-        worn = self._of_thread if held is None else held
+        worn = self._found if held is None else held
         worn.compose(self.bank)
         (worn.of or worn).lent = True
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+_dynamo = torch._C._dynamo.eval_frame
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
@@ -72,3 +74,13 @@ def outside_export() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_exporting_flag = was_exporting
+
+
+def leave_alone(code: CodeType) -> None:
+    """Has torch's compiler run this code as it is, where compiled code comes to call it, and not compile it by itself.
+
+    That is what torch's own `skip_code` does, without the second that importing the compiler takes.
+    """
+    _dynamo.set_code_exec_strategy(
+        code, _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.DEFAULT)
+    )

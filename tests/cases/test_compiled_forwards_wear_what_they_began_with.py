@@ -1,11 +1,15 @@
 """Compiled forwards and switches in any order."""
 
 import asyncio
+import contextvars
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny import logits, patched, tiny_model
+from torch import Tensor, nn
 from worn_truth import IDS, NAMES, close, input_gradients, truth
 
 import ia3rt
@@ -120,15 +124,52 @@ def test_compiled_rows_after_one_row(runtime) -> None:
     torch._dynamo.reset()
 
 
-def test_compiled_code_refuses_what_a_task_entered(runtime) -> None:
-    """It finds what is worn by its thread, which the tasks share."""
-    compiled = torch.compile(runtime.model, backend="eager")
-    logits(compiled, IDS)
+def compiled_alike(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """The model compiled, and a compiled function that calls it, without a hook of ours that runs uncompiled."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    function = torch.compile(lambda: model(input_ids=IDS).logits, backend="eager", fullgraph=True)
+    return {"model": lambda: logits(compiled, IDS), "function": torch.no_grad()(function)}
 
-    async def answer() -> None:
-        with runtime.route(["a"] * 3):
-            await asyncio.sleep(0)
-            logits(compiled, IDS)
 
-    with pytest.raises(RuntimeError, match="entered by a task of an event loop"):
-        asyncio.run(answer())
+@pytest.mark.parametrize("kind", ["model", "function"])
+def test_compiled_code_wears_what_its_task_entered(runtime, kind) -> None:
+    """The tasks share one thread."""
+    run = compiled_alike(runtime.model)[kind]
+
+    async def answer(name: str) -> Tensor:
+        with runtime.route([name] * 3):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                result = run()
+        return result
+
+    async def answers() -> list[Tensor]:
+        return await asyncio.gather(*map(answer, "aba"))
+
+    for name, result in zip("aba", asyncio.run(answers()), strict=True):
+        close(result, logits(truth(runtime, name), IDS))
+    close(run(), logits(tiny_model().double(), IDS))
+
+
+@pytest.mark.parametrize("kind", ["model", "function"])
+def test_compiled_code_wears_what_the_context_does_that_its_thread_runs(runtime, kind) -> None:
+    """As asyncio.to_thread has threads of a pool run copies of contexts; nothing of them stays in the thread."""
+    run, names = compiled_alike(runtime.model)[kind], ["b", None, "a"]
+    right = {name: logits(truth(runtime, name), IDS) for name in NAMES} | {None: logits(tiny_model().double(), IDS)}
+    close(run(), right[None])
+    with ThreadPoolExecutor(1) as pool:
+
+        def copied(function: Callable[[], Tensor]) -> Tensor:
+            return pool.submit(contextvars.copy_context().run, function).result()
+
+        with runtime.route(names):
+            rows = [copied(run), copied(lambda: logits(runtime.model, IDS)), copied(run)]
+        for each in rows:
+            close(each, torch.stack([right[name][row] for row, name in enumerate(names)]))
+        close(pool.submit(run).result(), right[None])
+        runtime.set_adapter("a")
+        close(pool.submit(run).result(), right["a"])
+        copied(lambda: runtime.route(names))  # which that copy wears on, and nobody else
+        close(pool.submit(run).result(), right["a"])
+    torch._dynamo.reset()
