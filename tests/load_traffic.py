@@ -60,6 +60,7 @@ class Names:
         self._meanings = {name: [Meaning(number, -math.inf)] for number, name in enumerate(names)}
         self._lock = threading.Lock()
         self._busy: set[str] = set()
+        self._pins: dict[str, list[list[float]]] = {}
 
     def take(self, name: str) -> bool:
         """Lets nobody else change a name; False where somebody does already."""
@@ -87,8 +88,22 @@ class Names:
         end = time.monotonic() - 60
         meanings[:] = [each for each in meanings if each.until > end]
 
+    @contextlib.contextmanager
+    def pinned(self, name: str) -> Iterator[None]:
+        """A context in which a name may mean, to all who ask, what it does when the context begins."""
+        pin = [time.monotonic(), math.inf]
+        pins = self._pins.setdefault(name, [])
+        pins[:] = [each for each in pins if each[1] > pin[0] - 60]
+        pins.append(pin)
+        try:
+            yield
+        finally:
+            pin[1] = time.monotonic()
+
     def possible(self, name: str, begin: float, end: float) -> list[int | str]:
         """What it may have meant to who asked then."""
+        pins = [since for since, until in list(self._pins.get(name, ())) if since <= end and until >= begin]
+        begin = min(begin, *pins) if pins else begin
         found = [each.of for each in list(self._meanings[name]) if each.asked <= end and each.until >= begin]
         return list(dict.fromkeys(found))
 
@@ -333,19 +348,23 @@ class Traffic:
         if not self.names.take(f"pin {name}"):
             return
         try:
-            begin = time.monotonic()
-            self.runtime.pin(name)
-            possible = self.names.possible(name, begin, time.monotonic())
-            first = self.runtime.get_adapter(name).vectors
-            time.sleep(chance.uniform(0, 0.05))
-            with contextlib.suppress(ValueError):  # somebody deleted it
-                second = self.runtime.get_adapter(name).vectors
-                is_same = all(torch.equal(first[key], second[key]) for key in first)
-                if not is_same and UNKNOWN not in self.names.possible(name, begin, time.monotonic()):
-                    self._wrong(f"{name!r} was pinned, and changed; it may be {possible}")
-                self.runtime.unpin(name)
+            with self.names.pinned(name):
+                self._pin_for_a_while(name, chance.uniform(0, 0.05))
         finally:
             self.names.give(f"pin {name}")
+
+    def _pin_for_a_while(self, name: str, seconds: float) -> None:
+        begin = time.monotonic()
+        self.runtime.pin(name)
+        possible = self.names.possible(name, begin, time.monotonic())
+        first = self.runtime.get_adapter(name).vectors
+        time.sleep(seconds)
+        with contextlib.suppress(ValueError):  # somebody deleted it
+            second = self.runtime.get_adapter(name).vectors
+            is_same = all(torch.equal(first[key], second[key]) for key in first)
+            if not is_same and UNKNOWN not in self.names.possible(name, begin, time.monotonic()):
+                self._wrong(f"{name!r} was pinned, and changed; it may be {possible}")
+            self.runtime.unpin(name)
 
     def _load(self, asks: Sequence[Ask], chance: random.Random, mine: str) -> None:
         """An adapter that is loaded, worn beside others and deleted."""
