@@ -25,10 +25,10 @@ def check_experts(checkpoints: Mapping[str, Checkpoint], combination: Combinatio
     Raises:
         ValueError: the combination is one of whole vectors, or another file has vectors of all experts.
     """
-    single = _first(checkpoints, _SINGLE)
-    if single is None:
+    singles, wholes = _sites(checkpoints, _SINGLE), _sites(checkpoints, _WHOLE)
+    if not singles:
         return
-    name, path = single
+    (name, path), *_ = singles.items()
     why = (
         f"adapter {name!r} has vectors of single experts ({path!r}), which an earlier transformers kept apart, and "
         "which of them are one tensor today is known with the model only"
@@ -36,12 +36,12 @@ def check_experts(checkpoints: Mapping[str, Checkpoint], combination: Combinatio
     how = "combine them there: ia3rt.patch(model), load_adapter(…), add_weighted_adapter(…), save_adapter(…)"
     if combination.is_of_whole_vectors:
         raise ValueError(f"{combination} takes a site's vector as a whole, but {why}: {how}")
-    whole = _first({other: each for other, each in checkpoints.items() if other != name}, _WHOLE)
-    if whole is not None:
-        raise ValueError(f"{why}, while adapter {whole[0]!r} has one of all of them ({whole[1]!r}): {how}")
+    if wholes and len({*singles, *wholes}) > 1:
+        (other, whole), *_ = wholes.items()
+        raise ValueError(f"{why}, while adapter {other!r} has one of all of them ({whole!r}): {how}")
 
 
-def _first(checkpoints: Mapping[str, Checkpoint], of: re.Pattern[str]) -> tuple[str, str] | None:
-    """The first adapter with such a site, and the site's path."""
-    paths = ((name, path) for name, each in checkpoints.items() for path, _ in each.vectors)
-    return next(((name, path) for name, path in paths if of.fullmatch(path)), None)
+def _sites(checkpoints: Mapping[str, Checkpoint], of: re.Pattern[str]) -> dict[str, str]:
+    """By the name of each adapter that has such sites, the path of the first."""
+    paths = {name: [path for path, _ in each.vectors if of.fullmatch(path)] for name, each in checkpoints.items()}
+    return {name: found[0] for name, found in paths.items() if found}

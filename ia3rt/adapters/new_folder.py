@@ -59,8 +59,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         written.mkdir()
         try:
             yield written
-        except SafetensorError as error:  # what safetensors raises on a full disk
-            raise OSError(f"cannot write {folder}: {error}") from error
+        except (SafetensorError, OSError) as error:
+            # What `replacing` says of the folder here inside is said of the one that was asked for.
+            why = next((each for each in (error, error.__cause__) if _names_no_file(each)), None)
+            if why is None:
+                raise
+            raise OSError(f"cannot write {folder}: {why}") from error
         if is_there:
             _move_into(written, folder)
         else:
@@ -89,21 +93,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
         for each in made:
             with suppress(OSError):  # nothing was made, or something else is in it by now
                 each.rmdir()
-        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.filename is None):  # a full disk
+        if _names_no_file(error):
             raise OSError(f"cannot write {folder}, where nothing has changed: {error}") from error
         raise
 
 
+def _names_no_file(error: BaseException | None) -> bool:
+    """Whether an error is one as of a full disk: the system's, without a file's name, or safetensors', no OSError."""
+    if isinstance(error, OSError):
+        return error.errno is not None and error.filename is None
+    return isinstance(error, SafetensorError)
+
+
 def _replace(written: Path, folder: Path, old: Path) -> None:
-    """Moves files into a folder, and what was there by their names into `old`; all, or none."""
+    """Moves files into a folder, where those of their names are kept in `old` meanwhile; all, or none.
+
+    Each takes the other's place at once, so that who reads finds one of them.
+    """
     moved: list[str] = []
     try:
         for name in sorted((file.name for file in written.iterdir()), key=lambda name: (name in _LAST, name)):
             if (folder / name).is_dir():
                 raise IsADirectoryError(f"{folder / name} is a folder, and not a file to replace")
             moved.append(name)
-            with suppress(FileNotFoundError):
-                os.rename(folder / name, old / name)
+            if os.path.lexists(folder / name):
+                _keep(folder / name, old / name)
             os.rename(written / name, folder / name)
     except BaseException:
         for name in moved:
@@ -112,6 +126,13 @@ def _replace(written: Path, folder: Path, old: Path) -> None:
             elif not os.path.lexists(written / name):
                 (folder / name).unlink(missing_ok=True)
         raise
+
+
+def _keep(file: Path, kept: Path) -> None:
+    try:
+        os.link(file, kept, follow_symlinks=False)
+    except OSError:  # a file system without such links
+        shutil.copy2(file, kept, follow_symlinks=False)
 
 
 def _move_into(written: Path, folder: Path) -> None:

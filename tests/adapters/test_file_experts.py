@@ -89,3 +89,5 @@ def test_files_by_earlier_and_by_todays_names_need_the_model(folders: list[Path]
     for order in ([folders[0], today], [today, folders[0]]):
         result = run("combine", *order, "-o", tmp_path / "new")
         fails(result, 1, f"adapter '{folders[0]}' has vectors of single", f"adapter '{today}' has one of all of them")
+    for each in (folders[0], today):
+        done("combine", each, "-o", tmp_path / f"one of {each.name}", "--type", "negate")
