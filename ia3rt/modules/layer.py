@@ -115,7 +115,7 @@ class IA3Layer(Wearer):
         s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
         if s_out is None:
             return y
-        if y.shape[-1] != s_out.shape[-1]:
+        if s_out.shape[-1] not in (1, y.shape[-1]):  # of a convolution it is 1
             raise ValueError(
                 f"a {type(self).ia3_original.__name__} gave a tensor {tuple(y.shape)}, and its vector has width "
                 f"{s_out.shape[-1]}: leave the module out with patch(exclude_modules=…)"

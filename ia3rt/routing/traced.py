@@ -22,9 +22,11 @@ def is_transformed() -> bool:
 
 
 def may_be_kept() -> bool:
-    """Whether somebody sees what an operation gives, and may keep it: a transform, or a dispatch mode, as selective
-    activation checkpointing is. A compiler sees what is done to it later, too."""
-    return _transform() is not None or (not torch.compiler.is_compiling() and _modes() > 0)
+    """Whether somebody sees what an operation gives, and may keep it for a backward pass: a transform, or a dispatch mode,
+    as selective activation checkpointing is. A compiler sees what is done to it later, too."""
+    if _transform() is not None:
+        return True
+    return not torch.compiler.is_compiling() and _modes() > 0 and torch.is_grad_enabled()
 
 
 def is_traced() -> bool:

@@ -213,7 +213,7 @@ def test_all_linear_means_no_convolution():
 
 
 def test_a_side_that_no_one_says_is_refused(tmp_path):
-    wrapped = peft_model(model(), "b", target_modules="same|wide", feedforward_modules="wide")
+    wrapped = peft_model(model(), "b", target_modules="same|wide", feedforward_modules="wi.e")
     (folder,) = save_each(wrapped, tmp_path)
     runtime = ia3rt.patch(model())
     with pytest.raises(ValueError, match="the shape of the vector at 'same' does not say on which side it acts"):
