@@ -22,8 +22,10 @@ def is_transformed() -> bool:
 
 
 def may_be_kept() -> bool:
-    """Whether somebody sees what an operation gives, and may keep it for a backward pass: a transform, or a dispatch mode,
-    as selective activation checkpointing is. A compiler sees what is done to it later, too."""
+    """Whether somebody sees what an operation gives, and may keep it for a backward pass.
+
+    That is a transform, or a dispatch mode, as selective checkpointing is. A compiler sees what is done to it later.
+    """
     if _transform() is not None:
         return True
     return not torch.compiler.is_compiling() and _modes() > 0 and torch.is_grad_enabled()
