@@ -15,11 +15,10 @@ R = TypeVar("R")
 _modes = torch._C._len_torch_dispatch_stack
 _recorder = torch._C._get_tracing_state
 _set_recorder = torch._C._set_tracing_state  # type: ignore[attr-defined]
+_is_inference = torch.is_inference_mode_enabled
 
-
-def _sees_before_dispatch() -> bool:
-    """Whether proxies see operations before autograd does, as make_fx(pre_dispatch=True) has them: in a stack apart."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+# Proxies may see operations before autograd does, as make_fx(pre_dispatch=True) has them: in a stack apart.
+_is_included, _BEFORE_DISPATCH = torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
 
 
 def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
@@ -39,10 +38,10 @@ def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
                 return run(*args, **kwargs)
             finally:
                 _set_recorder(recorder)
-        if _modes() or _sees_before_dispatch():
+        if _modes() or _is_included(_BEFORE_DISPATCH):
             with _disable_current_modes():
                 return run(*args, **kwargs)
-        if not torch.is_inference_mode_enabled():
+        if not _is_inference():
             return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
