@@ -12,8 +12,12 @@ from ia3rt.cli.main import app
 
 def test_a_call_of_a_compiled_model_is_timed() -> None:
     """With a graph that computes nothing, more layers take longer by their checks alone."""
-    torch._dynamo.reset()
-    assert 0 < microseconds("ia3rt, torch backend", 1, 200) < microseconds("ia3rt, torch backend", 6, 200)
+
+    def takes_longer() -> bool:
+        torch._dynamo.reset()
+        return 0 < microseconds("ia3rt, torch backend", 1, 200) < microseconds("ia3rt, torch backend", 12, 200)
+
+    assert any(takes_longer() for _ in range(3)), "the machine may do something else meanwhile, but not each time"
     torch._dynamo.reset()
 
 
