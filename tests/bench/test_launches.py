@@ -15,7 +15,7 @@ def test_a_call_of_a_compiled_model_is_timed() -> None:
 
     def takes_longer() -> bool:
         torch._dynamo.reset()
-        return 0 < microseconds("ia3rt, torch backend", 1, 200) < microseconds("ia3rt, torch backend", 12, 200)
+        return 0 < microseconds("ia3rt, torch backend", 1, 200) < microseconds("ia3rt, torch backend", 8, 200)
 
     assert any(takes_longer() for _ in range(3)), "the machine may do something else meanwhile, but not each time"
     torch._dynamo.reset()

@@ -85,7 +85,7 @@ def test_the_truth_is_what_peft_has(folder, reference) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "requests"), [(120, 10**5), pytest.param(3600, 10**5, marks=pytest.mark.slow)], ids=["short", "whole"]
+    ("seconds", "requests"), [(90, 10**5), pytest.param(3600, 10**5, marks=pytest.mark.slow)], ids=["short", "whole"]
 )
 def test_no_innocent_answer_is_wrong(seconds, requests, folder, server, reference, capsys) -> None:
     traffic = Traffic(server.url, random.Random(seconds))
