@@ -82,7 +82,7 @@ class Runtime:
         self._placement = Placement(model, bank, self._routing)
         self._own = self._placement.own
         self._sites = AdapterSites(model, bank, targets, backend, self._own)
-        self._reading = Reading(model, bank, self._sites, self._routing, self._placement.check_in_place)
+        self._reading = Reading(model, bank, self._sites, self._routing, self._placement.drop_ins.check_in_place)
         self._tiers = Tiers(bank, self._reading.row, self._placement.follow_bank, host_bytes)
         self._training = Training(model, bank, self._tiers, self._routing, self._own)
         self._merged: MergedWeights | None = None
@@ -143,7 +143,7 @@ class Runtime:
             ValueError: it is unknown.
             RuntimeError: adapters are trained, and other code computes a parameter of theirs from others.
         """
-        self._placement.check_in_place()
+        self._placement.drop_ins.check_in_place()
         return self._contents(adapter_name, self._fetch_named((adapter_name,)))
 
     @alone
@@ -366,7 +366,7 @@ class Runtime:
     @alone
     def _train(self, names: tuple[str, ...], fetched: Fetched) -> list[nn.Parameter]:
         self._check_open("train adapters")
-        self._placement.check_in_place()
+        self._placement.drop_ins.check_in_place()
         return self._training.begin(names, fetched)
 
     @alone
@@ -501,7 +501,7 @@ class Runtime:
     @alone
     def _stored(self, name: str, fetched: Fetched) -> tuple[Adapter, dict[Site, Tensor], Brought]:
         """An adapter, its vectors as they are now, and its own modules."""
-        self._placement.check_in_place()
+        self._placement.drop_ins.check_in_place()
         (adapter,) = self._resolve(Mix((name,)), fetched).adapters
         self._training.sync()
         vectors = {site: vector.detach().clone() for site, vector in self._bank.distinct(adapter).items()}
@@ -627,7 +627,7 @@ class Runtime:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
         mix = weights.without_merged(route.mixes[0].mix if named is None else named)
         resolved = route.mixes[0].without_others(mix) if named is None else self._resolve(mix, fetched)
-        self._placement.check_alone()
+        self._placement.drop_ins.check_alone()
         with self._own.lifted():
             weights.merge(resolved)
         if self._merged is None:

@@ -47,12 +47,9 @@ class DropIns:
         Where it fails half way, what was there before is placed by another call.
 
         Raises:
-            ValueError: a module is another runtime's drop-in, or of a class that lets no other be made of it; or one
-                that wears vectors has been moved.
+            ValueError: a module is another runtime's drop-in, or of a class that lets no other be made of it.
         """
         sites = list(sites)
-        if sites:
-            self.check_in_place()
         modules, before = self._by_name(), list(self._applied)
         wearing: dict[nn.Module, dict[Side, int]] = {}
         self._applied = {}

@@ -20,7 +20,7 @@ def check_unfused(modules: Mapping[str, nn.Module], layers: Iterable[nn.Module])
     """
     paths = {module: path for path, module in modules.items()}
     for path in (paths[layer] for layer in layers if layer in paths):
-        copy = fused_copy(modules, path)
+        copy = _fused_copy(modules, path)
         if copy is not None:
             raise ValueError(
                 f"the weight of {path!r} is a part of that of {copy!r} too, which other code made and calls in its "
@@ -29,7 +29,7 @@ def check_unfused(modules: Mapping[str, nn.Module], layers: Iterable[nn.Module])
             )
 
 
-def fused_copy(modules: Mapping[str, nn.Module], path: str) -> str | None:
+def _fused_copy(modules: Mapping[str, nn.Module], path: str) -> str | None:
     """The path of a layer beside the one at `path` whose weight has a copy of that one's among its rows.
 
     As diffusers' fuse_qkv_projections() makes it. None where there is no such layer.
@@ -47,8 +47,9 @@ def fused_copy(modules: Mapping[str, nn.Module], path: str) -> str | None:
 
 def _weight(layer: nn.Module) -> Tensor | None:
     weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
-    is_plain = type(weight) is nn.Parameter and weight.dim() == 2 and not weight.is_meta
-    return weight.detach() if is_plain and weight is not None else None
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.is_meta:
+        return None
+    return weight.detach()
 
 
 def _has_rows(whole: Tensor, part: Tensor) -> bool:

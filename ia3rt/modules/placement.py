@@ -31,6 +31,7 @@ class Placement:
         routing: what its rows wear.
 
     Attributes:
+        drop_ins: the modules that apply the bank's sites.
         own: the modules that adapters bring.
         is_installed: whether the model is patched.
     """
@@ -39,7 +40,7 @@ class Placement:
         self._model = model
         self._bank = bank
         self._routing = routing
-        self._drop_ins = DropIns(model, routing, self._follow)
+        self.drop_ins = DropIns(model, routing, self._follow)
         self.own = OwnModules(model, routing)
         self._placed: Mapping[Any, Site] | None = None  # the bank's, as they were when drop-ins were made of them
         self._hooks: list[RemovableHandle] = []
@@ -50,7 +51,7 @@ class Placement:
     def install(self) -> None:
         """Makes the modules at the bank's sites drop-ins, and lets the model's forwards bind what is worn."""
         self.is_installed = True
-        self._drop_ins.place(self._bank.sites.values())
+        self.drop_ins.place(self._bank.sites.values())
         self._placed = self._bank.sites
         self.own.begin()
         self._routing.refresh()
@@ -61,20 +62,12 @@ class Placement:
         """Gives the model's modules back."""
         self._routing.release()
         self.own.end()
-        self._drop_ins.place(())
+        self.drop_ins.place(())
         generation.uninstall(self._model)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self.is_installed = False
-
-    def check_in_place(self) -> None:
-        """Raises ValueError where layers were moved, so that names mean others than those that wear the vectors."""
-        self._drop_ins.check_in_place()
-
-    def check_alone(self) -> None:
-        """Raises ValueError where something else was put around a layer that wears vectors; or as `check_in_place`."""
-        self._drop_ins.check_alone()
 
     def add(self, name: str, vectors: Mapping[Site, Tensor], config: dict[str, Any], own: Brought) -> None:
         """Adds an adapter: its vectors to the bank, its own modules beside the model's. Called with the lock.
@@ -88,7 +81,7 @@ class Placement:
         Raises:
             ValueError: a vector or a module does not fit. Nothing has changed then.
         """
-        self.check_in_place()
+        self.drop_ins.check_in_place()
         for site in vectors:
             owner = own.owner(site.path)
             if owner is not None:
@@ -117,7 +110,7 @@ class Placement:
         if self._placed is not self._bank.sites:  # not for a row more: forwards of other threads go on meanwhile
             self._placed = None
             with self.own.lifted():
-                self._drop_ins.place(self._bank.sites.values())
+                self.drop_ins.place(self._bank.sites.values())
             self._placed = self._bank.sites
         self._tie()
         self._routing.refresh()
@@ -137,7 +130,7 @@ class Placement:
             self._tie()
 
     def _where(self, site: Site) -> torch.device:
-        layer = self._drop_ins.layers.get(site)
+        layer = self.drop_ins.layers.get(site)
         return computing_device(self._model.get_submodule(site.module) if layer is None else layer)
 
     @alone
@@ -147,7 +140,7 @@ class Placement:
         were_moved = not self._bank.is_settled
         if self._bank.settle():
             were_moved = True
-            self._drop_ins.settle()
+            self.drop_ins.settle()
             self._routing.refresh()
             self._routing.leave_graphs()
             self._routing.rebind()

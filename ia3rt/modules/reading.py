@@ -49,8 +49,7 @@ class Reading:
         Raises:
             ValueError: one cannot act where it says.
         """
-        read = by_todays_names(self._model, checkpoint.vectors)
-        return {self._sites.site(name, key): vector for key, vector in read.items()}
+        return self._by_site(name, by_todays_names(self._model, checkpoint.vectors))
 
     def row(self, name: str, folder: Path, is_registered: bool) -> HostRow:
         """A registered adapter as a row of the bank; read in a thread that holds no lock, as the disk may be slow.
@@ -95,5 +94,8 @@ class Reading:
                     f"adapter {name!r} acts at {key[0]!r} ({key[1]}put), where the model has no site: name it in "
                     "patch(target_modules=…), or load_adapter() one that acts there before"
                 )
-        vectors = {self._sites.site(name, key): vector for key, vector in read.items()}
+        vectors = self._by_site(name, read)
         return pack(name, vectors, self._bank.sites, self._bank.dtype), vectors
+
+    def _by_site(self, name: str, read: Mapping[SiteKey, Tensor]) -> dict[Site, Tensor]:
+        return {self._sites.site(name, key): vector for key, vector in read.items()}

@@ -92,10 +92,8 @@ class Watch:
         self._note()
 
     def _check(self) -> None:
-        unreached = [layer for path, layer in self._layers.items() if path not in self._reached]
-        for path, layer in self._layers.items():
-            if path in self._reached:
-                continue
+        unreached = {path: layer for path, layer in self._layers.items() if path not in self._reached}
+        for path, layer in unreached.items():
             if path in self._called:
                 own = "has a forward of its own, set by other code after patch(), which hides its vectors"
                 other = "was called, and its class's forward did not run, which hides its vectors"
@@ -109,7 +107,7 @@ class Watch:
                     "it call the module, or leave the module out with patch(exclude_modules=…)"
                 )
         if unreached:
-            check_unfused(self._modules(), unreached)
+            check_unfused(self._modules(), unreached.values())
 
     def _stop(self) -> None:
         if self._until is not None:

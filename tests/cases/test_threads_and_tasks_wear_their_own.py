@@ -144,7 +144,7 @@ def test_a_forward_wears_its_own_head_while_the_bank_grows(monkeypatch) -> None:
     head = {"lm_head": {"weight": torch.randn(128, 64)}}
     runtime.add_adapter("h", {site.key: torch.full((site.width,), 0.5) for site in runtime.sites}, modules=head)
     runtime.set_adapter("h")
-    right, seen, place = logits(runtime.model, IDS), [], runtime._placement._drop_ins.place
+    right, seen, place = logits(runtime.model, IDS), [], runtime._placement.drop_ins.place
 
     def meanwhile(sites) -> None:
         thread = threading.Thread(target=lambda: seen.append(logits(runtime.model, IDS)))
@@ -152,7 +152,7 @@ def test_a_forward_wears_its_own_head_while_the_bank_grows(monkeypatch) -> None:
         thread.join()
         place(sites)
 
-    monkeypatch.setattr(runtime._placement._drop_ins, "place", meanwhile)
+    monkeypatch.setattr(runtime._placement.drop_ins, "place", meanwhile)
     for name in "xyz":
         runtime.add_adapter(name)
     assert len(runtime._bank.table) > 4
