@@ -384,13 +384,11 @@ class Routing:
 
     def bound(self, worn: Worn) -> Worn:
         """`worn` as a forward that begins now may hold it."""
-        if self.trained is not None:
-            self.trained.check_gradients()
-            if self.trained.is_replaced():
-                self.trained.adopt()
-                if not self.trained.is_replaced():
-                    self.refresh()
-                worn = self._again(worn)
+        if self.trained is not None and self.trained.is_replaced():
+            self.trained.adopt()
+            if not self.trained.is_replaced():
+                self.refresh()
+            worn = self._again(worn)
         if self.bank.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 worn = self.capture(worn)

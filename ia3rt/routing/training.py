@@ -95,13 +95,14 @@ class TrainedAdapters:
             placed = tuple(MixTables.over(vectors, packed.to(device), index.to(device)) for device in devices)
         return Worn(route, None if route.index is None else len(route.index), scales, placed)
 
-    def check_gradients(self) -> None:
-        """Checks that gradients of what is registered, as a forward begins, are those that an optimizer reads.
+    def is_replaced(self) -> bool:
+        """Whether other code registered something in the place of a parameter, as a forward begins.
 
         Raises:
             RuntimeError: FullyShardedDataParallel was put around a part of the model since, or around all of it and the
-                forward is none of its own.
+                forward is none of its own: gradients are not those that an optimizer reads.
         """
+        is_replaced = False
         for adapter, site, module in self._places():
             registered = module._parameters.get(_attribute(site, adapter))
             if isinstance(registered, nn.Parameter) and is_flattened(registered):
@@ -111,13 +112,8 @@ class TrainedAdapters:
                     "before a part of the model has its own, so that their gradients would not be averaged. Load the "
                     "model anew, and call fully_shard (FSDP2) before train_adapter(), or DistributedDataParallel"
                 )
-
-    def is_replaced(self) -> bool:
-        """Whether other code registered something in the place of a parameter."""
-        return any(
-            module._parameters.get(_attribute(site, adapter)) is not self._parameters[adapter][site]
-            for adapter, site, module in self._places()
-        )
+            is_replaced |= registered is not self._parameters[adapter][site]
+        return is_replaced
 
     def adopt(self) -> None:
         """Takes parameters that other code registered in the place of these, as a checkpoint does.
