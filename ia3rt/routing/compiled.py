@@ -50,11 +50,11 @@ class Compiled:
 
     def compose(self) -> None:
         """Has what is worn composed before a compiler reads it."""
-        _compose(self._key)
+        _call(self._key, "compose_now")
 
     def record(self) -> None:
         """Lets the program that is exported keep what is worn, before a compiler reads it."""
-        _record(self._key)
+        _call(self._key, "record_now")
 
     def see(self, names: tuple[str, ...], is_of_one_row: bool) -> None:
         """Lets it be known where the model has its rows, while a compiler reads a forward with these inputs.
@@ -62,7 +62,7 @@ class Compiled:
         Raises:
             ValueError: as `run`.
         """
-        _run(self._key, names, is_of_one_row)
+        _call(self._key, "run", names, is_of_one_row)
 
     def run(self, names: tuple[str, ...], is_of_one_row: bool) -> None:
         """Runs a forward of inputs that are made up, once for such names, and for one row or more.
@@ -102,24 +102,10 @@ class Compiled:
             )
 
 
-def _compose(key: str) -> bool:
-    """What a compiler takes for a constant, as `_run`."""
-    _compiled[key].compose_now()
+def _call(key: str, name: str, *arguments: object) -> bool:
+    """Calls a method, which is not a part of what is compiled: a compiler takes what this gives for a constant."""
+    getattr(_compiled[key], name)(*arguments)
     return True
 
 
-def _run(key: str, names: tuple[str, ...], is_of_one_row: bool) -> bool:
-    """What a compiler takes for a constant: it calls it, and does not look into it."""
-    _compiled[key].run(names, is_of_one_row)
-    return True
-
-
-def _record(key: str) -> bool:
-    """What a compiler takes for a constant, as `_run`."""
-    _compiled[key].record_now()
-    return True
-
-
-_compose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_record._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_run._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as its decorator does, which imports the compiler
+_call._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as its decorator does, which imports the compiler
