@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import FAMILIES, TARGETS, logits, peft_model, peft_vectors, save_each, scaled, tiny_model, token_ids
-from where import home
+from where import TRITON, home
 
 import ia3rt
 
@@ -128,7 +128,7 @@ def test_adapters_whose_target_modules_differ_in_type_and_layers_combine(family,
     assert_is_truth(logits(model, IDS), family, linear)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_a_sum_leaves_the_sites_where_no_adapter_of_it_acts(backend):
     """Whatever its weights sum to, merged or not, and whichever sites other adapters bring."""
     down, value, query = (

@@ -31,7 +31,7 @@ FIRST, *SECONDS = os.environ["IA3RT_TEST_DEVICES"].split()  # the first one has 
 ROWS = ["b", None, ["c", "d"]]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])])
 def family(request):
     return request.param
 

@@ -7,7 +7,7 @@ import torch
 from peft import IA3Config, get_peft_model
 from tiny import TARGETS, logits, patched, tiny_model
 from torch import Tensor, nn
-from where import home
+from where import TRITON, home
 from worn_truth import IDS, NAMES, close, input_gradients, truth
 
 import ia3rt
@@ -58,7 +58,7 @@ def test_what_a_forward_calls_in_a_with_wears_what_that_says(runtime, within, ch
     close(logits(model, IDS), a)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_a_model_that_compares_itself_with_its_base(backend) -> None:
     class WithReference(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import logits, patched, tiny_model
 from torch import Tensor
-from where import home
+from where import TRITON, home
 from worn_truth import IDS, NAMES, close, truth
 
 import ia3rt
@@ -19,7 +19,7 @@ def runtime() -> ia3rt.Runtime:
     return patched(tiny_model())
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_threads_wear_their_own(backend) -> None:
     """Threads that route, threads that wear what all do, and one that loads and deletes meanwhile."""
 

@@ -8,6 +8,7 @@ from mlps import IDS, make, patched, truths
 from tiny import logits
 from torch import nn
 from torch.nn import functional as F
+from where import TRITON
 
 import ia3rt
 
@@ -30,7 +31,7 @@ def keeps_the_replaced_one_without_calling_it(layer):
     layer.forward = MethodType(forward, layer)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("change", [computes_the_same, in_its_dict, keeps_the_replaced_one_without_calling_it])
 def test_a_forward_set_on_a_layer_after_patch(change, backend):
     runtime = patched(make("llama"), backend)

@@ -70,8 +70,7 @@ def test_no_more_than_pefts(backend):
     assert of_ours.total() <= of_theirs.total()
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["one mix", "a mix a row"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "rows"), [("torch", False), ("triton", True)])
 def test_what_all_layers_share_is_found_in_one_place(backend, rows):
     """Where it is found in two, compiled code checks in Python, by the whole way to both, that it is one object."""
     kind = "DUPLICATE_INPUT"

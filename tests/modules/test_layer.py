@@ -167,7 +167,7 @@ def test_under_torch_compile_switching_compiles_nothing(folders, backend):
     def check():
         torch.testing.assert_close(logits(compiled, IDS), logits(reference.model, IDS), rtol=1e-4, atol=1e-5)
 
-    for step in range(50 if backend == "torch" else 10):  # the interpreter is slow
+    for step in range(20 if backend == "torch" else 10):  # the interpreter is slow
         for each in (runtime, reference):
             each.set_adapter(specs[step % len(specs)])
         if step % 10 < len(specs):
