@@ -66,7 +66,15 @@ setup(
         "ia3rt.bench": ["budget.json"],
         "ia3rt.examples": ["*.md", "adapters/*/*", "serving/*"],  # adapters: what `ia3rt demo` shows
     },
-    install_requires=["torch>=2.10", TRITON, "safetensors>=0.4", "huggingface_hub>=0.30", "rich>=13", "typer>=0.12"],
+    install_requires=[
+        "torch>=2.10",
+        TRITON,
+        "huggingface_hub>=0.30",
+        "numpy",  # safetensors writes through it
+        "rich>=13",
+        "safetensors>=0.4",
+        "typer>=0.16",
+    ],
     extras_require={
         "bench": ["matplotlib", "peft>=0.21", "pytest-benchmark", "transformers>=5"],
         "demo": ["transformers>=5", "gguf", "peft>=0.21"],
@@ -80,7 +88,6 @@ setup(
             "hypothesis",
             "matplotlib",
             "mypy",
-            "numpy",
             "peft>=0.21",
             "pytest",
             "pytest-benchmark",

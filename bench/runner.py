@@ -190,7 +190,8 @@ def measure(
     with _no_collection():
         settled, whole = warm_up(sample, clock)
         for name, seconds in settled.items():
-            turns[name] = max(1, round(effort.sample / max(seconds, 1e-9))) if seconds < effort.sample else 1
+            if ways[name].repeats and seconds < effort.sample:
+                turns[name] = max(1, round(effort.sample / max(seconds, 1e-9)))
         # What a round will take: what it took, with the repeats, and with what is done between the measurements.
         expected = whole + sum((turns[name] - 1) * settled[name] for name in ways)
         if end is not None and clock() + effort.least * expected > end:

@@ -64,8 +64,10 @@ class AdapterHub(Subject):  # type: ignore[misc]
             raise LeftOut("it is not timed with a static cache: its transformers is another")
         return self._way("generate", worn, ids=ids, tokens=tokens)
 
-    def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:
+    def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None, after: Tensor | None = None) -> Way:
         """set_active_adapters."""
+        if after is not None:
+            raise LeftOut("it is in another process, where nothing comes before what is timed")
         return self._way("switch", *mixes, mixes=mixes, then=then)
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ class Way:
         before: called with the number of turns before each measurement, and not measured.
         after: called after each measurement, and not measured.
         note: what a reader has to know about how it is done.
+        repeats: whether a measurement may hold several runs, one straight after another.
         first: what `run` does before it computes: it says what the rows wear.
         compute: what `run` then does, and a CUDA graph can hold: it gives the device the same work each time. None
             where no part of it is such.
@@ -41,6 +42,7 @@ class Way:
     before: Callable[[int], None] = lambda _: None
     after: Callable[[], None] = lambda: None
     note: str = ""
+    repeats: bool = True
     first: Callable[[], object] = lambda: None
     compute: Callable[[], Tensor] | None = None
 
@@ -170,10 +172,11 @@ class Subject:
         compared = second_step if static else self.decode(ids, worn).result
         return Way(lambda _: generate(), compared if self.adapted else None)
 
-    def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None) -> Way:
+    def switch(self, mixes: Sequence[Sequence[str]], then: Tensor | None = None, after: Tensor | None = None) -> Way:
         """Wearing the product of another of `mixes` at each turn, and a forward over `then` where it is given.
 
-        The result is that of the forward under the second of the mixes.
+        The result is that of the forward under the second of the mixes. Where `after` is given, a forward over it
+        comes before each turn, and is not measured: what switching needs has left the cores' caches.
         """
         if not self.adapted:
             raise LeftOut("it has nothing to switch")
@@ -188,6 +191,12 @@ class Subject:
             assert logits is not None
             return logits
 
+        if after is not None:
+
+            def before(_: int) -> None:
+                self._logits(after)
+
+            return Way(run, before=before, repeats=False)
         return Way(run, None if then is None else result)
 
     def add(self, vectors: dict[SiteKey, Tensor]) -> Way:

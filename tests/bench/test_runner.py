@@ -257,6 +257,20 @@ def test_short_runs_are_repeated_within_a_sample() -> None:
     assert measured["ia3rt"].ratio.p50 == pytest.approx(1e4)
 
 
+def test_what_comes_after_something_else_is_not_repeated_within_a_sample() -> None:
+    machine, seen = FakeMachine(), list[str]()
+
+    def run(_: int) -> None:
+        seen.append("run")
+        machine.now += 1e-4
+
+    way = Way(run, before=lambda turns: seen.append(f"before {turns}"), repeats=False)
+    effort = Effort(least=3, most=3, seconds=100, sample=0.01)
+    (measured,) = measure({"base": way}, "base", effort, CPU, clock=lambda: machine.now)
+    assert measured.turns == 1 and measured.taken.p50 == pytest.approx(1e-4)
+    assert seen == ["before 1", "run"] * (len(seen) // 2)
+
+
 def test_a_way_in_another_process_takes_its_time_itself() -> None:
     machine = FakeMachine()
 
