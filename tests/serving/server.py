@@ -27,7 +27,11 @@ class Server(server.Server):
 
 
 def client(server: Server) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+    # A connection each: the server closes those that were idle for a while, maybe as a request is on its way.
+    close = {"Connection": "close"}
+    return openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300, default_headers=close
+    )
 
 
 async def ask(api: openai.AsyncOpenAI, model: str, prompt: list[int], **extra: object) -> list[int]:

@@ -1,6 +1,6 @@
 """Everything at once, on one server: innocent requests, hostile ones and mishaps; no innocent answer is wrong.
 
-In two minutes as many requests as this machine answers; with `-m slow` a hundred thousand.
+In a minute and a half as many requests as this machine answers; with `-m slow` a hundred thousand.
 """
 
 from __future__ import annotations
