@@ -18,6 +18,8 @@ from ia3rt.modules.wearer import How, Wearer, original_class
 from ia3rt.routing.routing import routing_of
 from ia3rt.routing.worn import Worn
 
+_OWN = None, "eager"  # what configs call the class's own forward
+
 
 class IA3Experts(Wearer):
     """Experts that are computed by transformers' functions: s_out acts at the first matrices' output, s_in at the
@@ -25,9 +27,11 @@ class IA3Experts(Wearer):
 
     Attributes:
         ia3_names: how the original forward calls its arguments.
+        ia3_tried: whether it is known to compute as its class's own forward does.
     """
 
     ia3_names: ClassVar[tuple[str, ...]]
+    ia3_tried: bool = False
 
     def __init_subclass__(cls) -> None:
         """Looks at the original class once, when the drop-in class is made."""
@@ -57,9 +61,13 @@ class IA3Experts(Wearer):
 
     def _ia3_compute(self, acting: Acting, *given: Tensor) -> Tensor:
         config: Any = self.config
-        why = _why_not_by(self, config._experts_implementation)  # it may be another one than when it was patched
-        if why is not None:
-            raise ValueError(f"{original_class(type(self)).__name__} {why}")
+        implementation = config._experts_implementation  # it may be another one than when it was patched
+        is_own = implementation in _OWN
+        if not (is_own and self.ia3_tried):
+            why = _why_not_by(self, implementation)
+            if why is not None:
+                raise ValueError(f"{original_class(type(self)).__name__} {why}")
+            self.ia3_tried |= is_own
         return by_implementation(self, acting, *given)
 
     @property
@@ -126,7 +134,7 @@ def why_unworn(modules: Mapping[str, nn.Module], path: str) -> str | None:
 
 def _why_not_by(experts: Any, implementation: str | None) -> str | None:
     """The same of one way of computing: eager, the class's own, or a function of transformers."""
-    if implementation in (None, "eager"):
+    if implementation in _OWN:
         if computes_as_known(experts):
             return None
         return (

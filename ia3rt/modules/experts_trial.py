@@ -1,4 +1,4 @@
-"""Whether a class of experts computes in a way that is known: tried out on a few numbers, with and without vectors."""
+"""Whether experts compute in a way that is known: tried out on a few numbers, with and without vectors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ia3rt.modules.wearer import original_class
 
 _EXPERTS, _TOKENS, _FEATURES, _WIDTH = 4, 6, 5, 3
 _MAGNITUDES = 0.5, 40.0  # where an activation is steep, and where it is clamped
+_OF_ALL = vars(nn.Module()).keys()  # hooks, tensors, other modules
 _known: dict[object, bool] = {}
 
 
@@ -23,10 +24,9 @@ def computes_as_known(experts: Any) -> bool:
     """Whether `experts`, of a known form, computes as the path of that form does where it is a class's own forward.
 
     Its forward runs once over small matrices, random ones in float64, and once more over those multiplied by vectors:
-    the path with these vectors has to give the same. It is done once for each class.
+    the path with these vectors has to give the same. It is done once for all layers of a model that are set alike.
     """
-    cls = original_class(type(experts))
-    key = cls, cls.forward, type(getattr(experts, "act_fn", None))  # type: ignore[attr-defined]
+    key = tuple(_settings(module) for module in experts.modules())
     if key not in _known:
         form = form_of(experts)
         assert form is not None
@@ -38,6 +38,18 @@ def computes_as_known(experts: Any) -> bool:
         except Exception:  # whatever a forward of unknown making raises over modules that it was not made for
             _known[key] = False
     return _known[key]
+
+
+def _settings(module: Any) -> tuple[object, ...]:
+    """What a module's forward may go by beside tensors: its code, its attributes, and those of its config."""
+    cls: Any = original_class(type(module))
+    held = {name: value for name, value in vars(module).items() if name not in _OF_ALL and not name.startswith("ia3_")}
+    for name, value in held.items():
+        if isinstance(value, Tensor):
+            held[name] = id(value)
+        elif not callable(value):
+            held[name] = getattr(value, "__dict__", value)
+    return cls, cls.forward, repr(held)
 
 
 class _Small:

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,6 +367,28 @@ def test_experts_that_compute_one_after_another_in_another_way_are_refused(monke
     model.set_experts_implementation("eager")
     with pytest.raises(ValueError, match="Other computes one expert after another in a way that is not known"):
         logits(model, token_ids())
+
+
+@pytest.mark.parametrize("held", ["attribute", "config"])
+def test_experts_are_known_by_how_they_are_set_not_by_their_class(held):
+    class Clamped(nn.Module):
+        def __init__(self, limit):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.rand(4, 32, 48))
+            self.down_proj = nn.Parameter(torch.rand(4, 24, 32))
+            self.limit = limit if held == "attribute" else None
+            self.config = SimpleNamespace(limit=limit if held == "config" else None)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            gate, up = torch.bmm(x.view(4, -1, x.shape[-1]), self.gate_up_proj).chunk(2, -1)
+            limit = self.limit or self.config.limit
+            up = up if limit is None else up.clamp(-limit, limit)
+            return torch.bmm(up * self.act_fn(gate), self.down_proj).view(-1, x.shape[-1])
+
+    ia3rt.patch(nn.ModuleDict({"experts": Clamped(None)}), target_modules=["down_proj"])
+    with pytest.raises(ValueError, match="in a way that is not known"):
+        ia3rt.patch(nn.ModuleDict({"experts": Clamped(0.1)}), target_modules=["down_proj"])
 
 
 def test_experts_that_stand_in_two_places_are_refused():
