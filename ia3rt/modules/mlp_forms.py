@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,13 +30,19 @@ _KINDS: dict[str, dict[str, str]] = {
 def kind_of(activation: nn.Module | None) -> str | None:
     """What the kernel computes for an activation, of a class of torch's or transformers' own; None for any other."""
     cls = type(activation)
-    of_module = _KINDS.get(cls.__module__)
-    return None if of_module is None else of_module.get(cls.__name__)
+    kind = _KINDS.get(cls.__module__, {}).get(cls.__name__)
+    return kind if kind is not None and _is_as_written(cls) else None
 
 
 def is_of_a_library(activation: nn.Module) -> bool:
     """Whether an activation is one of torch's or transformers', which return what is new, or their argument itself."""
-    return type(activation).__module__ in _KINDS
+    cls = type(activation)
+    return cls.__module__ in _KINDS and _is_as_written(cls)
+
+
+def _is_as_written(cls: Any) -> bool:
+    """Whether a class's forward is from its own module: what other code put in its place has that one's globals."""
+    return getattr(cls.forward, "__globals__", None) is vars(sys.modules[cls.__module__])
 
 
 class Form(NamedTuple):

@@ -1,6 +1,7 @@
 """MLPs are recognised by what they compute, and scale their second matrix's input where it is formed."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -54,6 +55,24 @@ def test_an_mlp_that_computes_something_else_keeps_its_forward(name):
     runtime = patched(double(model))
     assert not any(isinstance(module, IA3MLP) for module in model.modules())
     check(runtime, fresh)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_forward_set_on_the_class_of_the_activation_is_not_hidden(backend, monkeypatch):
+    runtime, fresh = patched(make("llama"), backend), make("llama")
+    cls = type(fresh.model.layers[0].mlp.act_fn)
+    kept = []
+
+    def doubled(self, x, forward=cls.forward):
+        y = 2 * forward(self, x)
+        kept.append((y, y.clone()))
+        return y
+
+    monkeypatch.setattr(cls, "forward", functools.wraps(cls.forward)(doubled))
+    check(runtime, fresh)
+    kept.clear()
+    logits(runtime.model, IDS)
+    assert len(kept) == 2 and all(torch.equal(*each) for each in kept)  # what it gives may be others' too
 
 
 def test_a_forward_set_on_the_instance_is_not_hidden():
