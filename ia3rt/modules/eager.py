@@ -12,8 +12,8 @@ from ia3rt.routing.traced import may_be_kept
 _PIECE = 1 << 18
 
 
-def scale_(y: Tensor, scale: Tensor) -> Tensor:
-    """Scales `y` and returns it: in place, but where somebody else may keep y, or one scale stands for several.
+def scaled_own(y: Tensor, scale: Tensor) -> Tensor:
+    """The scaled `y`: in place, but where somebody else may keep it, or one scale stands for several.
 
     Args:
         y: [..., width], any floating dtype, computed by the caller: what another module returns may be its input, a
@@ -24,30 +24,29 @@ def scale_(y: Tensor, scale: Tensor) -> Tensor:
         return (y * scale).to(y.dtype)
     if scale.dim() == 1 and (y.dtype is scale.dtype or y.numel() <= _PIECE):
         return y.mul_(scale)  # what decoding does: the rest would take longer than the multiplication
-    _multiply_(y, scale)
-    return y
+    return scale_(y, scale)
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments as `scale_`."""
+    """The scaled `x`, in x's dtype; `x` itself stays as it is. Arguments as `scaled_own`."""
     if x.dtype == scale.dtype:
         return x * scale
     if may_be_kept():
         return (x * scale).to(x.dtype)
-    out = x.clone(memory_format=torch.contiguous_format)
-    _multiply_(out, scale)
-    return out
+    return scale_(x.clone(memory_format=torch.contiguous_format), scale)
 
 
-def _multiply_(y: Tensor, scale: Tensor) -> None:
+def scale_(y: Tensor, scale: Tensor) -> Tensor:
+    """Scales `y` in place, whoever looks on, and returns it. Arguments as `scaled_own`."""
     whole = y.dtype == scale.dtype or y.numel() <= _PIECE or y.is_cuda or torch.compiler.is_compiling()
     if whole or y.requires_grad or scale.requires_grad:
         y.mul_(scale)
     elif len(y) == 1:
-        _multiply_(y[0], scale[0] if scale.dim() == y.dim() else scale)
+        scale_(y[0], scale[0] if scale.dim() == y.dim() else scale)
     else:
         step = max(1, _PIECE // y[0].numel())
         by_row = scale.dim() == y.dim() and len(scale) > 1
         for start in range(0, len(y), step):
             rows = slice(start, start + step)
-            _multiply_(y[rows], scale[rows] if by_row else scale)
+            scale_(y[rows], scale[rows] if by_row else scale)
+    return y

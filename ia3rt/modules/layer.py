@@ -107,7 +107,7 @@ class IA3Layer(Wearer):
             y = own(self, x)
             if y is not None:  # ours to write on
                 s_out = None if l_out is None else self.ia3_scale(l_out, y, worn)
-                return y if s_out is None else eager.scale_(y, s_out)
+                return y if s_out is None else eager.scaled_own(y, s_out)
         args, kwargs = rest or ((), {})
         y = self.ia3_unscaled(x) if is_left and rest is None else super().forward(x, *args, **kwargs)
         if not isinstance(y, Tensor):

@@ -145,7 +145,7 @@ def _scaled_product(form: Form, mlp: nn.Module, activation: nn.Module, x: Tensor
         h = activation(gate)
         if up is None:  # the activation may need its result for its gradient
             return _scaled(h, scale)
-        return _scaled_(h * up, scale)
+        return _scaled_own(h * up, scale)
     bare = is_bare(activation)
     if ours and bare and kind_of(activation) == "silu":
         h = F.silu(gate, inplace=True)
@@ -157,12 +157,12 @@ def _scaled_product(form: Form, mlp: nn.Module, activation: nn.Module, x: Tensor
         h = h.mul_(up) if ours else h * up
     elif not ours:
         return _scaled(h, scale)
-    return _scaled_(h, scale)
+    return _scaled_own(h, scale)
 
 
 def _scaled(h: Tensor, scale: Tensor | None) -> Tensor:
     return h if scale is None else eager.scaled(h, scale)
 
 
-def _scaled_(h: Tensor, scale: Tensor | None) -> Tensor:
-    return h if scale is None else eager.scale_(h, scale)
+def _scaled_own(h: Tensor, scale: Tensor | None) -> Tensor:
+    return h if scale is None else eager.scaled_own(h, scale)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bar import assert_meets_bar
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ia3rt.serving.vllm.slots import TokenSlots
 from ia3rt.serving.vllm.table import SlotTable
@@ -48,6 +49,23 @@ def test_scales(step, dtype, table) -> None:
     assert torch.equal(x, kept)
     table.scale_(x)
     assert_meets_bar(x, peer, truth)
+
+
+class Looking(TorchDispatchMode):
+    """As one that counts or logs, which changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_scales_in_place_whoever_looks_on(step, table) -> None:
+    worn = write(table, STEPS[step])
+    x = torch.randn(len(worn), WIDTH)
+    y = x.clone()
+    with Looking():
+        table.scale_(y)
+    assert torch.equal(y, x * worn)
 
 
 def test_follows_the_steps_and_what_the_slots_hold(table) -> None:
