@@ -18,7 +18,7 @@ from ia3rt.modules.prepared import Prepared, can_prepare
 from ia3rt.modules.set_forward import is_reached
 from ia3rt.modules.wearer import How, Wearer, computing_tensor, original_class
 from ia3rt.routing.tables import MixTables
-from ia3rt.routing.traced import is_transformed
+from ia3rt.routing.traced import may_be_kept
 from ia3rt.routing.worn import Worn
 
 
@@ -141,7 +141,7 @@ def _scaled_product(form: Form, mlp: nn.Module, activation: nn.Module, x: Tensor
     them, which shows as a tenth of a prompt's time on a CPU.
     """
     gate, up, ours = form.gate_and_up(mlp, x)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or may_be_kept():
         h = activation(gate)
         if up is None:  # the activation may need its result for its gradient
             return _scaled(h, scale)

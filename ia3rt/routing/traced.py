@@ -9,11 +9,13 @@ from types import CodeType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import DeviceContext
 
 _dynamo = torch._C._dynamo.eval_frame
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
+_functions, _function_mode = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
 
 
 def is_transformed() -> bool:
@@ -22,13 +24,18 @@ def is_transformed() -> bool:
 
 
 def may_be_kept() -> bool:
-    """Whether somebody sees what an operation gives, and may keep it for a backward pass.
+    """Whether somebody sees what an operation gives, and may keep it.
 
-    That is a transform, or a dispatch mode, as selective checkpointing is. A compiler sees what is done to it later.
+    That is a transform, or a mode: one that logs, or selective checkpointing. A compiler sees what is done to it later.
     """
     if _transform() is not None:
         return True
-    return not torch.compiler.is_compiling() and _modes() > 0 and torch.is_grad_enabled()
+    return not torch.compiler.is_compiling() and (_modes() > 0 or (_functions() > 0 and _is_function_seen()))
+
+
+def _is_function_seen() -> bool:
+    """Whether a function mode looks on: not the one that torch.set_default_device sets, which keeps nothing."""
+    return any(type(_function_mode(place)) is not DeviceContext for place in range(_functions()))
 
 
 def is_traced() -> bool:

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from tiny import logits, patched, tiny_model, token_ids
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from where import home
 
 import ia3rt
@@ -184,3 +187,40 @@ def test_what_an_activation_returns_stays_as_it_is(activation, first):
         torch.testing.assert_close(mlp.gate_proj.output, fresh.gate_proj.output)
     if activation is Kept:
         torch.testing.assert_close(mlp.act_fn.kept, fresh.act_fn.kept)
+
+
+class Dispatched(TorchDispatchMode):
+    """Keeps what each operation gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return self.keep(function(*args, **(kwargs or {})))
+
+    def keep(self, result):
+        if isinstance(result, torch.Tensor):
+            self.seen.append((result, result.detach().clone()))
+        return result
+
+
+class Called(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return Dispatched.keep(self, function(*args, **(kwargs or {})))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", [Dispatched, Called])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_a_mode_saw_stays_as_it_was(family, mode, grad):
+    model = tiny_model(family)
+    patched(model).set_adapter("a")
+    logits(model, token_ids())
+    with mode() as looking, torch.set_grad_enabled(grad):
+        model(token_ids())
+    assert len(looking.seen) > 20 and all(torch.equal(*each) for each in looking.seen)

@@ -21,3 +21,9 @@ def test_large_tensors_go_by_pieces_to_the_same_result(dtype, shape, rows):
     assert torch.equal(x, kept)
     assert eager.scaled_own(x, scale) is x
     assert torch.equal(x, expected)
+
+
+def test_a_default_device_is_nobody_who_looks_on():
+    x = torch.ones(2, 3)
+    with torch.device("cpu"):
+        assert eager.scaled_own(x, torch.rand(3)) is x
