@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -22,6 +22,7 @@ from ia3rt.routing.worn import Worn
 
 _next_number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 _HELD = 16  # what was worn is known as long as the result is, or as the last of these are
+_WRAPPED = "ia3_worn"  # of a function of autograd's that has run whole forwards: what each model wore in its own
 
 
 @dataclass
@@ -38,7 +39,6 @@ class PastForwards:
 
     def __init__(self) -> None:
         self._stretches: dict[int, list[_Stretch]] = {}
-        self._wrapped: dict[int, OrderedDict[int, Worn]] = {}
         self._held: deque[Worn] = deque(maxlen=_HELD)
 
     def begin(self, worn: Worn) -> None:
@@ -79,13 +79,11 @@ class PastForwards:
         """
         node = torch._C._current_autograd_node()
         is_function = isinstance(node, BackwardCFunction)
+        if is_function and self in (wrapped := getattr(node, _WRAPPED, {})):
+            return wrapped[self]  # type: ignore[no-any-return]
         if not is_function and not is_checkpointing(sys._getframe(1)):
             return None  # a forward of its own, called by a hook
         number = -1 if node is None else node._sequence_nr()
-        if is_function:
-            wrapped = [numbers[number] for numbers in self._wrapped.values() if number in numbers]
-            if len({id(worn) for worn in wrapped}) == 1:
-                return wrapped[0]
         here = threading.get_ident()  # of a device's own thread, which numbers what it records by itself
         found = {
             id(worn): worn
@@ -109,21 +107,29 @@ class PastForwards:
     def _begin_unrecorded(self, worn: Worn) -> None:
         """The same where nothing is recorded: a function of autograd's may run the whole forward again.
 
-        The reentrant way of checkpointing is such a function. It got the last number, before it called the forward.
+        The reentrant way of checkpointing is such a function, and what was worn is known as long as it can run it.
         """
-        last = _next_number() - 1
-        if last < 0 or not is_checkpointing(sys._getframe(1)):
-            return
+        if _next_number() == 0:
+            return  # this thread has recorded nothing yet
         worn = worn.of or worn
-        worn.lent = True
-        numbers = self._wrapped.setdefault(threading.get_ident(), OrderedDict())
-        numbers[last] = worn
-        while len(numbers) > _HELD:
-            numbers.popitem(last=False)
+        for function in _functions(sys._getframe(1)):
+            worn.lent = True
+            vars(function).setdefault(_WRAPPED, {})[self] = worn
 
     def __deepcopy__(self, memo: object) -> PastForwards:
         """Nothing of it: no gradient reaches a copied model from the original's forwards."""
         return PastForwards()
+
+
+def _functions(frame: FrameType | None) -> Iterator[BackwardCFunction]:
+    """The functions of autograd's that are running forwards, and have called this."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:  # as autograd has them called
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, BackwardCFunction):
+                yield first
+        frame = frame.f_back
 
 
 def is_checkpointing(frame: FrameType | None) -> bool:

@@ -1,6 +1,7 @@
 """What a backward pass is of, and computes again, wears what the forward began with."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -119,6 +120,37 @@ def test_a_function_of_autograds_may_run_a_whole_forward_again(runtime) -> None:
     sum(losses).backward()
     for name in NAMES:
         close(embeddings[name].grad, expected[name])
+
+
+def test_a_whole_forward_is_computed_again_as_it_was_though_its_thread_has_ended(runtime) -> None:
+    """Which a later thread takes the id of, and where autograd counts from 0 again."""
+    model, losses = runtime.model, []
+    expected = {name: input_gradients(truth(runtime, name), IDS) for name in NAMES}
+    embeddings = {name: model.get_input_embeddings()(IDS).detach().requires_grad_() for name in NAMES}
+
+    def forward(name: str) -> None:
+        run = lambda e: model(inputs_embeds=e, labels=IDS, use_cache=False).loss  # noqa: E731
+        with runtime.route([name] * 3):
+            losses.append(checkpoint(run, embeddings[name], use_reentrant=True))
+
+    for name in NAMES:
+        thread = threading.Thread(target=forward, args=(name,))
+        thread.start()
+        thread.join()
+    sum(losses).backward()
+    for name in NAMES:
+        close(embeddings[name].grad, expected[name])
+
+
+def test_checkpointing_within_checkpointing(runtime) -> None:
+    model = runtime.model
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    run = lambda e: model(inputs_embeds=e, labels=IDS, use_cache=False).loss  # noqa: E731
+    runtime.set_adapter("a")
+    loss = checkpoint(lambda e: checkpoint(run, e, use_reentrant=True), embeddings, use_reentrant=True)
+    runtime.set_adapter("b")
+    loss.backward()
+    close(embeddings.grad, input_gradients(truth(runtime, "a"), IDS))
 
 
 def test_a_forward_inside_a_backward_hook_is_one_of_its_own(runtime) -> None:

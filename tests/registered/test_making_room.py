@@ -10,6 +10,7 @@ import pytest
 import torch
 from registering import IDS, NAMES, check, patched
 from tiny import logits, tiny_model
+from torch.utils.checkpoint import checkpoint
 from where import home
 
 import ia3rt
@@ -39,6 +40,18 @@ def test_no_row_stays_taken_by_what_was_worn(folder, monkeypatch, no_garbage_col
         for first, second in pairwise(names):
             with runtime.route([first, second]), roomy.route([first, second]):
                 assert torch.equal(runtime.model(ids).logits, roomy.model(ids).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_no_row_stays_taken_by_a_whole_forward_that_is_computed_again(folder, reentrant):
+    runtime = patched(folder, rows=3)
+    model = runtime.model
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    for name in NAMES[:6]:
+        runtime.set_adapter(name)
+        again = checkpoint(lambda e: model(inputs_embeds=e).logits, embeddings, use_reentrant=reentrant)
+        again.sum().backward()
+        del again
 
 
 def test_those_used_least_recently_go_first(folder):
