@@ -12,8 +12,9 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction
@@ -34,19 +35,29 @@ class _Stretch:
     worn: weakref.ref[Worn]
 
 
+@dataclass(eq=False)
+class _Thread:
+    """What a thread recorded. It has this as long as it runs, and its results have it; its id is given to another."""
+
+    stretches: list[_Stretch] = field(default_factory=list)
+    held: deque[Worn] = field(default_factory=lambda: deque(maxlen=_HELD))
+
+
 class PastForwards:
     """What was worn while autograd recorded what it holds now."""
 
     def __init__(self) -> None:
-        self._stretches: dict[int, list[_Stretch]] = {}
-        self._held: deque[Worn] = deque(maxlen=_HELD)
+        self._local = threading.local()
+        self._threads: list[weakref.ref[_Thread]] = []
+        self._lock = threading.Lock()  # of this list
 
     def begin(self, worn: Worn) -> None:
         """Says that what this thread records from here on, until `end`, is computed with `worn`."""
         if not torch.is_grad_enabled():
             self._begin_unrecorded(worn)
             return
-        stretches = self._stretches.setdefault(threading.get_ident(), [])
+        here = self._here()
+        stretches = here.stretches
         if stretches and stretches[-1].worn() is worn:
             stretches[-1].end = float("inf")  # what was recorded in between is no part of a model
             return
@@ -55,21 +66,22 @@ class PastForwards:
             stretches[-1].end = min(stretches[-1].end, begin)
         stretches[:] = [stretch for stretch in stretches if stretch.worn() is not None]
         stretches.append(_Stretch(begin, float("inf"), weakref.ref(worn)))
-        self._held.append(worn)
+        here.held.append(worn)
 
     def forget(self) -> None:
         """Lets go of what was worn in forwards whose results are gone."""
-        self._held.clear()
+        for thread in filter(None, (known() for known in self._threads)):
+            thread.held.clear()
 
     def end(self, results: Iterable[object], worn: Worn) -> None:
         """Ends what `begin` began; `worn` is known as long as these results can be differentiated."""
-        stretches = self._stretches.get(threading.get_ident())
-        if stretches:
-            stretches[-1].end = _next_number()
+        here = self._here()
+        if here.stretches:
+            here.stretches[-1].end = _next_number()
         for result in results:
             node = getattr(result, "grad_fn", None)
             if node is not None:
-                node.metadata.setdefault("ia3", []).append(worn)
+                node.metadata.setdefault("ia3", []).append((worn, here))
 
     def find(self) -> Worn | None:
         """What was worn when that was recorded which is computed again now; None where nothing is.
@@ -84,14 +96,7 @@ class PastForwards:
         if not is_function and not is_checkpointing(sys._getframe(1)):
             return None  # a forward of its own, called by a hook
         number = -1 if node is None else node._sequence_nr()
-        here = threading.get_ident()  # of a device's own thread, which numbers what it records by itself
-        found = {
-            id(worn): worn
-            for thread, stretches in list(self._stretches.items())
-            for stretch in list(stretches)
-            if stretch.begin <= number < (min(stretch.end, _next_number()) if thread == here else stretch.end)
-            and (worn := stretch.worn()) is not None
-        }
+        found = self._recorded(number)
         if len(found) == 1:
             return next(iter(found.values()))
         if not found:
@@ -103,6 +108,26 @@ class PastForwards:
             "a layer is computed again for a gradient (gradient checkpointing), and forwards of several threads, which "
             "wore different adapters, come into question: train in one thread, or without checkpointing"
         )
+
+    def _recorded(self, number: int) -> dict[int, Worn]:
+        """What was worn, by identity, where a thread recorded this number."""
+        here = self._here()  # of a device's own thread, which numbers what it records by itself
+        return {
+            id(worn): worn
+            for thread in filter(None, (known() for known in self._threads))
+            for stretch in list(thread.stretches)
+            if stretch.begin <= number < (min(stretch.end, _next_number()) if thread is here else stretch.end)
+            and (worn := stretch.worn()) is not None
+        }
+
+    def _here(self) -> _Thread:
+        """What this thread has."""
+        here: _Thread | None = getattr(self._local, "thread", None)
+        if here is None:
+            here = self._local.thread = _Thread()
+            with self._lock:
+                self._threads = [*(known for known in self._threads if known() is not None), weakref.ref(here)]
+        return here
 
     def _begin_unrecorded(self, worn: Worn) -> None:
         """The same where nothing is recorded: a function of autograd's may run the whole forward again.
@@ -133,9 +158,21 @@ def _functions(frame: FrameType | None) -> Iterator[BackwardCFunction]:
 
 
 def is_checkpointing(frame: FrameType | None) -> bool:
-    """Whether some code for checkpointing has called this, in whatever library."""
+    """Whether some code for checkpointing has called this, in whatever library.
+
+    It is in a file of that name that defines a function of autograd's. A user's script may have the name too.
+    """
     while frame is not None:
-        if "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]:
+        is_named_so = "checkpoint" in frame.f_code.co_filename.rpartition("/")[2]
+        if is_named_so and any(_is_function_of(frame.f_globals, each) for each in list(frame.f_globals.values())):
             return True
         frame = frame.f_back
     return False
+
+
+def _is_function_of(module: dict[str, Any], defined: object) -> bool:
+    return (
+        isinstance(defined, type)
+        and issubclass(defined, torch.autograd.Function)
+        and defined.__module__ == module["__name__"]
+    )
