@@ -199,6 +199,7 @@ class Runtime:
 
     @alone
     def _add_read(self, name: str, checkpoint: Checkpoint) -> None:
+        self._check_open("load an adapter")  # it may have been unpatched or merged since the files were opened
         vectors = self._reading.vectors(name, checkpoint)
         self._add(name, vectors, checkpoint.config, brought.of_file(self.model, name, checkpoint))
 

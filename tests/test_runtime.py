@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import ia3rt
 from ia3rt import Mix
+from ia3rt.adapters.checkpoint import read_checkpoint
 
 IDS = token_ids()
 DOWN = "model.layers.0.mlp.down_proj"
@@ -468,6 +469,24 @@ def test_an_unpatched_runtime_says_so(runtime):
     for use in (lambda: runtime.set_adapter("b"), lambda: runtime.unpatch(), lambda: runtime.route(["b"])):
         with pytest.raises(RuntimeError, match="not patched any more"):
             use()
+
+
+@pytest.mark.parametrize("change", ["unpatch", "merge_adapter"])
+def test_what_is_read_while_the_model_changes_is_not_loaded(runtime, model, tmp_path, monkeypatch, change):
+    runtime.set_adapter("b")
+
+    def read(*given, **options):
+        checkpoint = read_checkpoint(*given, **options)
+        getattr(runtime, change)()
+        return checkpoint
+
+    monkeypatch.setattr(ia3rt.runtime, "read_checkpoint", read)
+    with pytest.raises(RuntimeError, match="cannot load an adapter"):
+        runtime.load_adapter(tmp_path / "d", "e")
+    assert "e" not in runtime.adapters
+    if change == "unpatch":
+        assert not any(type(module).__name__.startswith("IA3") for module in model.modules())
+        ia3rt.patch(model)
 
 
 def test_a_deep_copy_of_the_model_has_a_runtime_of_its_own(runtime, model):
