@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NoReturn
+
+from ia3rt.adapters.set_on import set_on, take_off
 
 _INSTEAD = {
     "active_adapter": "active_adapters",
@@ -48,12 +50,11 @@ def refuse(owner: Any) -> None:
     """
     if not _is_peft(owner):
         names = [name for name in _INSTEAD.keys() - _OF_A_PLAIN_MODEL if hasattr(owner, name)]
-        _hide(owner, names)
-        for name in names:
-            vars(owner)[name] = functools.partial(_fail, f"{type(owner).__name__}.{name}", name)
+        kind = type(owner).__name__
+        set_on(owner, "ia3_hidden", {name: functools.partial(_fail, f"{kind}.{name}", name) for name in names})
         return
     for each in (owner, owner.base_model):
-        _hide(each, _INSTEAD.keys() - {"active_adapter"})
+        set_on(each, "ia3_hidden", {}, _INSTEAD.keys() - {"active_adapter"})
         each.__class__ = _refusing(type(each))
 
 
@@ -62,15 +63,7 @@ def allow(owner: Any) -> None:
     for each in (owner, owner.base_model) if _is_peft(owner) else (owner,):
         if "ia3_refuses" in vars(type(each)):
             each.__class__ = type(each).__bases__[0]
-        elif "ia3_hidden" in vars(each):
-            for name in _INSTEAD.keys() - _OF_A_PLAIN_MODEL:
-                vars(each).pop(name, None)
-        vars(each).update(vars(each).pop("ia3_hidden", {}))
-
-
-def _hide(owner: Any, names: Iterable[str]) -> None:
-    """Takes away what other code set on the object itself, in place of what its class has."""
-    vars(owner)["ia3_hidden"] = {name: vars(owner).pop(name) for name in names if name in vars(owner)}
+        take_off(each, "ia3_hidden")
 
 
 def _is_peft(owner: Any) -> bool:

@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ia3rt.adapters.set_on import before, set_on, take_off
 from ia3rt.routing.batch import cached, main_input, named_arguments
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 
+_WRAPPED = "ia3_wrapped"  # the attribute that keeps what is wrapped
 _generation: ContextVar[Generation | None] = ContextVar("ia3_generation", default=None)
 
 
@@ -142,33 +144,42 @@ def generation_of(routing: Routing) -> Generation | None:
 def install(model: nn.Module, routing: Routing) -> None:
     """Wraps what `generate` is made of, on this one model and those inside it."""
     for module in model.modules():
-        for name, method in _METHODS.items():
-            if callable(getattr(type(module), name, None)) and hasattr(type(module), "generate"):
-                # Bound methods, not closures: a deep copy of the model binds its own.
-                vars(module).update({"ia3_generation": routing, name: MethodType(method, module)})
+        kind = type(module)
+        if callable(getattr(kind, "generate", None)):
+            # Bound methods, not closures: a deep copy of the model binds its own.
+            named = {name: method for name, method in _METHODS.items() if callable(getattr(kind, name, None))}
+            set_on(module, _WRAPPED, {name: MethodType(method, module) for name, method in named.items()})
+            vars(module)["ia3_generation"] = routing
 
 
 def uninstall(model: nn.Module) -> None:
     """Takes `install` back."""
     for module in model.modules():
         if vars(module).pop("ia3_generation", None) is not None:
-            for name in _METHODS:
-                vars(module).pop(name, None)
+            take_off(module, _WRAPPED)
+
+
+def _running(model: nn.Module) -> Generation | None:
+    """The call of `generate` that a model's part of it is in; none where the model is patched no more."""
+    return generation_of(vars(model)["ia3_generation"]) if "ia3_generation" in vars(model) else None
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original = _original(self, "generate")
+    if "ia3_generation" not in vars(self):  # other code has kept this, and the model is patched no more
+        return original(*args, **kwargs)
     arguments = named_arguments(("inputs",), args, kwargs)
     generation = Generation(self.ia3_generation, arguments)
     try:
         generation.begin_with(main_input(arguments), cached(arguments))
-        return _original(self, "generate")(*args, **kwargs)
+        return original(*args, **kwargs)
     finally:
         generation.end()
 
 
 def _prepare_multimodal_encoder_kwargs_for_generation(self: Any, model_kwargs: dict[str, Any]) -> Any:
     """Has images and videos seen before the text is read: whose they are the text says, which is not given to this."""
-    generation = generation_of(self.ia3_generation)
+    generation = _running(self)
     original = _original(self, "_prepare_multimodal_encoder_kwargs_for_generation")
     if generation is None:
         return original(model_kwargs)
@@ -182,7 +193,7 @@ def _prepare_multimodal_encoder_kwargs_for_generation(self: Any, model_kwargs: d
 
 
 def _expand_inputs_for_generation(self: Any, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-    generation = generation_of(self.ia3_generation)
+    generation = _running(self)
     if generation is not None:
         generation.expand(main_input(named_arguments((), args, kwargs)), expand_size)
     return _original(self, "_expand_inputs_for_generation")(*args, expand_size=expand_size, **kwargs)
@@ -190,14 +201,14 @@ def _expand_inputs_for_generation(self: Any, expand_size: int = 1, *args: Any, *
 
 def _expand_variables_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
     expanded = _original(self, "_expand_variables_for_generation")(*args, **kwargs)
-    generation = generation_of(self.ia3_generation)
+    generation = _running(self)
     if generation is not None:
         generation.repeats = len(expanded[0]) // kwargs["batch_size"]
     return expanded
 
 
 def _generate_with_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
-    generation = generation_of(self.ia3_generation)
+    generation = _running(self)
     if generation is not None:
         is_static = kwargs["generation_config"].cache_implementation == "static"
         generation.decode(kwargs["batch_idx_map"], kwargs["batch_size"] if is_static else 0)
@@ -206,16 +217,19 @@ def _generate_with_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _need_fallback(self: Any, *args: Any, **kwargs: Any) -> Any:
     answer = _original(self, "_need_fallback")(*args, **kwargs)
-    generation = generation_of(self.ia3_generation)
+    generation = _running(self)
     if generation is not None:
         generation.tried(args[2], answer[0])
     return answer
 
 
 def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original = _original(self, "init_continuous_batching")
+    if "ia3_generation" not in vars(self):
+        return original(*args, **kwargs)
     routing = self.ia3_generation
     _check_left(routing)
-    manager = _original(self, "init_continuous_batching")(*args, **kwargs)
+    manager = original(*args, **kwargs)
     add = manager.add_request  # which a manager that runs already is asked for, whatever is entered by then
 
     @functools.wraps(add)
@@ -248,4 +262,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 def _original(model: nn.Module, name: str) -> Any:
+    """What stands behind ours: what other code set on the model before, or its class's."""
+    set_before = before(model, _WRAPPED)
+    if name in set_before:
+        return set_before[name]
     return inspect.getattr_static(type(model), name).__get__(model, type(model))

@@ -1,8 +1,11 @@
 """Routes within `generate`: what repeats, drops or tries rows again goes on with the mixes they had."""
 
+from copy import deepcopy
+from types import MethodType
+
 import pytest
 import torch
-from tiny import logits, tiny_model, token_ids
+from tiny import generated, logits, patched, tiny_model, token_ids
 from torch import Tensor
 from transformers import (
     DiaConfig,
@@ -11,6 +14,7 @@ from transformers import (
     MusicgenConfig,
     MusicgenDecoderConfig,
     MusicgenForConditionalGeneration,
+    PreTrainedModel,
     T5Config,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -204,3 +208,43 @@ def test_what_is_set_by_what_generate_calls_shows_at_once() -> None:
         tokens = runtime.model.generate(IDS, logits_processor=[Switches()], max_new_tokens=2, **settings)
     runtime.set_adapter("b")
     assert torch.equal(tokens[:, -1], logits(runtime.model, tokens[:, :-1])[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("is_copy", [False, True], ids=["original", "copy"])
+def test_a_generate_that_stood_on_the_model_itself_is_followed_and_stays(is_copy) -> None:
+    def mine(self: PreTrainedModel, *args: object, **kwargs: object) -> Tensor:
+        assert self is model
+        return type(self).generate(self, *args, num_beams=2, max_new_tokens=3, **kwargs)
+
+    model = tiny_model()
+    model.generate = MethodType(mine, model)
+    runtime = patched(model)
+    if is_copy:
+        model = deepcopy(model)
+        runtime = ia3rt.patch(model)
+    rows = []
+    for row, name in enumerate(["a", None, "b"]):
+        runtime.set_adapter(name)
+        rows.append(generated(model, IDS[row : row + 1], MASK[:1])[0])
+    with runtime.route(["a", None, "b"]):
+        assert torch.equal(generated(model, IDS, MASK), torch.stack(rows))
+    runtime.unpatch()
+    assert vars(model)["generate"] == MethodType(mine, model)
+    assert torch.equal(generated(model, IDS[1:2], MASK[:1])[0], rows[1])
+
+
+def test_a_generate_that_is_set_on_a_patched_model_stays_after_unpatch() -> None:
+    model, calls = tiny_model(), []
+    right = generated(model, IDS, MASK, max_new_tokens=2)
+    runtime = patched(model)
+    inner = model.generate
+
+    def counting(*args: object, **kwargs: object) -> Tensor:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.generate = counting
+    assert torch.equal(generated(model, IDS, MASK, max_new_tokens=2), right)
+    runtime.unpatch()
+    assert torch.equal(generated(model, IDS, MASK, max_new_tokens=2), right)
+    assert len(calls) == 2

@@ -143,6 +143,15 @@ def test_so_does_a_model_that_transformers_loaded_adapters_into(wrapped, use, tm
     assert torch.equal(logits(model, IDS), before)
 
 
+def test_what_is_set_on_such_a_model_meanwhile_stays(wrapped, tmp_path):
+    model = tiny_model()
+    model.load_adapter(str(save_each(wrapped, tmp_path)[0]), "first")
+    runtime = ia3rt.patch(model)
+    model.save_pretrained = mine = lambda path: path
+    runtime.unpatch()
+    assert model.save_pretrained is mine and "add_adapter" not in vars(model)
+
+
 def test_a_model_without_adapters_keeps_what_transformers_offers(tmp_path):
     model = tiny_model()
     ia3rt.patch(model)
