@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -402,8 +403,13 @@ class Runtime:
         if self._training.trains(adapter):
             raise ValueError(f"adapter {adapter_name!r} is trained: call end_training() first")
         self._tiers.forget(adapter_name)
-        self._routing.drop(self._bank.adapters.remove(adapter_name))
+        was_worn = self._routing.drop(self._bank.adapters.remove(adapter_name))
         self._own.drop(adapter)
+        if was_worn:  # last, as a warning may be an error
+            warnings.warn(
+                f"adapter {adapter_name!r} was active and is deleted: the rows that wore it wear the base model now",
+                stacklevel=3,
+            )
 
     def register(self, source: AdapterSource) -> list[str]:
         """Makes adapters known by name without loading them: each is brought in when something names it.

@@ -289,6 +289,23 @@ def test_what_a_context_brings_back_was_deleted_meanwhile(runtime, model, tmp_pa
     assert torch.equal(logits(model, IDS), logits(tiny_model(), IDS)), "never silently to another adapter"
 
 
+def test_a_warning_that_is_an_error_leaves_nothing_half_done(runtime, model):
+    runtime.add_adapter("head", modules={"lm_head": {"weight": 2 * model.lm_head.weight.detach()}})
+    base = logits(tiny_model(), IDS)
+    with warnings.catch_warnings():
+        runtime.route(["b"] * 3)
+        with pytest.raises(UserWarning, match="'b' was deleted meanwhile"), runtime.route(["c"] * 3):
+            warnings.simplefilter("ignore")
+            runtime.delete_adapter("b")
+            warnings.simplefilter("error")
+        assert torch.equal(logits(model, IDS), base)
+        runtime.set_adapter("head")
+        with pytest.raises(UserWarning, match="'head' was active and is deleted"):
+            runtime.delete_adapter("head")
+        assert torch.equal(logits(model, IDS), base) and "head" not in runtime.adapters
+        assert type(copy.deepcopy(model.lm_head)) is nn.Linear, "with a warning, where an adapter had its own"
+
+
 def test_deleting_an_idle_adapter_is_silent(runtime, model):
     before = logits(model, IDS)
     with warnings.catch_warnings():

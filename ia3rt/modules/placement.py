@@ -138,14 +138,15 @@ class Placement:
     def _settle(self) -> None:
         """Brings vectors, and what is worn, to where the layers are."""
         were_moved = not self._bank.is_settled
-        if self._bank.settle():
-            were_moved = True
+        were_elsewhere = self._bank.settle()
+        if were_elsewhere:
             self.drop_ins.settle()
             self._routing.refresh()
-            self._routing.leave_graphs()
             self._routing.rebind()
-        if were_moved:
+        if were_moved or were_elsewhere:
             self._tie()
+        if were_elsewhere:
+            self._routing.leave_graphs()  # last, as a warning may be an error
 
     def _tie(self) -> None:
         if self._routing.trained is not None:

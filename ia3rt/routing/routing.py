@@ -252,17 +252,17 @@ class Routing:
         self.forwards.leave_ended(sys._getframe())
         route = before.worn.route
         gone = {adapter for mix in route.mixes for adapter in mix.adapters if adapter.is_deleted}
-        for adapter in gone:
-            warnings.warn(
-                f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
-                stacklevel=stacklevel,
-            )
         if gone:
             with self.lock:
                 self._replace(before, self.lay(self._without(route, gone)))
         self.context.wear(before)
         if within is not None and self.context.resume(within):
             self.past.begin(within.worn)
+        for adapter in gone:  # last, as a warning may be an error
+            warnings.warn(
+                f"adapter {adapter.name!r} was deleted meanwhile: the rows that wore it wear the base model now",
+                stacklevel=stacklevel,
+            )
 
     def cover(self) -> None:
         """Lets nothing be worn, as adapters are in the weights now, until `uncover`."""
@@ -274,19 +274,15 @@ class Routing:
         """Ends what `cover` began."""
         self._covering = self._merging = None
 
-    def drop(self, adapter: Adapter) -> None:
-        """Puts the rows that wear `adapter` back to the base model, with a warning; others stay as they are."""
+    def drop(self, adapter: Adapter) -> bool:
+        """Puts the rows that wear `adapter` back to the base model, others stay as they are; says if there were any."""
         worn_now = False
         for wearing in {self.context.everywhere, self.context.wearing}:
             route = wearing.worn.route
             if any(adapter in mix.adapters for mix in route.mixes):
                 worn_now = True
                 self._replace(wearing, self.lay(self._without(route, {adapter})))
-        if worn_now:
-            warnings.warn(
-                f"adapter {adapter.name!r} was active and is deleted: the rows that wore it wear the base model now",
-                stacklevel=3,
-            )
+        return worn_now
 
     def _again(self, worn: Worn) -> Worn:
         """The same, laid anew."""
