@@ -23,7 +23,7 @@ from ia3rt.kernels.attention_decode import decode, splits_of
 from ia3rt.kernels.attention_inputs import Inputs
 from ia3rt.kernels.attention_tile import attend, finish
 from ia3rt.kernels.configs import arch_of, card_of, processors_of
-from ia3rt.kernels.launch import run
+from ia3rt.kernels.launch import precision_of, run
 from ia3rt.kernels.mixes import ROUTING, Routing, Site
 from ia3rt.kernels.tuned import AttentionConfig
 
@@ -156,7 +156,7 @@ def attention(
     constants = dict(
         CAUSAL=causal,
         D=D,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=precision_of(q.dtype),
         HEADS=heads,
         GROUP=group,
         BLOCK_D=triton.next_power_of_2(D),

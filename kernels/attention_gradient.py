@@ -21,7 +21,7 @@ from ia3rt.kernels.attention_configs import attention_gradient_configs
 from ia3rt.kernels.attention_inputs import Inputs, masked
 from ia3rt.kernels.attention_tile import scores, sees, span
 from ia3rt.kernels.configs import arch_of
-from ia3rt.kernels.launch import run
+from ia3rt.kernels.launch import precision_of, run
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -305,7 +305,7 @@ def attention_gradient(
     constants = dict(
         CAUSAL=causal,
         D=D,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=precision_of(q.dtype),
         HEADS=Hq // Hkv,
         BLOCK_D=block_d,
         enable_fp_fusion=True,  # the default is not the same in every Triton

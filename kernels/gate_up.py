@@ -22,7 +22,7 @@ from ia3rt.kernels.activation import activation
 from ia3rt.kernels.configs import arch_of, card_of, gate_up_config, processors_of
 from ia3rt.kernels.gate_up_tile import finish_gate_up
 from ia3rt.kernels.gate_up_tma import fits_descriptors, gate_up_tma
-from ia3rt.kernels.launch import run
+from ia3rt.kernels.launch import precision_of, run
 from ia3rt.kernels.linear_tile import add_part, tile_of
 from ia3rt.kernels.mixes import ROUTING, TALLEST, Routing, Site, worn_by_tile
 from ia3rt.kernels.tuned import LinearConfig
@@ -196,6 +196,6 @@ def _launch_pointers(
         *routing,
         TWO_MIXES=routing.two_mixes(config.block_m),
         KIND=kind,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=precision_of(x.dtype),
         **config.build_options(),
     )

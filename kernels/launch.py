@@ -73,6 +73,14 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
         launches.append(Launch(compiled, (*grid, 1, 1)[:3], (*arguments, *rest)))
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """Return what tl.dot makes of numbers of a dtype: "tf32" where they are fp32 and torch's matmuls may round them so.
+
+    torch's newer setting tells of what is set by the older ones too; they raise once the newer one was used.
+    """
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def is_recording() -> bool:
     """Return whether a function that is recorded is running: what it calls is part of it."""
     return getattr(_records, "launches", None) is not None

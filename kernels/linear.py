@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.configs import processors_of
-from ia3rt.kernels.launch import run
+from ia3rt.kernels.launch import precision_of, run
 from ia3rt.kernels.linear_plan import plan
 from ia3rt.kernels.linear_sum import add_partials
 from ia3rt.kernels.linear_tile import Layer, add_part, finish, of_layers, tile_of
@@ -204,7 +204,7 @@ def _launch_pointers(
         *routing,
         TWO_MIXES=routing.two_mixes(config.block_m),
         SPLIT=splits > 1,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=precision_of(x.dtype),
         **config.build_options(),
     )
     if partials is not None:

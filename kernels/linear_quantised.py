@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ia3rt.kernels.configs import arch_of, card_of, processors_of
 from ia3rt.kernels.dequantise import dequantise
-from ia3rt.kernels.launch import run
+from ia3rt.kernels.launch import precision_of, run
 from ia3rt.kernels.linear import multiply
 from ia3rt.kernels.linear_quantised_tile import load_values, scale_values
 from ia3rt.kernels.linear_sum import add_partials
@@ -179,7 +179,7 @@ def linear_quantised(
         KIND=layout,
         ONE_GROUP=group_size > 0 and groups is None and group_size % config.block_k == 0,
         PLUS_ONE=kind == "gptq",
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=precision_of(x.dtype),
         **config.build_options(),
     )
     if partials is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ia3rt.ops import _dispatch
-from ia3rt.ops._op import Calls, _current_device, is_observed
+from ia3rt.ops._op import Calls, _current_device, _fp32_precision, is_observed
 
 _calls: dict[object, Calls] = {}
 """Of an op with fixed arguments that are laid out alike."""
@@ -114,7 +114,7 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 def _key(tables: Tables, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """What `_caller` looks up."""
-    key: list[Any] = [tables.layout, _current_device(), torch._C._get_cublas_allow_tf32()]
+    key: list[Any] = [tables.layout, _current_device(), inputs[0].dtype is torch.float32 and _fp32_precision()]
     for x in inputs:
         key += [x.dtype, x.shape, x.stride(), x.get_device()]
     return tuple(key)
@@ -141,7 +141,7 @@ def make({", ".join(["known", "miss", "hooks", *fixed])}):
                 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls or hooks.debug):
             return miss(tables, {given})
         {"; ".join(f"p_{x} = {x}.data_ptr()" for x in xs)}
-        repeat = known.get((tables.layout, device(), tf32(), {layouts}))
+        repeat = known.get((tables.layout, device(), x0.dtype is fp32 and precision(), {layouts}))
         if repeat is None or ({" | ".join(f"p_{x}" for x in xs)}) & 15:
             return miss(tables, {given})
         return repeat({arguments})
@@ -153,7 +153,8 @@ def make({", ".join(["known", "miss", "hooks", *fixed])}):
         "modes": torch._C._len_torch_dispatch_stack,
         "functorch": torch._C._functorch.peek_interpreter_stack,
         "device": _current_device,
-        "tf32": torch._C._get_cublas_allow_tf32,
+        "fp32": torch.float32,
+        "precision": _fp32_precision,
         "Tensor": Tensor,
     }
     exec(source, scope)

@@ -10,6 +10,7 @@ from workloads import LINEAR, POPULARITY, PRODUCT, Mix, mix_table, popularity, r
 from ia3rt import reference
 from ia3rt.kernels import linear_tile
 from ia3rt.kernels.configs import DESCRIPTOR_ARCHS, arch_of, linear_config
+from ia3rt.kernels.launch import precision_of
 from ia3rt.kernels.linear import linear
 from ia3rt.kernels.linear_pair import are_alike, linear_pair
 from ia3rt.kernels.linear_tma import fits_descriptors
@@ -403,3 +404,24 @@ def test_pair_of_conv1d_weights_in_the_persistent_kernel(device) -> None:
     for layer in (a, b):
         layer.weight = layer.weight.t().contiguous().t()
     check_pair(a, b, 130, a.route("uniform", 1), descriptor_config(70, 1024, False, device))
+
+
+SETTINGS = {
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "fp32_precision of all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "fp32_precision of CUDA's matmuls": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_fp32_is_rounded_where_torchs_matmuls_may_round_it_however_it_was_set(name) -> None:
+    try:
+        SETTINGS[name]()
+        assert (precision_of(torch.float32), precision_of(torch.bfloat16)) == ("tf32", "ieee")
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert precision_of(torch.float32) == "ieee"
+    assert not torch.backends.cuda.matmul.allow_tf32  # and no error

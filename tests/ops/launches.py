@@ -110,7 +110,7 @@ def main() -> None:
         ]
     for _ in range(int(sys.argv[2])):
         dtype, names, width, case = RANDOM.choice(cases)
-        torch.backends.cuda.matmul.allow_tf32 = RANDOM.random() < 0.2
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if RANDOM.random() < 0.2 else "ieee"
         rows = RANDOM.choice([(1, 1), (4, 1), (1, 4), (2, 40), (4, 30), (1, 520), (4,), (16, 4)])
         count = rows[0] * (rows[1] if len(rows) > 1 else 1)
         fits = [R for R in worn if not isinstance(R, int) or count % R == 0]
