@@ -45,14 +45,19 @@ class Prepared:
 
 
 class _Weights:
-    """A layer's weight and bias. Casts and moves of a module keep the parameter and put other data into it."""
+    """A layer's weight and bias. Casts and moves of a module keep the parameter and put other data into it.
+
+    So does who transposes a square weight, or expands a bias: to other strides at the same place.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self._parameters = layer._parameters
         self._weight, self._bias = self._parameters["weight"], self._parameters["bias"]
         assert self._weight is not None
         self._at, self._dtype, self._shape = self._weight.data_ptr(), self._weight.dtype, self._weight.shape
-        self._bias_at = None if self._bias is None else self._bias.data_ptr()
+        self._stride = self._weight.stride()
+        if self._bias is not None:
+            self._bias_at, self._bias_stride = self._bias.data_ptr(), self._bias.stride()
 
     def are_the_same(self) -> bool:
         parameters, weight, bias = self._parameters, self._weight, self._bias
@@ -61,8 +66,9 @@ class _Weights:
             and weight.data_ptr() == self._at  # type: ignore[union-attr]
             and weight.dtype is self._dtype  # type: ignore[union-attr]
             and weight.shape == self._shape  # type: ignore[union-attr]
+            and weight.stride() == self._stride  # type: ignore[union-attr]
             and parameters.get("bias") is bias
-            and (bias is None or bias.data_ptr() == self._bias_at)
+            and (bias is None or (bias.data_ptr() == self._bias_at and bias.stride() == self._bias_stride))
         )
 
 
