@@ -64,6 +64,11 @@ def flat(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
+def side_by_side(bias: Tensor | None) -> Tensor | None:
+    """Return a bias [N] with its numbers side by side, as kernels read it: itself wherever they are."""
+    return None if bias is None else bias.contiguous()
+
+
 def new(x: Tensor, width: int) -> Tensor:
     """Return what every op returns: [..., width], contiguous, uninitialised."""
     return x.new_empty((*x.shape[:-1], width))

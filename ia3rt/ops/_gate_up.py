@@ -8,7 +8,7 @@ from torch import Tensor
 from ia3rt import reference
 from ia3rt.ops._activation import activation, activation_gradient
 from ia3rt.ops._checks import check_routing, check_rows, check_site
-from ia3rt.ops._dispatch import device_of, flat, implementation, new
+from ia3rt.ops._dispatch import device_of, flat, implementation, new, side_by_side
 from ia3rt.ops._linear import check_linear, linear_gradients
 from ia3rt.ops._op import custom_op
 from ia3rt.ops._scale import bank_gradient
@@ -52,7 +52,7 @@ def gate_up(
     Args:
         x: [..., K_in], any strides.
         gate: [N, K_in], any strides (a Conv1D passes weight.t()).
-        bias_gate: [N] or None.
+        bias_gate: [N], any stride, or None.
         up: as gate, two tensors or the halves of one; or None where the MLP is not gated. One launch computes both
             where they have the same strides.
         bias_up: as bias_gate.
@@ -74,8 +74,9 @@ def gate_up(
     check_rows(rows.shape[0], route)
     if x.numel() == 0:
         return new(x, gate.shape[0])
+    biases = side_by_side(bias_gate), side_by_side(bias_up)
     with device_of(x):
-        y = implementation("gate_up", x)(rows, gate, bias_gate, up, bias_up, l, mixes, route, kind)
+        y = implementation("gate_up", x)(rows, gate, biases[0], up, biases[1], l, mixes, route, kind)
     return y.view(*x.shape[:-1], gate.shape[0])
 
 

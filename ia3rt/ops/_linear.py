@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ia3rt.ops._checks import check_routing, check_rows, check_site
-from ia3rt.ops._dispatch import device_of, flat, implementation, module, new, save_inputs
+from ia3rt.ops._dispatch import device_of, flat, implementation, module, new, save_inputs, side_by_side
 from ia3rt.ops._op import custom_op
 from ia3rt.ops._scale import bank_gradient, scale
 
@@ -38,7 +38,7 @@ def linear(
     Args:
         x: [..., K_in], any strides.
         weight: [N, K_in], any strides (a Conv1D passes weight.t()).
-        bias: [N] or None.
+        bias: [N], any stride, or None.
         l_in: [capacity, K_in], a bank slice with contiguous columns, or None for no scale on x.
         l_out: [capacity, N], the same for the output.
         mixes: int32 [slots, 2 + 2K].
@@ -57,7 +57,7 @@ def linear(
     if x.numel() == 0:
         return new(x, weight.shape[0])
     with device_of(x):
-        y = implementation("linear", x)(rows, weight, bias, l_in, l_out, mixes, route)
+        y = implementation("linear", x)(rows, weight, side_by_side(bias), l_in, l_out, mixes, route)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -132,7 +132,7 @@ def linear_pair(
     Args:
         x: [..., K_in], any strides.
         weight_a: [N_a, K_in], any strides (a Conv1D passes weight.t()).
-        bias_a: [N_a] or None.
+        bias_a: [N_a], any stride, or None.
         l_a: [capacity, N_a], the output site's bank slice with contiguous columns, or None.
         weight_b: as weight_a; N_b may be another.
         bias_b: as bias_a.
@@ -155,7 +155,8 @@ def linear_pair(
         return new(x, weight_a.shape[0]), new(x, weight_b.shape[0])
     with device_of(x):
         run = module("linear_pair", x).linear_pair
-        y_a, y_b = run(rows, (weight_a, bias_a, l_a), (weight_b, bias_b, l_b), mixes, route)
+        a, b = (weight_a, side_by_side(bias_a), l_a), (weight_b, side_by_side(bias_b), l_b)
+        y_a, y_b = run(rows, a, b, mixes, route)
     return y_a.view(*x.shape[:-1], weight_a.shape[0]), y_b.view(*x.shape[:-1], weight_b.shape[0])
 
 

@@ -174,6 +174,21 @@ def test_shapes_and_strides_of_x(device) -> None:
     assert ops.scale(x[:0], l_in, *fixed[-2:]).shape == (0, 4, K)
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_biases_of_any_stride(expanded, device) -> None:
+    """As the parts of a fused bias lie, and one number for all."""
+    x, weight, _, _, l_out = inputs(device, grad=False)
+    bias = torch.tensor([2.0], device=device).expand(N) if expanded else torch.randn(N, 3, device=device)[:, 2]
+    routed = MIXES.to(device), route_of("uniform", device)
+    y = x.double() @ weight.double().t() + bias.double()
+    truth = reference.scale(y, l_out.double(), *routed)
+    torch.testing.assert_close(ops.linear(x, weight, bias, None, l_out, *routed), truth.float())
+    for part in ops.linear_pair(x, weight, bias, l_out, weight, bias, l_out, *routed):
+        torch.testing.assert_close(part, truth.float())
+    gated = ops.gate_up(x, weight, bias, weight, bias, l_out, *routed, "relu")
+    torch.testing.assert_close(gated, reference.scale(y.relu() * y, l_out.double(), *routed).float())
+
+
 def test_torch_compile_leaves_the_op_whole(device) -> None:
     tensors = inputs(device, grad=False)
     routing = MIXES.to(device), route_of("a mix a sequence", device)
