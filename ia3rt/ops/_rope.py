@@ -67,14 +67,14 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
 
 
-def _table(table: Tensor, rows: int) -> Tensor:
-    """Return cos or sin as contiguous [C, rotary_dim], without what only repeats it."""
-    while table.ndim > 2 and (table.shape[0] == 1 or table.stride(0) == 0):
-        table = table[0]
-    table = table.reshape(-1, table.shape[-1]).contiguous()
-    if table.shape[0] == 0 or rows % table.shape[0]:
-        raise ValueError(f"the {rows} rows of q are no multiple of the {table.shape[0]} rows of cos and sin")
-    return table
+def _tables(cos: Tensor, sin: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin as contiguous [C, rotary_dim], without what only repeats both."""
+    while cos.ndim > 2 and (cos.shape[0] == 1 or cos.stride(0) == sin.stride(0) == 0):
+        cos, sin = cos[0], sin[0]
+    cos, sin = (table.reshape(-1, table.shape[-1]).contiguous() for table in (cos, sin))
+    if cos.shape[0] == 0 or rows % cos.shape[0]:
+        raise ValueError(f"the {rows} rows of q are no multiple of the {cos.shape[0]} rows of cos and sin")
+    return cos, sin
 
 
 def _new(*xs: Tensor) -> list[Tensor]:
@@ -108,7 +108,7 @@ def rope(
         cos: [..., rotary_dim], rotary_dim even and at most D; its rows, C of them but for leading dimensions that
             repeat, divide those of q, and row m of q uses row m % C. There is an entry for each number, not for each
             pair. Numbers past rotary_dim are not rotated.
-        sin: as cos.
+        sin: as cos. Neither gets a gradient.
         mixes: int32 [slots, 2 + 2K].
         route: int32 [R]; the number of rows of q is a multiple of R.
         interleaved: whether neighbours are a pair, as in GPT-J and Cohere; else the halves of rotary_dim are, as in
@@ -128,7 +128,7 @@ def rope(
     check_rows(rows, route)
     if rows == 0:
         return _new(q, k, v)
-    tables = _table(cos, rows), _table(sin, rows)
+    tables = _tables(cos, sin, rows)
     with device_of(q):
         ys = module("rope", q).rope(*parts, l_q, l_k, l_v, *tables, mixes, route, interleaved)
     return [y.view(x.shape) for y, x in zip(ys, (q, k, v), strict=True)]
@@ -173,7 +173,7 @@ def rope_gradient(
     rows = dq.shape[:-2].numel()
     if rows == 0:
         return _new(*dys)
-    tables = _table(cos, rows), _table(sin, rows)
+    tables = _tables(cos, sin, rows)
     parts = (None if dy is None else _heads(dy) for dy in (dq, dk, dv))
     with device_of(dq):
         dxs = module("rope", dq).rope_gradient(*parts, l_q, l_k, l_v, *tables, mixes, route, interleaved)
@@ -206,6 +206,8 @@ def _rope_backward(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The vectors' gradients need Pᵀ dy as it is before the scale, and dy itself for v, which P leaves alone."""
     q, k, v, *vectors, cos, sin, mixes, route = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if needs[6] or needs[7]:
+        raise ValueError("rope has no gradient for cos and sin: detach() them")
     fixed = cos, sin, mixes, route, ctx.interleaved
     dxs: list[Tensor | None] = [None] * 3
     dls: list[Tensor | None] = [None] * 3
@@ -265,7 +267,7 @@ def rope_into_cache(
         raise ValueError(f"slots must have one entry for each of the {rows} rows, not {slots.shape[0]}")
     if rows == 0:
         return _new(q)[0]
-    tables = _table(cos, rows), _table(sin, rows)
+    tables = _tables(cos, sin, rows)
     cache = k_cache, v_cache, slots
     with device_of(q):
         run = module("rope", q).rope_into_cache

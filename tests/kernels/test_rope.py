@@ -363,6 +363,25 @@ def test_shapes_strides_and_repeated_angles(device) -> None:
     assert [y.shape for y in empty] == [(0, *x.shape[1:]) for x in (q, k, v)]
 
 
+@pytest.mark.parametrize("expanded", [0, 1])
+def test_one_of_cos_and_sin_repeats_and_the_other_does_not(expanded, device) -> None:
+    tensors, (*tables, mixes, route, interleaved) = op_inputs(device)
+    laid_out = [torch.stack((table, -table)) for table in tables]
+    laid_out[expanded] = torch.stack([tables[expanded]] * 2)
+    given = list(laid_out)
+    given[expanded] = tables[expanded].expand(2, -1, -1)
+    with torch.no_grad():
+        ours, theirs = (ops.rope(*tensors, *each, mixes, route, interleaved) for each in (given, laid_out))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_cos_and_sin_have_no_gradient(device) -> None:
+    tensors, (cos, *fixed) = op_inputs(device)
+    ys = ops.rope(*tensors, cos.requires_grad_(), *fixed)
+    with pytest.raises(ValueError, match="no gradient for cos and sin"):
+        ys[0].sum().backward()
+
+
 def test_torch_compile_leaves_the_op_and_its_gradient_whole(device) -> None:
     tensors, fixed = op_inputs(device)
 
