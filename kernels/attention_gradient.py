@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ia3rt.kernels.attention_configs import attention_gradient_configs
-from ia3rt.kernels.attention_inputs import Inputs, masked
+from ia3rt.kernels.attention_inputs import Inputs, masked, rows_of
 from ia3rt.kernels.attention_tile import scores, sees, span
 from ia3rt.kernels.configs import arch_of
 from ia3rt.kernels.launch import precision_of, run
@@ -111,7 +111,6 @@ def key_gradient_kernel(
     In fp32 each query head is summed apart and added to what is stored: one sum over the queries of all heads errs by
     more than torch's, and a second pair of sums takes as many registers again.
     """
-    of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     Hkv = Hq // HEADS
     b, hkv = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
     first = tl.program_id(0) * BLOCK_N
@@ -119,8 +118,8 @@ def key_gradient_kernel(
     start, end, shift, _, _ = span(b, 0, 0, inputs, Sq, Skv, None, False)
     own = (keys < Skv)[:, None] & (dims < D)[None, :]
     wide_b = b.to(tl.int64)
-    k_rows = wide_b * of_k.b + hkv * of_k.head + keys.to(tl.int64) * of_k.row
-    v_rows = wide_b * of_v.b + hkv * of_v.head + keys.to(tl.int64) * of_v.row
+    k_rows = rows_of(b, hkv, keys, inputs.k_strides)
+    v_rows = rows_of(b, hkv, keys, inputs.v_strides)
     k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
     v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
     low, high = 0, Sq
@@ -137,7 +136,7 @@ def key_gradient_kernel(
         for query in range(low, high, BLOCK_M):
             queries = query + tl.arange(0, BLOCK_M)
             there = (queries < Sq)[:, None] & (dims < D)[None, :]
-            q_rows = wide_b * of_q.b + head * of_q.head + queries.to(tl.int64) * of_q.row
+            q_rows = rows_of(b, head, queries, inputs.q_strides)
             q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=there, other=0.0)
             do_rows = ((wide_b * Sq + queries) * Hq + head) * D
             do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=there, other=0.0)
@@ -146,7 +145,7 @@ def key_gradient_kernel(
             delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
             mask_rows = wide_b
             if inputs.mask is not None:
-                mask_rows = (wide_b * of_mask.b + head * of_mask.head + queries.to(tl.int64) * of_mask.row)[None, :]
+                mask_rows = rows_of(b, head, queries, inputs.mask_strides)[None, :]
             p, ds = _probabilities(
                 tl.dot(k, tl.trans(q), input_precision=PRECISION),
                 tl.dot(v, tl.trans(do), input_precision=PRECISION),
@@ -197,14 +196,13 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute dq of one block of queries. Under a causal mask the last blocks have most to do, and go first."""
-    of_q, of_k, of_v, of_mask = inputs.q_strides, inputs.k_strides, inputs.v_strides, inputs.mask_strides
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, head = tl.program_id(1) // Hq, tl.program_id(1) % Hq
     hkv = head // HEADS
     queries, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     own = (queries < Sq)[:, None] & (dims < D)[None, :]
     wide_b = b.to(tl.int64)
-    q_rows = wide_b * of_q.b + head * of_q.head + queries.to(tl.int64) * of_q.row
+    q_rows = rows_of(b, head, queries, inputs.q_strides)
     q = tl.load(inputs.q + q_rows[:, None] + dims[None, :], mask=own, other=0.0)
     do_rows = ((wide_b * Sq + queries) * Hq + head) * D
     do = tl.load(do_ptr + do_rows[:, None] + dims[None, :], mask=own, other=0.0)
@@ -213,15 +211,15 @@ def query_gradient_kernel(
     delta = tl.load(delta_ptr + of_row, mask=queries < Sq, other=0.0)
     mask_rows = wide_b
     if inputs.mask is not None:
-        mask_rows = (wide_b * of_mask.b + head * of_mask.head + queries.to(tl.int64) * of_mask.row)[:, None]
+        mask_rows = rows_of(b, head, queries, inputs.mask_strides)[:, None]
     last = min(Sq, first + BLOCK_M) - 1
     start, end, shift, begin, stop = span(b, first, last, inputs, Sq, Skv, window, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in range(max(begin, 0) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         there = (keys < end)[:, None] & (dims < D)[None, :]
-        k_rows = wide_b * of_k.b + hkv * of_k.head + keys.to(tl.int64) * of_k.row
-        v_rows = wide_b * of_v.b + hkv * of_v.head + keys.to(tl.int64) * of_v.row
+        k_rows = rows_of(b, hkv, keys, inputs.k_strides)
+        v_rows = rows_of(b, hkv, keys, inputs.v_strides)
         k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=there, other=0.0)
         v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=there, other=0.0)
         _, ds = _probabilities(

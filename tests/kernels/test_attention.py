@@ -55,6 +55,19 @@ def test_padding_on_either_side(Sq, device) -> None:
     layer.check(causal=True)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask"])
+def test_heads_more_than_32_bits_apart(name, device) -> None:
+    """As in the mask of each head of a long sequence. On a CPU, memory that nobody touches is not there."""
+    layer = Layer(device, torch.float16, B=1, Hq=3, Hkv=3, Sq=4, Skv=4)
+    layer.l_k = None  # q times its scale is another tensor
+    layer.mask = (torch.rand(1, 3, 4, 4, generator=layer.generator) < 0.6).to(device)
+    tensor, apart = getattr(layer, name), 2**30
+    S, width = tensor.shape[2:]
+    far = torch.empty(2 * apart + S * width, dtype=tensor.dtype, device=device)
+    setattr(layer, name, far.as_strided(tensor.shape, (0, apart, width, 1)).copy_(tensor))
+    layer.check()
+
+
 @pytest.mark.parametrize("kind", ["bool", "additive", "by head"])
 def test_masks(kind, device) -> None:
     layer = Layer(device, torch.bfloat16)
