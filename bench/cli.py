@@ -134,7 +134,7 @@ def compare(
     before: Annotated[Path, typer.Argument(metavar="BEFORE.json")],
     after: Annotated[Path, typer.Argument(metavar="AFTER.json")],
 ) -> None:
-    """Compare the ratios of two runs. Exits with 1 if ia3rt became slower."""
+    """Compare the ratios of two runs. Exits with 1 if ia3rt became slower, failed, or is measured no more."""
     with errors_in_a_line():
         from ia3rt.bench.compare import compare as changes_of
         from ia3rt.bench.result import read_json

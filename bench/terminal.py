@@ -14,12 +14,12 @@ from rich.text import Text
 from ia3rt.bench import readable
 from ia3rt.bench.compare import Change
 from ia3rt.bench.contenders.registry import OURS
-from ia3rt.bench.result import NOISE, CaseResult, Result
+from ia3rt.bench.result import NOISE, CaseResult, Measurement, Result
 from ia3rt.bench.runner import Shown
 from ia3rt.bench.suites.registry import SUITES
 
 WIDE = 110  # columns that a terminal needs to show all percentiles
-STYLES = {"slower": "red", "faster": "green", "noise": "dim", "same": ""}
+STYLES = {"slower": "red", "failed": "red", "missing": "red", "faster": "green", "same": ""}
 
 
 @contextmanager
@@ -94,7 +94,15 @@ def print_changes(console: Console, changes: Sequence[Change]) -> None:
     for title in ("before", "after", "verdict"):
         table.add_column(title, justify="right", no_wrap=True)
     for change in changes:
-        ratios = ("–", "–") if change.verdict == "noise" else (f"{change.before:.3g} ×", f"{change.after:.3g} ×")
-        verdict = Text(change.verdict, style=STYLES[change.verdict])
+        ratios = _ratio(change.before), _ratio(change.after)
+        verdict = Text(change.verdict, style=STYLES.get(change.verdict, "dim"))
         table.add_row(Text(change.case), f"{change.contender} / {change.reference}", *ratios, verdict)
     console.print(table)
+
+
+def _ratio(measured: Measurement | None) -> str:
+    """A ratio's median; of noise, which has none to tell, p20 … p80."""
+    if measured is None or measured.ratio is None:
+        return "–"
+    ratio = measured.ratio
+    return f"{ratio.p20:.3g} … {ratio.p80:.3g} ×" if measured.is_noise else f"{ratio.p50:.3g} ×"

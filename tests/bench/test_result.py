@@ -174,8 +174,10 @@ def test_plots_of_one_case_and_of_many() -> None:
         (case(1.0), case(1.05), "same"),
         (case(1.0), case(1.3), "slower"),
         (case(1.3), case(1.0), "faster"),
-        (case(1.0), case(3.0, SHAKY), "noise"),
-        (case(1.0, SHAKY), case(3.0), "noise"),
+        (case(1.0), case(1.15, SHAKY), "noise"),
+        (case(1.0, SHAKY), case(1.15), "noise"),
+        (case(1.0), case(3.0, SHAKY), "slower"),  # even the fastest of what is noise took twice as long
+        (case(3.0, SHAKY), case(1.0, SHAKY), "faster"),
     ],
 )
 def test_compare(before: CaseResult, after: CaseResult, verdict: str) -> None:
@@ -190,6 +192,37 @@ def test_peft_becoming_slower_is_no_regression() -> None:
     slower.measurements[1] = Measurement.of("peft", [4 * base for base in BASE], BASE)
     changes = {change.contender: change for change in compare(result(case(1.0)), result(slower))}
     assert changes["peft"].verdict == "slower" and not changes["peft"].is_regression
+
+
+WITHOUT_OURS = [measured for measured in case(1.0).measurements if measured.contender != "ia3rt"]
+STOPPED = {"forward: decode rows=4 length=8": "the run was stopped"}
+
+
+@pytest.mark.parametrize(
+    ("after", "not_run", "verdict"),
+    [
+        (dataclasses.replace(case(1.0, rows=4), measurements=WITHOUT_OURS, failed={"ia3rt": "broke"}), {}, "failed"),
+        (dataclasses.replace(case(1.0, rows=4), measurements=[], failed={"the case": "broke"}), {}, "failed"),
+        (dataclasses.replace(case(1.0, rows=4), measurements=WITHOUT_OURS), {}, "missing"),
+        (None, {}, "missing"),
+        (None, STOPPED, "not compared"),
+        (None, {"forward": "it needs a GPU"}, "not compared"),
+        (dataclasses.replace(case(1.0, rows=4), reference="peft"), {}, "not compared"),  # the base model failed, say
+    ],
+)
+def test_what_was_measured_and_is_no_more(after: CaseResult | None, not_run, verdict: str) -> None:
+    now = result(case(1.0), *([after] if after else []), not_run=not_run)
+    changes = [change for change in compare(result(case(1.0), case(1.0, rows=4)), now) if change.contender == "ia3rt"]
+    assert [change.verdict for change in changes] == ["same", verdict]
+    assert [change.is_regression for change in changes] == [False, verdict != "not compared"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    terminal.print_changes(console, changes)
+    assert verdict in console.export_text()
+
+
+def test_a_failure_in_the_only_case_is_told() -> None:
+    failed = dataclasses.replace(case(1.0), measurements=WITHOUT_OURS, failed={"ia3rt": "broke"})
+    assert [change.verdict for change in compare(result(case(1.0)), result(failed))] == ["same", "failed"]
 
 
 def test_runs_that_cannot_be_compared() -> None:
