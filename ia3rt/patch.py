@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ia3rt import ops
 from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.given import check_model
 from ia3rt.adapters.site import ModuleNames, Side, Site, SlicedNames
+from ia3rt.adapters.site_tables import check_dtype
 from ia3rt.adapters.sizes import bytes_of
 from ia3rt.adapters.takeover import TakenOver, base_model, check_unwrapped, take_over
 from ia3rt.modules import attention
@@ -77,7 +79,10 @@ def patch(
             tensor-parallel in a way that is not known, or on the Triton backend; PEFT still wraps its layers, or
             holds adapters of another type, or its layers differ in which adapters are active; or it cannot be seen
             where slices are. After this or any other exception the model is as it was.
+        TypeError: it is no model.
     """
+    check_model(model, "patch")
+    check_dtype(dtype)
     inner = getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
     base = base_model(inner)
     copied: Runtime | None = vars(base).get("ia3_runtime")

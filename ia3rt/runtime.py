@@ -354,9 +354,9 @@ class Runtime:
             them, and those of the adapters' own modules.
 
         Raises:
-            ValueError: the model is tensor-parallel; an adapter is unknown, acts at an offloaded module, or has modules
-                of its own beside a model that FSDP splits; no row wears one and all rows cannot wear their product; or
-                a name is in the way.
+            ValueError: the model is tensor-parallel; an adapter is unknown, named twice, acts at an offloaded module or
+                has modules of its own beside a model that FSDP splits; no row wears one and all rows cannot wear their
+                product; or a name is in the way.
             RuntimeError: adapters are trained already, or the model is merged or no longer patched.
         """
         self._check_open("train adapters")

@@ -375,6 +375,44 @@ ERRORS = {
         ValueError,
         "sides are 'in' and 'out'",
     ),
+    "a path the model lacks": (
+        lambda rt: rt.add_adapter("x", {"model.layers.0.mlp.downproj": torch.ones(96)}),
+        ValueError,
+        "'x' does not fit: the model has no module 'model.layers.0.mlp.downproj'",
+    ),
+    "a path that wears none": (
+        lambda rt: rt.add_adapter("x", {"model.norm.weight": torch.ones(64)}),
+        ValueError,
+        "is a tensor of a LlamaRMSNorm, which wears no vector",
+    ),
+    "PEFT's key": (
+        lambda rt: rt.add_adapter("x", {f"base_model.model.{DOWN}.ia3_l": torch.ones(1, 96)}),
+        ValueError,
+        f"key of PEFT's files: name the module, '{DOWN}'",
+    ),
+    "PEFT's key and a side": (
+        lambda rt: rt.add_adapter("x", {(f"base_model.model.{DOWN}", "in"): torch.ones(96)}),
+        ValueError,
+        f"key of PEFT's files: name the module, '{DOWN}'",
+    ),
+    "PEFT's key of what is not there": (
+        lambda rt: rt.add_adapter("x", {"base_model.model.layers.7.mlp.ia3_l": torch.ones(96)}),
+        ValueError,
+        "another model, or for a part of this one$",
+    ),
+    "a weight without mix:": (lambda rt: rt.set_adapter("b*0.5"), ValueError, r"begins with mix: .* 'mix:b\*0.5'"),
+    "a sum without mix:": (lambda rt: rt.route(["b+c"]), ValueError, r"unknown adapter 'b\+c': a weighted sum begins"),
+    "a product with an unknown one": (lambda rt: rt.set_adapter("b*x"), ValueError, "unknown adapter 'x': load"),
+    "trained twice": (lambda rt: rt.train_adapter(["b", "b"]), ValueError, r"are \['b', 'b'\]: name each once"),
+    "a name in the place of a model": (lambda rt: ia3rt.patch("org/model"), TypeError, "given is of type str: give"),
+    "tensors in the place of a model": (
+        lambda rt: ia3rt.patch(rt.model.state_dict()),
+        TypeError,
+        "of type OrderedDict",
+    ),
+    "nothing in the place of a model": (lambda rt: ia3rt.patch(None), TypeError, "of type NoneType"),
+    "the runtime patched": (lambda rt: ia3rt.patch(rt), TypeError, "of type Runtime: .* is its `model`"),
+    "the runtime explained": (lambda rt: ia3rt.explain(rt), TypeError, "explain takes a model"),
     "a side left open": (lambda rt: rt.add_adapter("x", {UP: torch.ones(96)}), ValueError, "say at which side"),
     "a site twice": (
         lambda rt: rt.add_adapter("x", {DOWN: torch.ones(96), (DOWN, "in"): torch.ones(96)}),
@@ -444,6 +482,7 @@ def test_a_value_that_overflows_a_half_bank_is_an_error(model):
     [
         (dict(backend="cuda"), "unknown backend 'cuda'"),
         (dict(dtype=torch.float64), "bank's dtype must be"),
+        (dict(dtype="bfloat16"), "bank's dtype must be .* 'bfloat16'"),
         (dict(capacity=0), "capacity must be at least 1"),
         (dict(target_modules=["nothing"]), "no IA³ site found"),
     ],

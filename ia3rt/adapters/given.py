@@ -1,10 +1,10 @@
-"""Tensors that users give by name: what is none, or holds no numbers of a vector's, is told by where it was given."""
+"""What users give, models and tensors by name: what is none, or holds no numbers of a vector's, is told."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_mapping(given: object, what: str, to: str) -> None:
@@ -42,6 +42,23 @@ def check_tensors(given: object, what: str) -> None:
                 f"{what} must be tensors, and what is given at {name!r} is of type {type(each).__name__}: make one of "
                 "it, as by torch.tensor(…, dtype=torch.float32)"
             )
+
+
+def check_model(given: object, call: str) -> None:
+    """Checks that it is a model.
+
+    Args:
+        given: what a user gave.
+        call: to which function.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(given, nn.Module):
+        raise TypeError(
+            f"{call} takes a model, a torch.nn.Module, and what is given is of type {type(given).__name__}: give what "
+            "from_pretrained(…) returns; that of a pipeline or a Runtime is its `model`"
+        )
 
 
 def check_floating(tensor: Tensor, what: str) -> None:

@@ -99,6 +99,13 @@ def sort_keys(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: st
     return contents
 
 
+def path_of_key(key: str) -> str:
+    """The module that a vector's key is of, in the names that the model has without PEFT; what is no key, as it is."""
+    (plain,) = _plain([key])
+    match = _VECTOR.fullmatch(plain)
+    return match["path"] if match else plain
+
+
 def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the modules of which an adapter has its own: the config's, and those of its task.
 

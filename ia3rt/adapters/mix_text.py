@@ -43,13 +43,32 @@ def read_mix(spec: MixLike, is_adapter: Callable[[str], bool]) -> Mix:
         is_adapter: whether an adapter has this name, which is what is meant then.
 
     Raises:
-        ValueError: text that begins as a mix and goes on as none, or what `Mix.of` refuses.
+        ValueError: text that begins as a mix and goes on as none, or that would mean a mix if it began as one and names
+            no adapter; or what `Mix.of` refuses.
         TypeError: as `Mix.of`.
     """
     if not isinstance(spec, str):
         return Mix.of(spec)
-    mix = None if is_adapter(spec) else parse(spec)
-    return named(spec) if mix is None else mix
+    if is_adapter(spec):
+        return named(spec)
+    mix = parse(spec) or named(spec)
+    unknown = [name for name in mix.adapters if not is_adapter(name)] if is_sum(spec) else ()
+    if unknown:
+        raise ValueError(
+            f"unknown adapter {short(unknown[0])!r}: a weighted sum begins with mix: or delta:, as in "
+            f"{'mix:' + short(spec)!r}"
+        )
+    return mix
+
+
+def is_sum(name: str) -> bool:
+    """Whether text would mean a weighted sum if it began as one."""
+    if name.startswith(PREFIXES) or not {"+", "*"} & set(name):
+        return False
+    try:
+        return parse("mix:" + name) is not None
+    except MixNameError:
+        return False
 
 
 def parse(name: str) -> Mix | None:

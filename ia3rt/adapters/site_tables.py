@@ -45,8 +45,7 @@ class SiteTables:
     def __init__(
         self, sites: Iterable[Site], where: torch.device | Callable[[Site], torch.device], dtype: torch.dtype, rows: int
     ) -> None:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"the bank's dtype must be float32, bfloat16 or float16, got {dtype}")
+        check_dtype(dtype)
         self.sites: dict[SiteKey, Site] = {site.key: site for site in sites}
         self.dtype = dtype
         self._free = FreeRows(rows)
@@ -167,3 +166,9 @@ class SiteTables:
         self._noted = [tables[at].device for at in self.places]
         self.is_settled = True
         self.is_cuda = any(each.table.is_cuda for each in tables)
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises ValueError where a bank's vectors cannot be of it; a dtype's name is no dtype."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the bank's dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")

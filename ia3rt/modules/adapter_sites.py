@@ -10,6 +10,7 @@ from torch import nn
 
 from ia3rt import ops
 from ia3rt.adapters.bank import Bank
+from ia3rt.adapters.keys import path_of_key
 from ia3rt.adapters.site import Site, SiteKey
 from ia3rt.modules.own_modules import OwnModules
 from ia3rt.modules.sites import Targets, find_sites, shared_modules, site_of
@@ -51,9 +52,14 @@ class AdapterSites:
             raise ValueError(f"adapter {name!r} has a vector at side {side!r} of {path!r}: sides are 'in' and 'out'")
         try:
             with self._own.lifted():
-                site = site_of(dict(self._model.named_modules()), path, side)
+                modules = dict(self._model.named_modules())
+                site = site_of(modules, path, side)
         except ValueError as error:
-            raise ValueError(f"adapter {name!r} does not fit: {error}") from None
+            meant = path_of_key(path)
+            told = f". {path!r} is a key of PEFT's files: name the module, {meant!r}, or load_adapter() the files"
+            raise ValueError(
+                f"adapter {name!r} does not fit: {error}{told if path not in modules and meant in modules else ''}"
+            ) from None
         self._check_unshared(name, path, site.module)
         self._targets.check(self._model, site, name)
         self._check_worn_by(name, site)
@@ -63,7 +69,7 @@ class AdapterSites:
         """A path and a side; of a path alone, the one side where the model has a site there.
 
         Raises:
-            ValueError: it has none or two, or that is no key.
+            ValueError: it has none or two, or no such module, or that is no key.
         """
         if not isinstance(key, str):
             if not isinstance(key, tuple) or [type(part) for part in key] != [str, str]:
@@ -75,6 +81,8 @@ class AdapterSites:
         here = [site for site in self._bank.sites.values() if site.path == key]
         if len(here) == 1:
             return here[0].key
+        if not here and key not in dict(self._model.named_modules()):
+            self.site(name, (key, "out"))  # says that there is no such module
         raise ValueError(
             f"adapter {name!r}: say at which side of {key!r} its vector acts, with the key ({key!r}, 'in') or "
             f"({key!r}, 'out')"

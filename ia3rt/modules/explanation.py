@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ia3rt.adapters.given import check_model
 from ia3rt.adapters.site import Site
 from ia3rt.modules.wearer import How, Wearer
 from ia3rt.routing.route import Backend
@@ -87,7 +88,9 @@ def explain(model: nn.Module, rows: int = 1) -> Explanation:
 
     Raises:
         ValueError: the model is not patched.
+        TypeError: it is no model.
     """
+    check_model(model, "explain")
     wearers = [module for module in model.modules() if isinstance(module, Wearer)]
     if not wearers and "ia3_runtime" in vars(model):
         return Explanation((), rows)  # its sites come with its adapters

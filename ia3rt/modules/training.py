@@ -55,6 +55,8 @@ class Training:
 
         def check(mixes: Sequence[tuple[Adapter, ...]]) -> None:
             adapters = [adapter for (adapter,) in mixes]
+            if len({*adapters}) < len(adapters):
+                raise ValueError(f"adapters to train are {list(names)}: name each once")
             check_trainable(self._model, adapters)
             self._own.check_names(adapters)
             if worn.isdisjoint(adapters):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import islice
 
-from ia3rt.adapters.mix_text import PREFIXES, MixNameError, parse
+from ia3rt.adapters.mix_text import is_sum
 from ia3rt.adapters.shortened import short
 
 MOST = 3
@@ -30,7 +30,7 @@ def hint(name: str, unknown: str, loaded: Iterable[str]) -> str:
         unknown: the part of it that is not known.
         loaded: the names that are.
     """
-    if _is_sum(name):
+    if is_sum(name):
         shown = f"mix:{name}" if len(name) <= _REPEATED else "mix:a*0.7+b*0.3"
         return f" A weighted sum begins with mix: or delta:, as in `{shown}`."
     return _near(unknown, loaded)
@@ -44,13 +44,3 @@ def _near(name: str, loaded: Iterable[str]) -> str:
     if not found:
         return ""
     return f" Did you mean {' or '.join(f'`{short(known[other], _LETTERS)}`' for other in found)}?"
-
-
-def _is_sum(name: str) -> bool:
-    """Whether a name would mean a weighted sum if it began as one."""
-    if name.startswith(PREFIXES) or not {"+", "*"} & set(name):
-        return False
-    try:
-        return parse("mix:" + name) is not None
-    except MixNameError:
-        return False
