@@ -614,8 +614,8 @@ class Runtime:
             adapter_names: what to merge; None merges what all rows wear now, or wore before the first merge.
 
         Raises:
-            ValueError: rows wear different mixes; or a weight is quantised, offloaded, shared, or would overflow.
-                Nothing has changed then.
+            ValueError: rows wear different mixes; nothing is named, merged or worn; or a weight is quantised,
+                offloaded, shared, or would overflow. Nothing has changed then.
             RuntimeError: adapters are trained, or the model is no longer patched; or other code has written merged
                 weights, as `unmerge_adapter`.
         """
@@ -632,7 +632,10 @@ class Runtime:
         route = self._routing.chosen
         if named is None and route.index is not None:
             raise ValueError("rows wear different mixes: set_adapter() the one to merge, or name it")
-        mix = weights.without_merged(route.mixes[0].mix if named is None else named)
+        mix = route.mixes[0].mix if named is None else named
+        if not mix.adapters and self._merged is None:
+            raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
+        mix = weights.without_merged(mix)
         resolved = route.mixes[0].without_others(mix) if named is None else self._resolve(mix, fetched)
         self._placement.drop_ins.check_alone()
         with self._own.lifted():
@@ -667,7 +670,7 @@ class Runtime:
                 more than what is merged already: then the model stays as it is.
 
         Raises:
-            ValueError: as `merge_adapter`; or nothing is named, merged or worn.
+            ValueError: as `merge_adapter`.
             RuntimeError: as `merge_adapter`, where there is something to merge.
         """
         self._check_open("merge", while_merged=True)
@@ -678,8 +681,6 @@ class Runtime:
     def _merge_and_unload(self, named: Mix | None, fetched: Fetched) -> nn.Module:
         self._check_open("merge", while_merged=True)
         if named is not None or self._merged is None:
-            if named is None and not self.active_adapters:
-                raise ValueError("all rows wear the base model: set_adapter() the adapter to merge, or name it")
             self._merge(named, fetched)
         self._uninstall()
         self._merged = None

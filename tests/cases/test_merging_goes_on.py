@@ -198,10 +198,13 @@ def test_merged_for_good_as_in_peft(pair, how, tmp_path):
     ia3rt.patch(merged)
 
 
-def test_nothing_to_merge_for_good_is_an_error(pair):
+def test_nothing_to_merge_is_an_error(pair):
     _, runtime = pair
-    with pytest.raises(ValueError, match="all rows wear the base model: set_adapter"):
-        runtime.merge_and_unload()
+    for merge in (runtime.merge_and_unload, runtime.merge_adapter, lambda: runtime.merge_adapter(ia3rt.Mix(()))):
+        with pytest.raises(ValueError, match="all rows wear the base model: set_adapter"):
+            merge()
+    runtime.set_adapter("b")  # nothing is merged, so it can be
+    runtime.set_adapter(None)
     with runtime.route(["b", "c", None]), pytest.raises(ValueError, match="rows wear different mixes"):
         runtime.merge_and_unload()
     runtime.set_adapter("b")
