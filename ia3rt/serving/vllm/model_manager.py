@@ -69,6 +69,8 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         """Gives an adapter a slot: its LoRA matrices, or its vectors, are copied there, and the other kind reset."""
         changed: bool = super().activate_adapter(lora_id)
         if changed:
+            # vLLM writes a step's mapping only where numbers or slots changed, and ours also says what is a LoRA.
+            self._last_mapping = None
             slot = self.lora_index_to_id.index(lora_id)
             model = self._registered_adapters.cache[lora_id]
             placed: Placed = {}

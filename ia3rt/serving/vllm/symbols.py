@@ -203,6 +203,9 @@ INSTANCES = (
             *("prompt_logprobs_dict", "prompt_token_id_logprobs_dict"),
         ),
     ),
+    Instances("vllm.v1.core.block_pool", "BlockPool", ("num_gpu_blocks",)),
+    Instances("vllm.v1.core.kv_cache_manager", "KVCacheManager", ("block_pool",)),
+    Instances("vllm.v1.request", "Request", ("num_preemptions",)),
     Instances("vllm.v1.engine.output_processor", "RequestState", ("lora_name", "lora_request")),
     Instances(
         "vllm.lora.model_manager",
@@ -210,6 +213,7 @@ INSTANCES = (
         (
             *("_registered_adapters", "lora_index_to_id", "lora_slots", "capacity", "modules", "packed_modules"),
             *("punica_wrapper_mapping", "mm_mapping", "supports_mm", "max_num_batched_tokens", "model", "device"),
+            "_last_mapping",
         ),
     ),
     Instances(
