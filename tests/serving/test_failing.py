@@ -17,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from ia3rt.serving.vllm import failing, register, worker_manager
@@ -130,6 +130,21 @@ def test_what_it_left_in_the_prefix_cache_is_forgotten(scheduler, is_unreadable)
     computed = scheduler.schedule().num_scheduled_tokens  # what the cache does not have
     assert computed["g2"] == (len(PROMPT) if is_unreadable else len(PROMPT) - 3 * BLOCK)
     assert computed["a2"] == len(PROMPT) - 3 * BLOCK
+
+
+@pytest.mark.parametrize("lost", ["its client left", "it was preempted"])
+def test_nor_does_one_leave_anything_that_lost_its_blocks_in_the_step(scheduler, lost) -> None:
+    add(scheduler, "g", GONE)
+    scheduled = scheduler.schedule()
+    if lost == "its client left":
+        scheduler.finish_requests("g", RequestStatus.FINISHED_ABORTED)
+    else:  # by the next step, which vLLM schedules while this one runs
+        scheduler._preempt_request(scheduler.running.pop(), 0.0)
+    output = ModelRunnerOutput(["g"], {"g": 0}, [[7]])
+    setattr(output, failing.FIELD, frozenset({GONE.lora_int_id}))
+    scheduler.update_from_output(scheduled, output)
+    add(scheduler, "g2", GONE)
+    assert scheduler.schedule().num_scheduled_tokens["g2"] == len(PROMPT)
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,15 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
         output: the step's, changed in place.
         unreadable: the adapters' numbers.
     """
+    cache = scheduler.kv_cache_manager
+    lost = any(name not in scheduler.requests for name in output.req_ids)
     for name, request in scheduler.requests.items():
         worn = request.lora_request
         if worn is None or worn.lora_int_id not in unreadable or request.is_finished():
             continue
         logger.error("Request %s fails: adapter %s could not be read.", name, worn.lora_name)
-        blocks = scheduler.kv_cache_manager.get_block_ids(name)
-        scheduler.kv_cache_manager.evict_blocks({block for group in blocks for block in group})
+        cache.evict_blocks({block for group in cache.get_block_ids(name) for block in group})
+        lost |= request.num_preemptions > 0
         row = output.req_id_to_index.get(name)
         if row is not None:
             if output.sampled_token_ids:
@@ -76,6 +78,8 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
             output.prompt_logprobs_dict.pop(name, None)
             output.prompt_token_id_logprobs_dict.pop(name, None)
         scheduler.encoder_cache_mismatch_reqs.add(name)
+    if lost:  # one has left the step, or was put off: which blocks it had is not known any more
+        cache.evict_blocks(set(range(cache.block_pool.num_gpu_blocks)))
 
 
 def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
