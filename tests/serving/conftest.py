@@ -23,8 +23,8 @@ SMALL += ["--chat-template", "{% for message in messages %}{{ message['content']
 # They import vLLM's own classes, and run in an environment of their own, alone (.ci/serving).
 OF_VLLM = """
     access activations bodies composed_mixes every_door failing finite identity keeping kinds layers loading memory
-    numbers offline origins pipeline_parallel placing poison requests server soak stages store_server symbols
-    tensor_parallel
+    model_manager numbers offline origins pipeline_parallel placing poison requests server soak stages store_server
+    symbols tensor_parallel
 """
 of_vllm = {f"test_{name}.py" for name in OF_VLLM.split()}
 

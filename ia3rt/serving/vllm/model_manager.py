@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import CompilationMode, CUDAGraphMode
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 
@@ -95,11 +95,12 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         models = self._registered_adapters.cache
         resident = [(slot, number) for slot, number in enumerate(self.lora_index_to_id) if number is not None]
         mixes = {number for _, number in resident if isinstance(models[number], IA3Model)}
-        dummies = {number for _, number in resident if isinstance(models[number], DummyModel)}
-        rows = {number: slot for slot, number in resident if number in mixes or number in dummies}
-        identity = self.ia3_slots.identity
         for_lora = tuple(0 if number in mixes else number for number in mapping.index_mapping)
-        self.ia3_slots.write([rows.get(number, identity) for number in mapping.index_mapping], lora=any(for_lora))
+        if mapping.type is LoRAMappingType.LANGUAGE:  # a tower's rows are no tokens of the step, and wear LoRAs only
+            dummies = {number for _, number in resident if isinstance(models[number], DummyModel)}
+            rows = {number: slot for slot, number in resident if number in mixes or number in dummies}
+            identity = self.ia3_slots.identity
+            self.ia3_slots.write([rows.get(number, identity) for number in mapping.index_mapping], lora=any(for_lora))
         # LoRA's part sees tokens with a mix as tokens of the base model, and so skips them.
         prompts = tuple(0 if number in mixes else number for number in mapping.prompt_mapping)
         super()._set_adapter_mapping(LoRAMapping(for_lora, prompts, mapping.is_prefill, mapping.type))

@@ -38,6 +38,7 @@ SYMBOLS = (
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")),
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls"),
+    Symbol("vllm.lora.worker_manager", "WorkerLoRAManager.set_active_adapters", ("self", "requests", "mapping")),
     Symbol("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._apply_adapters", ("self", "lora_requests")),
     Symbol("vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager"),
     Symbol("vllm.v1.worker.worker_base", "WorkerWrapperBase.execute_model", ("self", "scheduler_output")),
@@ -74,6 +75,7 @@ SYMBOLS = (
         ("self", "lora_id", "rank", "embedding_modules"),
     ),
     Symbol("vllm.lora.layers", "LoRAMapping", ("index_mapping", "prompt_mapping", "is_prefill", "type")),
+    Symbol("vllm.lora.layers", "LoRAMappingType.LANGUAGE"),
     Symbol("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.apply", ("self", "x", "bias")),
     Symbol("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA._apply_lora_to_output", ("self", "x", "output")),
     Symbol(

@@ -9,6 +9,7 @@ import torch
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -71,6 +72,13 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
         manager.get_adapter(number)  # which is used last from now on
         manager.activate_adapter(number)
         return True
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
+        """Gives a step's adapters their slots, and says which tokens wear them."""
+        if mapping is None or mapping.type is LoRAMappingType.LANGUAGE:
+            super().set_active_adapters(requests, mapping)
+        else:  # a tower's, or a connector's: some of the step's, which have their slots
+            self._adapter_manager.set_adapter_mapping(mapping)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         """Gives each adapter of a step its slot; those that cannot be read get ones, and the step goes on.
