@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "examples": LIBRARY,
     "doors": {"modules", "routing", "ops", "adapters"},
     "modules": {"routing", "ops", "kernels", "reference", "adapters"},
-    "routing": {"reference", "adapters"},
+    "routing": {"adapters"},
     "ops": {"kernels", "reference"},
     "kernels": {"reference"},
     "reference": set(),

@@ -1,4 +1,4 @@
-"""Lets one thread at a time change the adapters of a model, or what is worn."""
+"""Lets one thread at a time change the adapters of a model, or what is worn; it sees the model's own parts meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ R = TypeVar("R")
 
 
 def alone(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Lets no two threads run such methods of one model at once; forwards go on meanwhile."""
+    """Lets no two threads run such methods of one model at once; forwards go on meanwhile.
+
+    The methods read the parts that the model had before patch(), not an adapter's own in their places.
+    """
 
     @functools.wraps(method)
     def run(self: S, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -64,8 +64,8 @@ class MixNumbers:
     """Numbers of mixes, from FIRST_MIX on, and from there again when all were had.
 
     Args:
-        rank: this API server's, of
-        count: the API servers, which number their mixes without knowing of each other.
+        rank: this API server's place among them, from 0 on.
+        count: how many API servers there are; they number their mixes without knowing of each other.
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:

@@ -34,8 +34,8 @@ class Requests:
 
     Args:
         next_number: gives an adapter's number, as vLLM gives a LoRA's.
-        rank: this API server's, of
-        count: the API servers, which number their mixes without knowing of each other.
+        rank: this API server's place among them, from 0 on.
+        count: how many API servers there are; they number their mixes without knowing of each other.
     """
 
     def __init__(self, next_number: Callable[[], int], rank: int = 0, count: int = 1) -> None:
