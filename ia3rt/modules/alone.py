@@ -1,4 +1,4 @@
-"""Lets one thread at a time change the adapters of a model, or what is worn; it sees the model's own parts meanwhile."""
+"""Lets one thread at a time change the adapters of a model, or what is worn, which reads the model's own parts then."""
 
 from __future__ import annotations
 
