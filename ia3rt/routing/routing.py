@@ -441,7 +441,9 @@ class Routing:
             made.guard = copy.deepcopy(self.guard, memo)
             made.settle = copy.deepcopy(self.settle, memo)
             made.trained = copy.deepcopy(self.trained, memo)
-            made.wear_everywhere(copy.deepcopy(self.route, memo))
+            made.wear_everywhere(copy.deepcopy(self.chosen, memo))
+            if self._covering is not None:
+                made.cover()
         model = self._model()
         if model is not None:
             made.attach(memo.get(id(model), model))

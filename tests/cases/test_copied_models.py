@@ -84,6 +84,17 @@ def test_a_merged_original_has_a_merged_copy(runtime, family):
     assert all(map(torch.equal, copied.parameters(), tiny_model(family).parameters()))
 
 
+def test_a_copy_of_a_merged_model_wears_after_it_what_the_original_does(runtime):
+    a = logits(runtime.model, IDS)
+    runtime.merge_adapter()
+    copied = copy.deepcopy(runtime.model)
+    other = ia3rt.patch(copied)
+    assert torch.equal(logits(copied, IDS), logits(runtime.model, IDS))
+    other.unmerge_adapter()
+    assert other.active_adapters == ["a"]
+    assert torch.equal(logits(copied, IDS), a)
+
+
 def test_the_model_itself_and_a_copied_runtimes_are_patched_already(runtime):
     copied = copy.deepcopy(runtime)
     claimed = copy.deepcopy(runtime.model)
