@@ -123,13 +123,18 @@ def deep_copy(
         routing: the model's.
         wears: the module's own class, where a plain copy lacks what it may wear: a warning says so, once for a part.
         give_back: makes a module the plain one.
+
+    Raises:
+        ValueError: as `Routing.__deepcopy__`.
     """
     whole = routing.is_copied(memo)
     if not whole and wears is not None and PLAIN not in memo:
         memo[PLAIN] = True
         _warn_of_plain(wears)
     if not whole:
-        memo.update((id(value), value) for name, value in vars(module).items() if name.startswith("ia3_"))
+        routing.leave_out(memo)
+        kept = [value for name, value in vars(module).items() if name.startswith("ia3_") and value is not routing]
+        memo.update((id(value), value) for value in kept)
     made = _copied_as_pickle_does(module, memo, mixin)
     if not whole:
         for name in [name for name in made._parameters if name.startswith("ia3_")]:

@@ -419,6 +419,10 @@ class Routing:
         model = self._model()
         return model is not None and id(model) in memo
 
+    def leave_out(self, memo: dict[int, Any]) -> None:
+        """Says that a deep copy has a plain copy of a part of the model, before it has the model."""
+        memo[~self.key] = self  # no object's address
+
     def release(self) -> None:
         """Leaves nothing in this context."""
         self.context.wear(self.context.everywhere)
@@ -431,9 +435,19 @@ class Routing:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
-        """One for a copied model: over a copy of the bank, worn as it is here. None of its own for a part of one."""
+        """One for a copied model: over a copy of the bank, worn as it is here. None of its own for a part of one.
+
+        Raises:
+            ValueError: parts of the model were copied before it, and are plain.
+        """
         if not self.is_copied(memo):
             return self
+        if ~self.key in memo:
+            raise ValueError(
+                "a part of a patched model is copied before the model itself, so that it would be a plain one in the "
+                "copy, and wear no adapters: copy the model first, memo = {}; copy.deepcopy(model, memo), and then "
+                "what holds it, copy.deepcopy(…, memo); or unpatch() it before"
+            )
         made = memo[id(self)] = Routing.__new__(Routing)
         with self.lock:  # what is worn is of the adapters that are copied
             made.__init__(copy.deepcopy(self.bank, memo), self.backend, self.fuses_gate_up)  # type: ignore[misc]

@@ -134,6 +134,27 @@ def test_a_copy_of_a_part_is_plain():
         assert torch.equal(logits(copy.deepcopy(model), IDS), before)
 
 
+@pytest.mark.parametrize("path", ["model.layers.0", "model", "lm_head"])
+@pytest.mark.filterwarnings("ignore:a part of a patched model")
+def test_a_part_that_is_copied_before_its_model_is_an_error_and_after_it_a_part_of_the_copy(path):
+    model = tiny_model()
+    runtime = patched(model)
+    runtime.add_adapter("head", modules={"lm_head": {"weight": 2 * model.lm_head.weight.detach()}})
+    runtime.set_adapter(["a", "head"])
+    holder = nn.ModuleList([model.get_submodule(path), model])
+    before = logits(model, IDS)
+    with pytest.raises(ValueError, match="a part of a patched model is copied before the model itself"):
+        copy.deepcopy(holder)
+    memo: dict[int, object] = {}
+    copied = copy.deepcopy(model, memo)
+    part, whole = copy.deepcopy(holder, memo)
+    assert whole is copied and part is copied.get_submodule(path)
+    ia3rt.patch(copied).set_adapter("b")
+    assert torch.equal(logits(model, IDS), before)
+    runtime.set_adapter("b")
+    assert torch.equal(logits(copied, IDS), logits(model, IDS))
+
+
 OWN = {"a head": "lm_head", "a layer that wears vectors": "model.layers.0.mlp.down_proj", "a block": "model.layers.0"}
 
 
