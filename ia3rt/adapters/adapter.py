@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -43,6 +44,14 @@ class Adapter:
     def __del__(self) -> None:
         """Frees its row: not when it is deleted, as a forward that wears it may run."""
         self.free.append(self.row)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        """The same in a copy of the bank, whose row is not free as long as this is held."""
+        made = memo[id(self)] = Adapter.__new__(Adapter)
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        if made.row in made.free:
+            made.free.remove(made.row)
+        return made
 
     @cached_property
     def site_in_experts(self) -> Site | None:

@@ -69,6 +69,10 @@ class Bank(SiteTables):
         with self.lock:  # or a row might be copied before it is written, and its adapter after that
             vars(made).update(copy.deepcopy({name: own for name, own in vars(self).items() if name not in left}, memo))
             made.lock, made.release = threading.RLock(), lambda: None
+            free = made._free.rows
+            held = {each.row for each in memo.values() if isinstance(each, Adapter) and each.free is free}
+            # Rows of adapters that are in no copy, as only forwards and routes hold them, are free in this one.
+            free[:0] = [row for row in range(1, self.rows) if row not in held and row not in free]
             whole = self.widths
             made._place(tuple(DeviceTable(each.table.clone(), each.widths, whole) for each in self.tables))
         return made

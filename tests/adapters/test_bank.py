@@ -1,5 +1,7 @@
 """The table of all resident adapters: rows, columns, what is resident, and what a mix of them is."""
 
+import copy
+
 import pytest
 import torch
 
@@ -54,6 +56,30 @@ def test_a_row_that_somebody_holds_is_not_used_again() -> None:
     bank.adapters.remove("x")
     new = bank.add("x", vectors())
     assert new is not held.adapters[0] and new.row != held.rows[0]
+
+
+@pytest.mark.parametrize("is_first", [False, True], ids=["bank last", "bank first"])
+def test_a_row_that_nobody_holds_in_a_copy_is_free_there(is_first) -> None:
+    bank = make(capacity=2)
+    bank.add("x", vectors())
+    held = bank.resolve(Mix(("x",)))
+    bank.adapters.remove("x")
+    bank.add("y", vectors())
+    copied = copy.deepcopy(bank)
+    table = copied.table
+    assert copied.add("z", vectors()).row == held.rows[0] and copied.table is table
+    copied, still = copy.deepcopy((bank, held)) if is_first else copy.deepcopy((held, bank))[::-1]
+    table = copied.table
+    del still
+    assert copied.add("z", vectors()).row == held.rows[0] and copied.table is table
+    copied, still = copy.deepcopy((bank, held)) if is_first else copy.deepcopy((held, bank))[::-1]
+    numbers = copied.table[held.rows[0]].clone()
+    assert copied.add("z", vectors()).row != held.rows[0], "it is held there too"
+    assert torch.equal(copied.table[held.rows[0]], numbers)
+    table = copied.table
+    del still
+    free = [copied.add(f"new {number}", vectors()).row for number in range(2)]
+    assert len(set(free)) == 2 and held.rows[0] in free and copied.table is table
 
 
 def test_delta_is_a_weighted_sum_with_the_identity() -> None:
