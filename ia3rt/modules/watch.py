@@ -22,6 +22,7 @@ from ia3rt.modules.layer import IA3Layer
 from ia3rt.modules.readers import LOOKED_AT
 from ia3rt.modules.swapping import Swapping
 from ia3rt.modules.wearer import original_class
+from ia3rt.routing.ended import calling_frame
 
 # Whose reading is no computing: ours, of what moves weights about, and of compilers.
 _MOVERS = ("ia3rt.modules.", "torch.distributed.", "torch._dynamo.", "torch._functorch.", "accelerate.", "deepspeed.")
@@ -65,15 +66,12 @@ class Watch:
             id(Swapping.forward.__code__): self._see_reached,
         }
 
-    def start(self) -> None:
-        """Begins to look, until the call of the model ends."""
+    def start(self, ended: Callable[[], object]) -> None:
+        """Begins to look, until the call of the model ends; calls `ended` where that calls no hooks."""
         if sys.getprofile() is not None:
             self._hidden = True
             return
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
-            frame = frame.f_back
-        self._until = frame
+        self._until, self._ended = calling_frame(), ended
         sys.setprofile(self._see)
 
     def end(self, completed: bool) -> None:
@@ -123,8 +121,9 @@ class Watch:
             elif code.co_name == _COMPILED and code.co_filename.endswith(_COMPILED_IN):
                 self._hidden = True
                 self._stop()
-        elif event == "return" and frame is self._until:  # by an error that calls no hooks
+        elif event == "return" and frame is self._until:
             self._stop()
+            self._ended()
 
     def _path(self, frame: FrameType) -> str | None:
         return self._paths.get(id(vars(frame.f_locals["self"])))

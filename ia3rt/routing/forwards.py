@@ -17,6 +17,7 @@ from ia3rt.routing.batch import Arguments, main_input, named_arguments, paramete
 from ia3rt.routing.batches import Batches
 from ia3rt.routing.compiled import Compiled
 from ia3rt.routing.context import Context
+from ia3rt.routing.ended import when_ended
 from ia3rt.routing.forward import Forward, Part
 from ia3rt.routing.guard import Guard
 from ia3rt.routing.past import PastForwards
@@ -186,9 +187,11 @@ class Forwards:
                 followed = with_own_rows(names, args, kwargs)
                 routing.probing.follow(forward, named_arguments(names, *followed))
         routing.context.enter(forward)
+        forward.watch = watch
         if watch is not None:
-            forward.watch = watch
-            watch.start()
+            watch.start(self._leave_interrupted)
+        elif forward.marks is not None:  # which would slow down all that this thread does
+            when_ended(self._leave_interrupted)
         return followed
 
     def _lay_out(self, forward: Forward, part: Part, batch: Tensor | None) -> None:
@@ -258,6 +261,9 @@ class Forwards:
                 self._routing.past.end(tree_leaves(output), forward.worn)
             if forward.watch is not None:
                 forward.watch.end(completed=output is not None)
+
+    def _leave_interrupted(self) -> None:
+        self.leave_ended(sys._getframe())
 
     def leave_ended(self, frame: FrameType) -> None:
         """Leaves forwards that `frame` is not inside of: Ctrl-C, and an error under a compiler, call no hooks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -11,8 +11,8 @@ from torch import nn
 class Watch(Protocol):
     """What sees, in one forward, which layers it reaches."""
 
-    def start(self) -> None:
-        """Begins to look, as the last thing before the forward."""
+    def start(self, ended: Callable[[], object]) -> None:
+        """Begins to look, as the last thing before the forward; calls `ended` where that ends and calls no hooks."""
 
     def end(self, completed: bool) -> None:
         """Ends it, after a forward or its error; raises ValueError where a completed one did not reach a layer."""

@@ -1,11 +1,17 @@
 """A forward wears what it began with, to its end and no longer."""
 
+import sys
+
 import pytest
 import torch
 from tiny import logits, patched, tiny_model
 from worn_truth import IDS, close, input_gradients, truth
 
 import ia3rt
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -35,14 +41,23 @@ def test_a_forward_that_fails_leaves_nothing_behind(runtime) -> None:
     close(logits(model, IDS), logits(truth(runtime, "b"), IDS))
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_ctrl_c_in_a_forward_that_is_followed_leaves_nothing_that_follows(runtime, watched) -> None:
+    model = runtime.model
+    if not watched:  # it is known which layers a forward reaches, and not where it has its rows
+        logits(model, IDS)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    runtime.route(["a", None, "b"])
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, IDS)
+    hook.remove()
+    assert not torch._C._len_torch_dispatch_stack() and sys.getprofile() is None
+
+
 @pytest.mark.parametrize("routed", [False, True])
 def test_a_forward_that_ctrl_c_ended_is_over(runtime, routed) -> None:
     """torch calls no hook after an exception that is no Exception."""
     model = runtime.model
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     hook = model.model.layers[0].register_forward_hook(interrupt)
     runtime.set_adapter("a")
     if routed:
