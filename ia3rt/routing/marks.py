@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 _WRITE_UNTOLD = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 """Operations that write to their inputs, the running statistics, and do not declare it."""
 
+_JOINING = torch.ops.aten.stack.default, torch.ops.aten.cat.default
+
 _SWEEP = 256  # operations after which the twins of memory that was freed go
 
 
@@ -123,16 +125,27 @@ class Marks(TorchDispatchMode):
         return result
 
     def _orders_rows(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Whether an operation takes the rows in an order that is computed."""
-        if func is torch.ops.aten.index_select.default:
-            x, dim, index = args
+        """Whether an operation takes the rows in an order that is computed, or of which only this batch says that it is
+        another one: the last row may stay in its place."""
+        if func in _JOINING:
+            return self._joins_rows(*args)
+        if func is torch.ops.aten.index_select.default or func is torch.ops.aten.gather.default:
+            x, dim, index = args[:3]
         elif func is torch.ops.aten.index.Tensor and len(args[1]) == 1:
             (x, (index,)), dim = args, 0
         else:
             return False
-        ordered = x.dim() > 1 and len(x) == self._rows == index.numel()
+        by_element = func is torch.ops.aten.gather.default
+        ordered = x.dim() > 1 and len(x) == self._rows == (len(index) if by_element else index.numel())
         ordered = ordered and dim == 0 and not index.is_floating_point() and index.dtype != torch.bool
         return bool(ordered and any(self.marked(each).any() for each in (x, index)))
+
+    def _joins_rows(self, parts: list[Tensor], dim: int = 0) -> bool:
+        """Whether single rows of one tensor are put one after another in another order than there."""
+        if dim != 0 or len(parts) != self._rows or len({_address(each) for each in parts}) > 1:
+            return False
+        places = [each.storage_offset() for each in parts]
+        return places != sorted(places) and sum(bool(self.marked(each).any()) for each in parts) == 1
 
     def _note_picked(self, func: Any, inputs: list[Tensor], results: list[Any]) -> None:
         """Notes which results are picked: what is made of such, or how many there are depends on numbers.

@@ -277,6 +277,40 @@ def test_another_order_of_the_rows_is_refused(make, rows) -> None:
         model(ids(rows, 6))
 
 
+def by_gather(x: Tensor, order: list[int]) -> Tensor:
+    return x.gather(0, torch.tensor(order)[:, None, None].expand(x.shape))
+
+
+def by_cat(x: Tensor, order: list[int]) -> Tensor:
+    return torch.cat([x[row : row + 1] for row in order])
+
+
+def by_stack(x: Tensor, order: list[int]) -> Tensor:
+    return torch.stack([x[row] for row in order])
+
+
+class Ordered(Embedded):
+    def __init__(self, ordered: Callable[[Tensor, list[int]], Tensor]) -> None:
+        super().__init__()
+        self.ordered = ordered
+
+    def forward(self, input_ids: Tensor, order: tuple[int, ...]) -> Tensor:
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return self.ordered(self.v_proj(self.ordered(self.embed(input_ids), list(order))), back)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("ordered", [by_gather, by_cat, by_stack])
+def test_an_order_that_leaves_the_last_row_in_its_place_is_refused(ordered, grad) -> None:
+    model, x = Ordered(ordered), ids(3, 6)
+    runtime = patched(model, target_modules=["v_proj"], feedforward_modules=[])
+    with torch.set_grad_enabled(grad), runtime.route(["a", "b", None]), pytest.raises(ValueError, match="v_proj"):
+        model(x, (1, 0, 2))
+    if ordered is not by_gather:  # of whose order only an index says that it is none
+        runtime = patched(Ordered(ordered), target_modules=["v_proj"], feedforward_modules=[])
+        assert_each_row_wears_its_own(runtime, ["a", "b", None], lambda: runtime.model(x, (0, 1, 2)))
+
+
 @pytest.mark.parametrize("make", [Unpadded, Sorted], ids=lambda make: make.__name__)
 def test_an_order_that_depends_on_the_batch_is_refused(make) -> None:
     model = make()
