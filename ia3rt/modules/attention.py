@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ia3rt import ops, reference
+from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.routing.tables import MixTables
 
 NAME = "ia3rt"
@@ -88,7 +89,8 @@ def attention_forward(
     window = sliding_window if causal and sliding_window is not None and sliding_window < length else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     fits = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1] <= 256
-    if fits and not torch.compiler.is_compiling() and ops.backend(query) == "triton":
+    # Beside a tensor that has no numbers, tables that are kept would have some.
+    if fits and type(query) is Tensor and not torch.compiler.is_compiling() and ops.backend(query) == "triton":
         given = (query, key, value) if attention_mask is None else (query, key, value, attention_mask)
         prepared = _prepared(len(given) == 4, scale, causal, window, softcap)
         return prepared.call(_unread(query.device), *given)[0], None
@@ -112,6 +114,7 @@ def _prepared(masked: bool, scale: float, causal: bool, window: int | None, soft
 
 
 @functools.cache
+@outside_modes
 def _unread(device: torch.device) -> MixTables:
     """Tables for an op that has no vector to scale."""
     tables = MixTables()

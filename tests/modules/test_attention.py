@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from tiny import VOCABULARY, logits, token_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,7 +21,7 @@ from where import CPU, DEVICE
 import ia3rt
 from ia3rt import ops
 from ia3rt.kernels import launch
-from ia3rt.modules.attention import attention_forward, register
+from ia3rt.modules.attention import _unread, attention_forward, register
 
 register()
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -156,3 +157,15 @@ def test_what_is_not_supported_is_said(extra):
     q = torch.ones(1, 4, 3, 16)
     with pytest.raises(ValueError, match=next(iter(extra))):
         attention_forward(torch.nn.Module(), q, q, q, None, **extra)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_what_a_mode_saw_first_can_be_trained_outside_of_it(mode) -> None:
+    _unread.cache_clear()
+    module, x = torch.nn.Module(), torch.randn(1, 2, 4, 16, device=DEVICE)
+    with mode() as entered:
+        given = entered.from_tensor(x) if mode is FakeTensorMode else x
+        assert attention_forward(module, given, given, given, None)[0].shape == (1, 4, 2, 16)
+    query = x.clone().requires_grad_()
+    attention_forward(module, query, x, x, None)[0].sum().backward()
+    assert query.grad.isfinite().all()
