@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-2.0e38)  # which fp32 holds in base 2, too
 
 
 class Strides(NamedTuple):
@@ -90,10 +91,14 @@ def key_rows(b, head, keys, inside, inputs, stride_table, strides):
 
 @triton.jit
 def masked(s, inputs, mask_rows, keys, inside):
-    """Add an additive mask to scores in base 2, or take out what a boolean one takes out."""
+    """Add an additive mask to scores in base 2, or take out what a boolean one takes out.
+
+    The least number of a dtype is no −inf, which it would be in base 2: a row of it is the mean of all keys.
+    """
     mask_ptrs = inputs.mask + mask_rows + keys.to(tl.int64) * inputs.mask_strides.key
     if inputs.mask.dtype.element_ty == tl.int8:
         s = tl.where(tl.load(mask_ptrs, mask=inside, other=0) != 0, s, float("-inf"))
     else:
-        s += tl.load(mask_ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        added = tl.load(mask_ptrs, mask=inside, other=0.0).to(tl.float32)
+        s += tl.where((added < LEAST) & (added > float("-inf")), LEAST, added) * LOG2_E
     return s

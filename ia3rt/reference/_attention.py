@@ -57,6 +57,12 @@ def _scores(
     return s.masked_fill(~seen | (s == -math.inf), -math.inf), capped  # which stops the gradient of what is −inf
 
 
+def _softmax(s: Tensor) -> Tensor:
+    """Return the softmax of scores, 0 where a row has none. By their logsumexp, large ones would lose their sum."""
+    empty = (s == -math.inf).all(-1, keepdim=True)
+    return s.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -82,9 +88,9 @@ def attention(
     q = _by_head(q, l_k, mixes, route)
     s, _ = _scores(q, k, mask, ranges, table is not None, scale, causal, window, softcap)
     lse = torch.logsumexp(s, -1)
-    lse = torch.where(lse == -math.inf, math.inf, lse)
-    o = (s - lse[..., None]).exp().to(q.dtype) @ v
-    return _by_head(o, l_v, mixes, route).transpose(1, 2).contiguous(), lse / math.log(2)
+    lse = torch.where(lse == -math.inf, math.inf, lse / math.log(2)).clamp(min=torch.finfo(lse.dtype).min)
+    o = _softmax(s).to(q.dtype) @ v
+    return _by_head(o, l_v, mixes, route).transpose(1, 2).contiguous(), lse
 
 
 def attention_gradient(
@@ -103,16 +109,16 @@ def attention_gradient(
 ) -> list[Tensor]:
     """Return [dq, dk, dv], shaped as q, k and v, given dL/do for o, lse = attention(q, k, v, …) without vectors.
 
-        P = 2^(s − lse)    dv = Pᵀ do    ds = P ∘ (do vᵀ − rowsum(do ∘ o))    dq = scale · ds k    dk = scale · dsᵀ q
+        P = softmax(s)    dv = Pᵀ do    ds = P ∘ (do vᵀ − rowsum(do ∘ o))    dq = scale · ds k    dk = scale · dsᵀ q
 
     and ds is multiplied by 1 − (s / softcap)² where the scores are capped. Of do and o, only do ∘ o is seen together:
-    for o = s_v ∘ attention(…), pass s_v ∘ do and that attention's own result.
+    for o = s_v ∘ attention(…), pass s_v ∘ do and that attention's own result. The kernel's P is 2^(s − lse).
     """
     groups = q.shape[1] // k.shape[1]
     do, o = do.transpose(1, 2), o.transpose(1, 2)
     heads_k, heads_v = (x.repeat_interleave(groups, 1) for x in (k, v))
     s, capped = _scores(q, heads_k, mask, ranges, False, scale, causal, window, softcap)
-    p = (s - (lse * math.log(2))[..., None]).exp()
+    p = _softmax(s)
     delta = (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)
     ds = p * ((do @ heads_v.transpose(2, 3)).to(s.dtype) - delta)
     if softcap is not None and capped is not None:

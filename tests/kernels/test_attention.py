@@ -80,6 +80,40 @@ def test_masks(kind, device) -> None:
     assert not layer.run(ops.attention, torch.bfloat16, *layer.options(False, None, None))[0][1, 3].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [ops.attention, reference.attention])
+@pytest.mark.parametrize("least", [-1e9, None])
+def test_rows_masked_by_numbers_are_the_mean_of_all_keys(least, op, dtype, device) -> None:
+    """As torch's attention has them: padding's, in transformers' masks. Other rows do not see what is so masked."""
+    layer = Layer(device, B=1, Sq=4, Skv=37)
+    layer.mask = torch.zeros(1, 1, 4, 37, dtype=dtype, device=device)
+    least = torch.finfo(dtype).min if least is None else least
+    layer.mask[:, :, 1], layer.mask[:, :, 2, 5:] = least, least
+    layer.l_k = layer.l_v = None
+    o, lse = layer.run(op, torch.float32, *layer.options(False, None, None), gradients=False)
+    inputs = layer.q, layer.k, layer.v, layer.mask.float()
+    truth = torch.nn.functional.scaled_dot_product_attention(*inputs, enable_gqa=True)
+    torch.testing.assert_close(o, truth.transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert lse.isfinite().all()
+
+
+def test_the_gradient_of_large_scores_is_the_softmaxs(torch_backend) -> None:
+    """Which their logsumexp, rounded, does not say: torch's softmax is the truth here."""
+    layer = Layer("cpu", Sq=4, Skv=5, D=8)
+    layer.l_k = layer.l_v = None
+    layer.mask = torch.zeros(2, 1, 4, 5)
+    layer.mask[:, :, 1], layer.mask[:, :, 2] = -1e9, torch.finfo(torch.float32).min
+
+    def plain(q, k, v, mask, *rest):
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        s = q @ k.transpose(2, 3) * rest[6] + mask
+        return (s.softmax(-1) @ v).transpose(1, 2), None
+
+    options = layer.options(False, None, None)
+    for ours, truth in zip(*(layer.run(op, torch.float32, *options) for op in (ops.attention, plain)), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_see_no_key_are_zero(device) -> None:
     layer = Layer(device, Sq=40, Skv=30).ranged((0, 0), (5, 9))
     layer.check(causal=True)
