@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ia3rt.kernels.attention_configs import attention_gradient_configs
 from ia3rt.kernels.attention_inputs import Inputs, masked, rows_of
-from ia3rt.kernels.attention_tile import scores, sees, span
+from ia3rt.kernels.attention_tile import exist, scores, sees, span
 from ia3rt.kernels.configs import arch_of
 from ia3rt.kernels.launch import precision_of, run
 
@@ -120,8 +120,9 @@ def key_gradient_kernel(
     wide_b = b.to(tl.int64)
     k_rows = rows_of(b, hkv, keys, inputs.k_strides)
     v_rows = rows_of(b, hkv, keys, inputs.v_strides)
-    k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=own, other=0.0)
-    v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=own, other=0.0)
+    inside = exist(keys, start, end, inputs)[:, None] & (dims < D)[None, :]
+    k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=inside, other=0.0)
+    v = tl.load(inputs.v + v_rows[:, None] + dims[None, :], mask=inside, other=0.0)
     low, high = 0, Sq
     if CAUSAL:
         low = max(0, first - shift) // BLOCK_M * BLOCK_M
@@ -217,7 +218,7 @@ def query_gradient_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in range(max(begin, 0) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
-        there = (keys < end)[:, None] & (dims < D)[None, :]
+        there = exist(keys, start, end, inputs)[:, None] & (dims < D)[None, :]
         k_rows = rows_of(b, hkv, keys, inputs.k_strides)
         v_rows = rows_of(b, hkv, keys, inputs.v_strides)
         k = tl.load(inputs.k + k_rows[:, None] + dims[None, :], mask=there, other=0.0)

@@ -57,6 +57,15 @@ def span(b, first, last, inputs, Sq, Skv, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def exist(keys, start, end, inputs):
+    """Return which keys there are. Others are not read: padding may hold NaN, and so would be 0 times it."""
+    there = keys < end
+    if inputs.ranges is not None:
+        there = there & (keys >= start)
+    return there
+
+
+@triton.jit
 def sees(queries, keys, start, end, shift, window, CAUSAL: tl.constexpr):
     """Return whether each query sees each key: the two broadcast against each other."""
     seen = (keys >= start) & (keys < end)
@@ -134,7 +143,7 @@ def attend(
             high = inner if phase == 0 else (outer if phase == 1 else stop)
             for key in range(low, high, BLOCK_N):
                 keys = key + tl.arange(0, BLOCK_N)
-                inside = keys < end
+                inside = exist(keys, start, end, inputs)
                 k_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.k_strides)
                 k_ptrs = inputs.k + k_rows[None, :] + dims[:, None]
                 v_rows = key_rows(b, hkv, keys, inside, inputs, stride_table, inputs.v_strides)

@@ -23,6 +23,15 @@ def _gathered(x: Tensor, table: Tensor | None) -> Tensor:
     return x if table is None else x[table.long()].transpose(1, 2).flatten(2, 3)
 
 
+def _within(x: Tensor, ranges: Tensor | None) -> Tensor:
+    """Return keys or values [B, Hkv, Skv, D] with 0 for what a range leaves out: it may be NaN, and 0 times it too."""
+    if ranges is None:
+        return x
+    keys = torch.arange(x.shape[2], device=x.device)
+    outside = (keys < ranges[:, :1]) | (keys >= ranges[:, 1:])
+    return x.masked_fill(outside[:, None, :, None], 0)
+
+
 def _scores(
     q: Tensor,
     k: Tensor,
@@ -84,7 +93,7 @@ def attention(
     Rounds where transformers' eager attention rounds: q kᵀ, the softmax, and its product with v.
     """
     groups = q.shape[1] // k.shape[1]
-    k, v = (_gathered(x, table).repeat_interleave(groups, 1) for x in (k, v))
+    k, v = (_within(_gathered(x, table), ranges).repeat_interleave(groups, 1) for x in (k, v))
     q = _by_head(q, l_k, mixes, route)
     s, _ = _scores(q, k, mask, ranges, table is not None, scale, causal, window, softcap)
     lse = torch.logsumexp(s, -1)
@@ -116,7 +125,7 @@ def attention_gradient(
     """
     groups = q.shape[1] // k.shape[1]
     do, o = do.transpose(1, 2), o.transpose(1, 2)
-    heads_k, heads_v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    heads_k, heads_v = (_within(x, ranges).repeat_interleave(groups, 1) for x in (k, v))
     s, capped = _scores(q, heads_k, mask, ranges, False, scale, causal, window, softcap)
     p = _softmax(s)
     delta = (do.to(s.dtype) * o.to(s.dtype)).sum(-1, keepdim=True)

@@ -55,6 +55,25 @@ def test_padding_on_either_side(Sq, device) -> None:
     layer.check(causal=True)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("Sq", [1, 20])
+def test_what_padding_holds_is_not_seen(Sq, backend, bad, device, monkeypatch) -> None:
+    """Nor by the gradients, which of padding are 0."""
+    if backend == "torch":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        device = "cpu"
+    layer = Layer(device, Sq=Sq, Skv=40).ranged((3, 40), (0, 33))
+    options = layer.options(Sq > 1, None, None)
+    for x in (layer.k, layer.v):
+        x[0, :, :3] = x[1, :, 33:] = 0
+    truths = layer.run(reference.attention, torch.float64, *options)
+    for x in (layer.k, layer.v):
+        x[0, :, :3] = x[1, :, 33:] = bad
+    for ours, truth in zip(layer.run(ops.attention, torch.float32, *options), truths, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask"])
 def test_heads_more_than_32_bits_apart(name, device) -> None:
     """As in the mask of each head of a long sequence. On a CPU, memory that nobody touches is not there."""
@@ -134,8 +153,6 @@ def test_pages(Sq, device) -> None:
     layer.table = pages.to(device, torch.int32)
     paged = layer.run(ops.attention, torch.float32, *layer.options(False, None, None), gradients=False)
     torch.testing.assert_close(paged[0].double(), expected[0], rtol=1e-5, atol=1e-5)
-    for name in "kv":
-        setattr(layer, name, getattr(layer, name).nan_to_num())  # what is not there is not read by the kernel only
     layer.ranges[0, 1] = 40
     causal = layer.options(True, None, None)
     ours = layer.run(ops.attention, torch.float32, *causal, gradients=False)
