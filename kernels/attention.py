@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.attention_configs import attention_config
+from ia3rt.kernels.attention_configs import attention_config, padded
 from ia3rt.kernels.attention_decode import decode, splits_of
 from ia3rt.kernels.attention_inputs import Inputs
 from ia3rt.kernels.attention_tile import attend, finish
@@ -159,7 +159,7 @@ def attention(
         PRECISION=precision_of(q.dtype),
         HEADS=heads,
         GROUP=group,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=padded(D),
         enable_fp_fusion=True,  # the default is not the same in every Triton
         **config.build_options(),
     )

@@ -6,6 +6,11 @@ from ia3rt.kernels.configs import DESCRIPTOR_ARCHS
 from ia3rt.kernels.tuned import AttentionConfig, AttentionShape, dtype_name, rounded_rows, tuned_configs
 
 
+def padded(D: int) -> int:
+    """Return BLOCK_D, the numbers that a tile has of a head: a power of two, and what a product needs at least."""
+    return max(16, 1 << (D - 1).bit_length())
+
+
 def attention_config(
     rows: int,
     D: int,
@@ -27,7 +32,7 @@ def attention_config(
         tuned = tuned_configs(card, "attention").get(AttentionShape(rounded_rows(rows), heads, D, dtype_name(dtype)))
         if tuned is not None:
             return tuned
-    block_d = max(16, 1 << (D - 1).bit_length())
+    block_d = padded(D)
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
     large = arch in DESCRIPTOR_ARCHS
     if dtype == torch.float32:  # exact products run on the FMA units, whose operands live in registers
@@ -52,7 +57,7 @@ def attention_gradient_configs(
     D: int, dtype: torch.dtype, arch: str, *, masked: bool
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """Return the configs of the gradients of keys and of queries: block_m queries and block_n keys."""
-    block_d = max(16, 1 << (D - 1).bit_length())
+    block_d = padded(D)
     large = arch in DESCRIPTOR_ARCHS
     if dtype == torch.float32:
         size, warps = 32 if block_d <= 64 else 16, 8 if block_d > 64 else 4

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ia3rt.kernels.attention_configs import attention_gradient_configs
+from ia3rt.kernels.attention_configs import attention_gradient_configs, padded
 from ia3rt.kernels.attention_inputs import Inputs, masked, rows_of
 from ia3rt.kernels.attention_tile import exist, scores, sees, span
 from ia3rt.kernels.configs import arch_of
@@ -281,7 +281,7 @@ def attention_gradient(
     Hkv, Skv = k.shape[1:3]
     dq, dk, dv = out or [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     of_keys, of_queries = attention_gradient_configs(D, q.dtype, arch_of(q.device), masked=mask is not None)
-    block_d = triton.next_power_of_2(D)
+    block_d = padded(D)
     delta = torch.empty_like(lse)
     rows = B * Sq * Hq
     run(

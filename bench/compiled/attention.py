@@ -52,6 +52,7 @@ CASES: dict[str, Case] = {
     "attention, prefill": Case(partial(_attention, 4, 2048, 2048), hgmma=True),
     "attention, prefill, 64 a head": Case(partial(_attention, 4, 2048, 2048, **SMOL), hgmma=True),
     "attention, prefill, 80 a head": Case(partial(_attention, 4, 2048, 2048, D=80), hgmma=True),
+    "attention, prefill, 8 a head": Case(partial(_attention, 4, 2048, 2048, D=8)),
     "attention, prefill, 256 a head": Case(
         partial(_attention, 4, 2048, 2048, D=256, window=1024, softcap=50.0), hgmma=True
     ),
@@ -68,6 +69,7 @@ CASES: dict[str, Case] = {
     "attention, decode, fp32": Case(partial(_attention, 4, 1, 4096, causal=False, dtype=torch.float32), matrix=False),
     "attention gradient": Case(partial(_attention, 4, 2048, 2048, gradient=True), matrix=False),
     "attention gradient, 64 a head": Case(partial(_attention, 4, 2048, 2048, gradient=True, **SMOL), matrix=False),
+    "attention gradient, 8 a head": Case(partial(_attention, 4, 2048, 2048, gradient=True, D=8), matrix=False),
     "attention gradient, 256 a head": Case(
         partial(_attention, 4, 2048, 2048, gradient=True, D=256, softcap=50.0), matrix=False
     ),
