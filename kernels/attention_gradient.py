@@ -128,6 +128,8 @@ def key_gradient_kernel(
         low = max(0, first - shift) // BLOCK_M * BLOCK_M
     if window is not None:
         high = min(Sq, first + BLOCK_N - 1 - shift + window)
+        if not CAUSAL:
+            low = max(0, first - shift - window + 1) // BLOCK_M * BLOCK_M
     is_parted: tl.constexpr = HEADS > 1 and do_ptr.dtype.element_ty == tl.float32
     at = (tl.program_id(1).to(tl.int64) * Skv + keys)[:, None] * D + dims[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

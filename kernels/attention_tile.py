@@ -53,6 +53,8 @@ def span(b, first, last, inputs, Sq, Skv, window, CAUSAL: tl.constexpr):
         stop = min(end, last + shift + 1)
     if window is not None:
         begin = max(start, first + shift - window + 1)
+        if not CAUSAL:
+            stop = min(end, last + shift + window)
     return start, end, shift, begin, stop
 
 

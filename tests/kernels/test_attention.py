@@ -3,6 +3,7 @@ import torch
 from attended import Layer
 from bar import GUARD
 from grid import DTYPES, ROWS
+from where import DEVICE
 from workloads import POPULARITY
 
 from ia3rt import ops, reference
@@ -48,6 +49,23 @@ def test_shared_keys_of_a_decoded_token(causal, Sq, device) -> None:
 @pytest.mark.parametrize(("causal", "window"), [(True, 5), (True, 70), (False, 9)])
 def test_windows_and_caps(causal, window, softcap, device) -> None:
     Layer(device, Sq=90, Skv=100, B=1, Hq=2, Hkv=1).check(causal, window, softcap)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts in the interpreter")
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_a_window_leaves_out_is_not_multiplied(causal, device, monkeypatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products, multiply = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *a: products.append(0) or multiply(*a))
+    layer = Layer(device, torch.float16, B=1, Hq=1, Hkv=1, Sq=512, Skv=512)
+    layer.l_k = layer.l_v = None
+    counts = []
+    for window in (None, 16):
+        products.clear()
+        layer.run(ops.attention, torch.float16, *layer.options(causal, window, None))
+        counts.append(len(products))
+    assert counts[1] < counts[0] / 2, counts
 
 
 @pytest.mark.parametrize("Sq", [1, pytest.param(40, marks=pytest.mark.slow)])
