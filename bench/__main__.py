@@ -26,7 +26,7 @@ from ia3rt.bench.tuning import ahead
 from ia3rt.bench.tuning.registry import OPERATIONS
 from ia3rt.bench.tuning.search import measure_on
 from ia3rt.bench.tuning.search import tune as find_best
-from ia3rt.cli.errors import errors_in_a_line
+from ia3rt.cli.errors import INTERRUPTED, errors_in_a_line
 from ia3rt.kernels.configs import arch_of, processors_of
 from ia3rt.kernels.tuned import ROWS, write_configs
 
@@ -135,6 +135,8 @@ def layers(
     print_result(console, result)
     if out is not None:
         write_json(result, out)
+    if result.is_stopped:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()

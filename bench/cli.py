@@ -15,7 +15,7 @@ from rich.text import Text
 from ia3rt.bench.launches.cli import launch
 from ia3rt.bench.options import known, split
 from ia3rt.bench.serving.cli import serve
-from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
+from ia3rt.cli.errors import INTERRUPTED, MissingPackageError, UsageError, errors_in_a_line
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def run(
     `ia3rt bench serve` vLLM's server.
 
     All contenders of a case are timed in turn; a ratio that is noise is not printed. Exits with 1 if ia3rt fails in a
-    case or a budget is broken.
+    case, a budget is broken or nothing was measured; with 130 after Ctrl-C, which keeps what was measured.
     """
     with errors_in_a_line():
         from ia3rt.bench.budget import read_budget
@@ -126,7 +126,11 @@ def run(
         for file in _write(result, out):
             console.print(Text(f"written: {file}", style="dim"), soft_wrap=True)
         kept = not rules or _keeps(console, result, rules)
-    raise typer.Exit(0 if kept and not _ours_failed(result) else 1)
+    if result.is_stopped:
+        raise typer.Exit(INTERRUPTED)
+    if result.is_empty:
+        console.print(Text("nothing was measured", style="red"))
+    raise typer.Exit(0 if kept and not result.is_empty and not _ours_failed(result) else 1)
 
 
 @app.command()

@@ -17,6 +17,8 @@ READABLE = (1, SCHEMA)
 """Schemas that are read; the first has no controls."""
 CONTROL = "control"
 """What the second measurement of a case's reference is called."""
+STOPPED = "the run was stopped"
+"""Why a case was not run after Ctrl-C."""
 NOISE = 0.05
 """A ratio whose median may be off by more than this share of it, by chance, is noise, and is not printed."""
 
@@ -151,6 +153,16 @@ class Result:
     versions: dict[str, str | None]
     cases: list[CaseResult] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether Ctrl-C ended the run before its cases did."""
+        return STOPPED in self.not_run.values()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not any(case.measurements for case in self.cases)
 
     @property
     def failures(self) -> list[str]:

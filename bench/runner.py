@@ -21,7 +21,7 @@ from ia3rt.bench.interleaved import Seconds, sample_interleaved
 from ia3rt.bench.likeness import distance, tolerance_of
 from ia3rt.bench.machine import machine, versions
 from ia3rt.bench.models import title_of
-from ia3rt.bench.result import CONTROL, CaseResult, Measurement, Result
+from ia3rt.bench.result import CONTROL, STOPPED, CaseResult, Measurement, Result
 from ia3rt.bench.settings import Effort, Settings
 from ia3rt.bench.suites.case import Case, Value, Ways, described
 from ia3rt.bench.suites.registry import SUITES, cases_of
@@ -69,7 +69,7 @@ def run(settings: Settings, progress: Shown = lambda *_: None, clock: Clock = ti
                 result.not_run[f"{suite}: {case.name}"] = "the time of a quick run was up"
             except KeyboardInterrupt:
                 for left_suite, left in cases[position:]:
-                    result.not_run[f"{left_suite}: {left.name}"] = "the run was stopped"
+                    result.not_run[f"{left_suite}: {left.name}"] = STOPPED
                 break
             except Exception as error:  # out of memory, say: what else was measured must not be lost
                 result.cases.append(_case_result(suite, case, "", [], Ways(failed={"the case": described(error)})))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ia3rt.bench.options import known, matching, split
-from ia3rt.cli.errors import MissingPackageError, UsageError, errors_in_a_line
+from ia3rt.cli.errors import INTERRUPTED, MissingPackageError, UsageError, errors_in_a_line
 
 CONTENDERS = ("base", "ia3rt", "lora", "base-compiled", "ia3rt-compiled")
 
@@ -67,3 +67,5 @@ def serve(
     for line in tables.notes(timed):
         console.print(Text(f"  {line}", style="dim"))
     console.print(Text(f"written: {file}", style="dim"), soft_wrap=True)
+    if len(timed) < len(chosen):
+        raise typer.Exit(INTERRUPTED)

@@ -13,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+INTERRUPTED = 130
+"""What a command that Ctrl-C ended exits with, as shells have it."""
+
 
 class MissingPackageError(RuntimeError):
     """A package is not installed; the message says how to install it."""

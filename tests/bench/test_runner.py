@@ -347,6 +347,29 @@ def test_a_stopped_run_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch) -
     assert result.not_run == {"two: stop n=1": "the run was stopped"}
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_what_a_stopped_run_exits_with(stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what was measured keeps the budget."""
+
+    def stop(*_: object) -> Ways:
+        raise KeyboardInterrupt
+
+    whole = Case("value", {"n": 1}, lambda *_: Ways({"peft": Value(1.0), "ia3rt": Value(1.0)}), references=("peft",))
+    cases = [whole, Case("stop", {"n": 1}, stop)][1 - stopped :]
+    monkeypatch.setitem(SUITES, "two", Suite("two", "", lambda _: iter(cases), "n"))
+    rule = {"suite": "two", "case": "*", "contender": "ia3rt", "reference": "peft", "most": 2}
+    (tmp_path / "budget.json").write_text(json.dumps({"rules": [rule]}))
+    result = bench("two", "--model", "tiny", "--budget", tmp_path / "budget.json", "--out", tmp_path / "out")
+    assert result.exit_code == 130, result.output
+    assert len([*(tmp_path / "out").iterdir()]) == 3
+
+
+def test_a_run_without_time_for_anything_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ia3rt.bench.settings.QUICK", dataclasses.replace(ONCE, deadline=-1.0))
+    result = bench("memory", "--model", "tiny", "--quick", "--out", tmp_path)
+    assert_one_line(result, 1, "nothing was measured")
+
+
 def test_a_case_that_breaks_is_a_failure_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: object) -> Ways:
         raise MemoryError("no\nroom")

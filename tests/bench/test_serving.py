@@ -100,6 +100,16 @@ def test_ctrl_c_keeps_what_was_timed(tmp_path, monkeypatch) -> None:
     assert len(sent) == 2 * 3 and all(load.rate == 5.0 for load in sent)
 
 
+def test_ctrl_c_is_what_the_command_exits_with(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("ia3rt.bench.serving.cli.importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr(run, "time_servers", lambda *_, **__: [timed()])
+    (tmp_path / "config.json").write_text("{}")
+    command = ["bench", "serve", str(tmp_path), "--quick", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, command).exit_code == 130
+    monkeypatch.setattr(run, "time_servers", lambda *_, **__: [timed(), timed()])
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def timed() -> run.Timed:
     base = [Served(100.0, 0.1, 0.02), Served(50.0, 0.2, 0.04), Served(100.0, 0.1, 0.02)]
     ours = [Served(95.0, 0.11, 0.022), Served(47.5, 0.22, 0.044), Served(99.0, 0.1, 0.02)]
