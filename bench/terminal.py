@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement as Space
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +19,7 @@ from ia3rt.bench.result import NOISE, CaseResult, Measurement, Result
 from ia3rt.bench.runner import Shown
 from ia3rt.bench.suites.registry import SUITES
 
+UNBOUNDED = 1_000  # columns that no table takes
 WIDE = 110  # columns that a terminal needs to show all percentiles
 STYLES = {"slower": "red", "failed": "red", "missing": "red", "faster": "green", "same": ""}
 
@@ -50,12 +52,25 @@ def print_result(console: Console, result: Result) -> None:
 
 
 def _print_suite(console: Console, suite: str, cases: Sequence[CaseResult]) -> None:
-    table = Table(title=f"{suite}. {SUITES[suite].about}", title_justify="left", title_style="bold", box=box.ROUNDED)
     hidden = ("rounds",) if console.width >= WIDE else ("rounds", "p20", "p80")
+    table = _suite_table(suite, cases, hidden)
+    if _least(console, table) > console.width:
+        table = _suite_table(suite, cases, (*hidden, "rate"))
+    _print_whole(console, table)
+    if any(measured.is_noise for case in cases for measured in case.measurements):
+        console.print(Text(f"  noise: the ratio may be off by over {NOISE:.0%} by chance.", style="dim"))
+    if any(case.control for case in cases):
+        console.print(Text(f"  {readable.CONTROL_IS}", style="dim"))
+    for line in left_out(cases):
+        console.print(Text(f"  {line}", style="dim"))
+
+
+def _suite_table(suite: str, cases: Sequence[CaseResult], hidden: Sequence[str]) -> Table:
+    table = Table(title=f"{suite}. {SUITES[suite].about}", title_justify="left", title_style="bold", box=box.ROUNDED)
     columns = [column for column in readable.COLUMNS if column not in hidden]
     for column in columns:
         left = column in ("case", "contender")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column != "case")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column not in ("case", "ratio"))
     for case in cases:
         for measured in case.all_measured:
             row = readable.row(case, measured)
@@ -64,13 +79,25 @@ def _print_suite(console: Console, suite: str, cases: Sequence[CaseResult]) -> N
             cells["ratio"].stylize("dim" if row["ratio"] in (readable.NOISY, readable.WITHIN) else "")
             table.add_row(*cells.values(), style="dim" if measured is case.control else "")
         table.add_section()
-    console.print(table)
-    if any(measured.is_noise for case in cases for measured in case.measurements):
-        console.print(Text(f"  noise: the ratio may be off by over {NOISE:.0%} by chance.", style="dim"))
-    if any(case.control for case in cases):
-        console.print(Text(f"  {readable.CONTROL_IS}", style="dim"))
-    for line in left_out(cases):
-        console.print(Text(f"  {line}", style="dim"))
+    return table
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Prints a table that nothing is cut off of: a terminal that is too narrow breaks its lines."""
+    least = _least(console, table)
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
+
+
+def _least(console: Console, table: Table) -> int:
+    """Holds columns to whole words, or to whole cells where these do not wrap; returns what the table needs then."""
+    wide = console.options.update(width=UNBOUNDED)
+    for column in table.columns:
+        spaces = [Space.get(console, wide, each) for each in (column.header, *column.cells)]
+        column.min_width = max(space.maximum if column.no_wrap else space.minimum for space in spaces)
+    least: int = Space.get(console, wide, table).minimum
+    return least
 
 
 def left_out(cases: Iterable[CaseResult]) -> list[str]:
@@ -97,7 +124,7 @@ def print_changes(console: Console, changes: Sequence[Change]) -> None:
         ratios = _ratio(change.before), _ratio(change.after)
         verdict = Text(change.verdict, style=STYLES.get(change.verdict, "dim"))
         table.add_row(Text(change.case), f"{change.contender} / {change.reference}", *ratios, verdict)
-    console.print(table)
+    _print_whole(console, table)
 
 
 def _ratio(measured: Measurement | None) -> str:

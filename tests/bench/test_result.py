@@ -124,6 +124,17 @@ def test_noise_is_not_printed() -> None:
     assert "kernels: the kernels run on a GPU only" in output
 
 
+@pytest.mark.parametrize("width", [30, 50, 60, 80, 120])
+def test_a_narrow_terminal_shows_whole_words(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    terminal.print_result(console, result(dataclasses.replace(controlled(1.25, 1.04), unit="tokens of text")))
+    terminal.print_changes(console, compare(result(case(1.0)), result(case(1.25))))
+    output = console.export_text()
+    for word in ("decode", "rows=1", "length=8", "ia3rt", "1.25 ×", "1.25 s", "reference", "control", "slower"):
+        assert word in output, word
+    assert "…" not in output.replace("0.7 … 1.5", "")
+
+
 def test_failures_are_printed() -> None:
     assert "ia3rt: broke" in printed(result(dataclasses.replace(case(1), failed={"ia3rt": "broke"})))
 
