@@ -65,9 +65,9 @@ def manager(one_process, monkeypatch) -> IA3WorkerManager:
     return made
 
 
-def step(manager: Any, x: Tensor, request: LoRARequest) -> Tensor:
-    number = request.lora_int_id
-    manager.set_active_adapters({request}, LoRAMapping((number,) * len(x), (number,), is_prefill=True))
+def step(manager: Any, x: Tensor, *requests: LoRARequest) -> Tensor:
+    number = requests[0].lora_int_id
+    manager.set_active_adapters(set(requests), LoRAMapping((number,) * len(x), (number,), is_prefill=True))
     y: Tensor = manager._adapter_manager.model.layer(x)[0]
     return y
 
@@ -82,3 +82,11 @@ def test_a_number_of_another_kind_is_worn_as_what_it_is_now(manager, kinds) -> N
         y = step(manager, x, LoRARequest("a", 1, "/a", load_inplace=True))
         torch.testing.assert_close(y, right[kind])
         assert manager.ia3rt_unreadable == ({1} if kind == "gone" else set())
+
+
+def test_requests_that_name_one_number_in_two_ways_need_one_slot(manager) -> None:
+    """As where some run since before it was loaded again."""
+    x = torch.randn(TOKENS, IN)
+    manager.files.kind = "ia3"
+    y = step(manager, x, LoRARequest("a", 1, "/a"), LoRARequest("a#9", 1, "/a"))
+    torch.testing.assert_close(y, (x @ WEIGHT.T + BIAS) * VECTOR)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from offline_engine import MARK
 from safetensors.torch import load_file, save_file
 from truth import Truth, greedy_with_lora
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 
 from ia3rt.bench.serving.server import ON_CPU
-from ia3rt.serving.vllm import lora_request
+from ia3rt.serving.vllm import lora_request, told_engine
 from ia3rt.serving.vllm.keeping import keeping
 from ia3rt.serving.vllm.told_engine import Told
 
@@ -134,5 +136,48 @@ def test_two_of_one_name_are_told_apart() -> None:
     assert [request.lora_int_id for request in seen] == [1, 2, 3, 4, 5]
     assert [known.apart(request) for request in requests] == seen  # each again as it was
     assert all(known.knows(request) for request in requests)
-    known.forget(1)
-    assert not known.knows(requests[0]) and known.apart(LoRARequest("x", 9, "/9")).lora_name == "x"
+    known.removed(1)
+    assert not known.knows(requests[0]) and known.knows(requests[1])
+
+
+class Engine:
+    """vLLM's, as far as it is told what to wear."""
+
+    vllm_config = SimpleNamespace(lora_config=True, model_config=SimpleNamespace(dtype=torch.float32))
+    add_lora = told_engine._add_lora(lambda *_: True)
+    remove_lora = told_engine._remove_lora(lambda *_: True)
+    add_request = told_engine._add_request(lambda self, name, prompt, params, time, worn: worn)
+
+    def wear(self, *request: Any) -> LoRARequest:
+        worn: LoRARequest = self.add_request("0", {}, None, None, LoRARequest(*request))
+        return worn
+
+
+def blocks_of(request: LoRARequest) -> object:
+    """What of a request vLLM's prefix cache knows its blocks by."""
+    return _gen_lora_extra_hash_keys(SimpleNamespace(lora_request=request))
+
+
+@pytest.mark.parametrize("kinds", ["a b", "a lora", "lora a"])
+@pytest.mark.parametrize("how", ["by a request", "by add_lora", "removed before", "under a number of its own"])
+def test_what_is_loaded_again_meets_no_keys_and_values_of_before(small_truth, tmp_path, kinds, how) -> None:
+    engine, place, number = Engine(), tmp_path / "x", 1
+    before, after = (small_truth.folder / kind for kind in kinds.split())
+    shutil.copytree(before, place)
+    first = engine.wear("x", 1, str(place))
+    assert blocks_of(engine.wear("x", 1, str(place))) == blocks_of(first)
+    shutil.rmtree(place)
+    shutil.copytree(after, place)
+    if how == "by a request":
+        in_place = engine.wear("x", 1, str(place), None, True)
+        assert not in_place.load_inplace  # or each step would read it
+    elif how == "by add_lora":
+        engine.add_lora(LoRARequest("x", 1, str(place), load_inplace=True))
+    else:
+        engine.remove_lora(1)
+        number = 1 if how == "removed before" else 2
+    second = engine.wear("x", number, str(place))
+    assert second.lora_int_id == number and second.lora_path == first.lora_path
+    assert blocks_of(second) != blocks_of(first)
+    assert blocks_of(engine.wear("x", number, str(place))) == blocks_of(second)
+    assert how != "by a request" or blocks_of(in_place) == blocks_of(second)

@@ -12,6 +12,7 @@ import asyncio
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import count as counting
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ia3rt.adapters.folder import CONFIG_NAME
 from ia3rt.adapters.mix_text import MixNameError
 from ia3rt.serving.access import shown
 from ia3rt.serving.max_scale import max_scale
+from ia3rt.serving.vllm.adapter_numbers import END
 from ia3rt.serving.vllm.name_locks import NameLocks
 from ia3rt.serving.vllm.requests import public_name
 from ia3rt.serving.vllm.scale_check import checked_vectors
@@ -60,17 +62,27 @@ class Told:
     def __init__(self) -> None:
         self.locks = NameLocks()
         self._taken: OrderedDict[int, _Taken] = OrderedDict()
-        self._numbers: dict[str, int] = {}
+        self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._serials = counting(END)  # beyond all numbers
+        self._again: dict[int, int] = {}
 
     def apart(self, request: LoRARequest) -> LoRARequest:
-        """The request, or one with another name where its own is that of another number.
+        """The request for the engine, which holds what was loaded last and need not load it in each step.
 
-        vLLM numbers adapters, but makes sets of them by name: of two with one name, a step would get one its slot.
+        It has another name where its own is that of another number, or its number was loaded again. vLLM numbers
+        adapters, but makes sets of them by name: of two with one name, a step would get one its slot. And by name and
+        path its prefix cache knows what keys and values were made with.
         """
-        name = request.lora_name
-        while self._numbers.get(name, request.lora_int_id) != request.lora_int_id:
-            name = f"{name}#{request.lora_int_id}"
-        return request if name == request.lora_name else replace(request, lora_name=name)
+        name, number = request.lora_name, request.lora_int_id
+        if number in self._again:
+            name = f"{name}#{self._again[number]}"
+        while self._numbers.get(name, number) != number:
+            name = f"{name}#{number}"
+        if name in self._numbers:
+            self._numbers.move_to_end(name)
+        if (name, False) == (request.lora_name, request.load_inplace):
+            return request
+        return replace(request, lora_name=name, load_inplace=False)
 
     def knows(self, request: LoRARequest) -> bool:
         """Whether the engine has taken this, and need not read it again."""
@@ -96,17 +108,21 @@ class Told:
 
     def add(self, request: LoRARequest, *, is_ia3: bool) -> None:
         """Remembers what the engine has taken."""
-        self.forget(request.lora_int_id)
-        self._taken[request.lora_int_id] = _Taken(request.lora_name, request.lora_path, is_ia3)
-        self._numbers[request.lora_name] = request.lora_int_id
-        if len(self._taken) > MOST:
-            self.forget(next(iter(self._taken)))
+        number = request.lora_int_id
+        if request.load_inplace:
+            self._again[number] = next(self._serials)
+        name = self.apart(request).lora_name
+        self._numbers[name] = number
+        self._taken[number] = _Taken(name, request.lora_path, is_ia3)
+        self._taken.move_to_end(number)
+        for known in (self._taken, self._numbers):
+            if len(known) > MOST:
+                known.popitem(last=False)
 
-    def forget(self, number: int) -> None:
-        """Forgets what was taken from the engine."""
-        taken = self._taken.pop(number, None)
-        if taken is not None and self._numbers.get(taken.name) == number:
-            del self._numbers[taken.name]
+    def removed(self, number: int) -> None:
+        """Remembers that the engine has a number no more, which may be loaded again."""
+        if self._taken.pop(number, None) is not None:
+            self._again[number] = next(self._serials)
 
 
 def told(engine: Any) -> Told:
@@ -217,7 +233,7 @@ def _add_lora_async(original: Callable[..., Any]) -> Callable[..., Any]:
 def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def remove_lora(self: Any, lora_id: int) -> bool:
         """Removes an adapter, whose number may be another's then."""
-        told(self).forget(lora_id)
+        told(self).removed(lora_id)
         removed: bool = original(self, lora_id)
         return removed
 
@@ -227,7 +243,7 @@ def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 def _remove_lora_async(original: Callable[..., Any]) -> Callable[..., Any]:
     async def remove_lora(self: Any, lora_id: int) -> bool:
         """As `_remove_lora`."""
-        told(self).forget(lora_id)
+        told(self).removed(lora_id)
         removed: bool = await original(self, lora_id)
         return removed
 
@@ -247,10 +263,10 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> str:
         """Tells the engine of a request, and before of an adapter that it does not know; see `_add_lora`."""
-        lora_request = lora_request and told(self).apart(lora_request)
         new = _new(self, prompt, lora_request)
         if new is not None:
             self.add_lora(new)
+        lora_request = lora_request and told(self).apart(lora_request)
         added: str = original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
         return added
 
@@ -270,12 +286,12 @@ def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         """As `_add_request`."""
-        lora_request = lora_request and told(self).apart(lora_request)
         new = _new(self, prompt, lora_request)
         if new is not None:
             async with told(self).locks[str(new.lora_int_id)]:
                 if not told(self).knows(new):  # another request may have loaded it meanwhile
                     await self.add_lora(new)
+        lora_request = lora_request and told(self).apart(lora_request)
         return await original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
 
     return add_request

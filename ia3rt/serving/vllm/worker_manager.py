@@ -87,7 +87,9 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
             RuntimeError: there are more adapters than slots.
             Exception: one cannot be read, and nobody would be told.
         """
-        requests = sorted(filter(None, lora_requests), key=lambda request: request.lora_int_id)
+        # By number: one that was loaded again has another name than those have that run since before.
+        by_number = {request.lora_int_id: request for request in lora_requests if request}
+        requests = [by_number[number] for number in sorted(by_number)]
         if len(requests) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(requests)} adapters in one step, and {self._adapter_manager.lora_slots} slots")
         known = self._adapter_manager._registered_adapters
