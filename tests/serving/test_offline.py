@@ -125,6 +125,23 @@ def test_equal_mixes_are_one_request(adapters, tmp_path, monkeypatch) -> None:
     keeping.cache_clear()
 
 
+@pytest.mark.usefixtures("own_store")
+@pytest.mark.parametrize("kinds", ["a b", "a lora", "lora a", "lora lora"])
+def test_a_folder_that_holds_something_else_is_another_request(small_truth, tmp_path, kinds) -> None:
+    before, after = (small_truth.folder / kind for kind in kinds.split())
+    place = tmp_path / "x"
+    shutil.copytree(before, place)
+    first = lora_request("x", {"x": place})
+    assert lora_request("x", {"x": place}) is first
+    shutil.copytree(after, place, dirs_exist_ok=True)
+    if before == after:  # other numbers in as many bytes
+        weights = load_file(place / "adapter_model.safetensors")
+        save_file({key: -tensor for key, tensor in weights.items()}, place / "adapter_model.safetensors")
+    second = lora_request("x", {"x": place})
+    assert lora_request("x", {"x": place}) is second
+    assert second.lora_int_id != first.lora_int_id and blocks_of(second) != blocks_of(first)
+
+
 def test_two_of_one_name_are_told_apart() -> None:
     known = Told()
     requests = [LoRARequest(name, number, f"/{number}") for number, name in enumerate(("x", "x", "x#2", "x#4", "x"), 1)]

@@ -15,9 +15,10 @@ from ia3rt.adapters.mix_text import MixNameError, parse
 from ia3rt.adapters.shortened import short
 from ia3rt.serving.limits import check_files
 from ia3rt.serving.vllm.hints import hint
-from ia3rt.serving.vllm.keeping import keeping
+from ia3rt.serving.vllm.keeping import is_stored_path, keeping
 from ia3rt.serving.vllm.requests import Requests
 from ia3rt.serving.vllm.source import Source
+from ia3rt.serving.vllm.store import signature
 
 
 def named_request(model: str, adapters: Mapping[str, str | Path]) -> LoRARequest:
@@ -26,13 +27,19 @@ def named_request(model: str, adapters: Mapping[str, str | Path]) -> LoRARequest
         raise TypeError(f"lora_request takes the name of an adapter or of a mix, not {short(model)}")
     mix = parse(model) or Mix((model,))
     folders = {name: _folder(name, model, adapters, alone=mix == Mix((model,))) for name in mix.adapters}
-    return _requests().mix(Source(mix, folders))
+    holds = "".join(_files(Path(folder)) for folder in folders.values() if not is_stored_path(folder))
+    return _requests().mix(Source(mix, folders), holds)
 
 
 @functools.cache
 def _requests() -> Requests:
     """This process's: all are numbered and named as mixes are, beyond what users number and name themselves."""
     return Requests(lambda: 0)
+
+
+def _files(folder: Path) -> str:
+    """What changes when a LoRA's files do."""
+    return str(signature(folder, sorted(file.name for file in folder.glob("adapter_*"))))
 
 
 def _folder(name: str, model: str, adapters: Mapping[str, str | Path], *, alone: bool) -> str:

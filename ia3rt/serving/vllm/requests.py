@@ -47,11 +47,12 @@ class Requests:
         self._characters = 0
         self._names: set[str] = set()
 
-    def mix(self, source: Source) -> LoRARequest:
+    def mix(self, source: Source, holds: str = "") -> LoRARequest:
         """The request for a mix.
 
         Args:
             source: the mix, of names in any order, and each adapter's folder, as `store` returned it.
+            holds: of a folder that is not `store`'s, what tells its files from those that it had before.
 
         Raises:
             ValueError: the weights of one adapter add up to no number.
@@ -64,7 +65,7 @@ class Requests:
             self._mixes.add(number)
             return LoRARequest(self.numbered(name), number, path)
 
-        return self._remembered((name, path), made)
+        return self._remembered((name, path + holds), made)
 
     def adapter(self, name: str, folder: Path) -> LoRARequest:
         """The request for one IA³ adapter.

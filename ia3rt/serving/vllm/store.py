@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -119,10 +119,12 @@ def read_stored(folder: Path) -> dict[SiteKey, Tensor]:
         ) from error
 
 
-def signature(folder: Path) -> tuple[tuple[int, ...], ...] | None:
-    """What changes when anybody touches a stored copy's files; None where one is not there."""
+def signature(
+    folder: Path, names: Iterable[str] = (CONFIG_NAME, SAFETENSORS_NAME)
+) -> tuple[tuple[int, ...], ...] | None:
+    """What changes when anybody touches a folder's files, a stored copy's; None where one is not there."""
     try:
-        found = [os.stat(folder / name) for name in (CONFIG_NAME, SAFETENSORS_NAME)]
+        found = [os.stat(folder / name) for name in names]
     except OSError:
         return None
     return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
