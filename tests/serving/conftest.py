@@ -24,7 +24,7 @@ SMALL += ["--chat-template", "{% for message in messages %}{{ message['content']
 OF_VLLM = """
     access activations bodies composed_mixes every_door failing finite identity keeping kinds layers loading memory
     model_manager numbers offline origins pipeline_parallel placing poison requests server soak stages store_server
-    symbols tensor_parallel
+    symbols tensor_parallel unfit
 """
 of_vllm = {f"test_{name}.py" for name in OF_VLLM.split()}
 

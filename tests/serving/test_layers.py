@@ -8,6 +8,8 @@ import pytest
 import torch
 from loaded_layers import HEAD, IN, OUT, ROWS, layer_of, load, parts, worn
 from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -187,6 +189,40 @@ def test_what_nothing_wears_costs_nothing() -> None:
     layer = layer_of(layers.IA3ColumnParallelLinear, base)
     layer.set_ia3(0, {})
     assert layer.ia3_tables == {}
+
+
+def column_layer(slot: int) -> tuple[layers.IA3Layer, Tensor, Tensor]:
+    """A layer with a vector in one slot, and its weight and bias."""
+    base = ColumnParallelLinear(IN, OUT, bias=True)
+    whole = parts({None: OUT})
+    load(base, whole)
+    layer = layer_of(layers.IA3ColumnParallelLinear, base)
+    layer.ia3_slots.numbers = {0: 70, 1: 71, 2: 72}
+    layer.set_ia3(slot, {"out": [torch.full((OUT,), 3.0)]})
+    return layer, *whole[None]
+
+
+@pytest.mark.parametrize("shape", [(len(ROWS) - 2, IN), (1500, IN), (1, 7, IN), (len(ROWS), 2, IN)])
+def test_rows_that_are_not_the_steps_tokens_wear_nothing_and_it_is_told(shape) -> None:
+    """An encoder's, or those that are left of the tokens: nobody knows whose they are."""
+    layer, weight, bias = column_layer(slot=0)
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer(x)[0], x @ weight.T + bias)
+    assert layer.ia3_slots.unworn == {70} and "tokens" in layer.ia3_refusal
+    layer.ia3_slots.unworn, layer.ia3_refusal = set(), None
+    layer.ia3_slots.write([1, 2, 3, 2], lora=False)  # of these nobody has a vector here
+    torch.testing.assert_close(layer(x)[0], x @ weight.T + bias)
+    assert layer.ia3_slots.unworn == set() and "tokens" in layer.ia3_refusal
+
+
+def test_rows_that_vllm_pads_are_the_steps() -> None:
+    layer, weight, bias = column_layer(slot=1)
+    x = torch.randn(8, IN)
+    with set_forward_context(None, VllmConfig(), num_tokens=8, batch_descriptor=BatchDescriptor(num_tokens=8)):
+        y, _ = layer(x)
+    scales = torch.tensor([3.0 if row == 1 else 1.0 for row in ROWS] + [1.0] * 3)
+    torch.testing.assert_close(y, (x @ weight.T + bias) * scales[:, None])
+    assert layer.ia3_slots.unworn == set() and layer.ia3_refusal is None
 
 
 def test_every_class_stands_for_the_one_it_extends() -> None:

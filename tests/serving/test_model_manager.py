@@ -9,7 +9,7 @@ import pytest
 import torch
 from loaded_layers import IN, OUT, load, parts
 from torch import Tensor, nn
-from vllm.config import CompilationMode, CUDAGraphMode, LoRAConfig
+from vllm.config import CacheConfig, CompilationMode, CUDAGraphMode, LoRAConfig, ParallelConfig
 from vllm.lora import model_manager as of_vllm
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
@@ -64,7 +64,8 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> IA3ModelManager:
     )
     monkeypatch.setattr(of_vllm, "MultiModalBudget", lambda *_: budget)
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(enable_expert_parallel=False),
+        parallel_config=ParallelConfig(),
+        cache_config=CacheConfig(),
         model_config=SimpleNamespace(multimodal_config=SimpleNamespace(language_model_only=False)),
         compilation_config=SimpleNamespace(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE),
     )
@@ -110,6 +111,18 @@ def test_images_leave_the_step_what_its_tokens_wear(manager, with_images, size) 
     x = torch.randn(len(numbers), IN)
     y, _ = manager.model.language.layer(x)
     torch.testing.assert_close(y.double(), worn(manager.model, x, numbers), rtol=1e-5, atol=1e-4)
+
+
+def test_who_wears_a_vector_where_a_layer_has_other_rows_fails(manager) -> None:
+    worker = IA3WorkerManager.__new__(IA3WorkerManager)
+    worker._adapter_manager, worker._stand_ins = manager, set()
+    requests = {LoRARequest("mix", MIX, "/nowhere/mix")}
+    for rows, failed in ((4, set()), (3, {MIX}), (4, set())):
+        worker.set_active_adapters(requests, mapping(MIX, 0, 0, MIX))
+        manager.model.language.layer(torch.randn(rows, IN))
+        assert worker.ia3rt_unreadable == failed
+    with pytest.raises(ValueError, match=f"'late' .* {LAYER} .* 3 rows in a step of 4 tokens"):
+        manager.ia3_layers.place("late", {Site(LAYER, "out", OUT): torch.ones(OUT)})
 
 
 def test_what_a_step_could_not_read_is_not_forgotten_where_others_have_images(manager) -> None:

@@ -89,6 +89,13 @@ def test_two_vectors_for_one_place_are_refused(model) -> None:
         assert "'sql'" in str(refused.value) and str(same[1]) in str(refused.value)
 
 
+def test_a_layer_that_can_wear_none_says_why(model) -> None:
+    model.layers[1].outer.ia3_refusal = "which runs on something else"
+    with pytest.raises(ValueError, match=f"'sql' .* {OUTER} .*, which runs on something else"):
+        find(model).place("sql", ones(Site(OUTER, "out", OUT)))
+    assert find(model).place("sql", ones(Site("layers.1.up_proj", "out", OUT))).keys() == {UP}
+
+
 def test_a_compiled_layer_gets_no_table_later(model) -> None:
     site = Site(OUTER, "out", OUT)
     with pytest.raises(ValueError, match="--enforce-eager"):

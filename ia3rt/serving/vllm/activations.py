@@ -57,9 +57,12 @@ class ScaledActivation(nn.Module):
         Args:
             x: [..., 2 width], gate before up.
         """
-        table = self._down[0].ia3_tables.get("in")
-        y: Tensor = self.activation(x) if table is None else table.activation(x, self.kind)
-        return y
+        down = self._down[0]
+        table = down.ia3_tables.get("in")
+        if table is not None and down.ia3_fits(x):
+            return table.activation(x, self.kind)
+        plain: Tensor = self.activation(x)
+        return plain
 
 
 def scale_in_activations(model: nn.Module) -> None:

@@ -18,7 +18,8 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 
 FIELD = "ia3rt_unreadable"
-"""Of a step's output: the numbers of the adapters that the step could not read."""
+"""Of a step's output: the numbers of the adapters that the step could not read, or put on where a layer ran on other
+rows than the step's tokens."""
 
 
 def install() -> None:
@@ -66,7 +67,7 @@ def fail(scheduler: Any, output: ModelRunnerOutput, unreadable: frozenset[int]) 
         worn = request.lora_request
         if worn is None or worn.lora_int_id not in unreadable or request.is_finished():
             continue
-        logger.error("Request %s fails: adapter %s could not be read.", name, worn.lora_name)
+        logger.error("Request %s fails: adapter %s could not be read, or worn.", name, worn.lora_name)
         cache.evict_blocks({block for group in cache.get_block_ids(name) for block in group})
         lost |= request.num_preemptions > 0
         row = output.req_id_to_index.get(name)

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from vllm import envs
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
     MergedColumnParallelLinearWithLoRA,
@@ -31,6 +33,7 @@ from ia3rt.serving.vllm.slots import TokenSlots
 from ia3rt.serving.vllm.table import SlotTable
 
 Side: TypeAlias = Literal["in", "out"]
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is under its own name
 _PRODUCTS = (ColumnParallelLinear.forward, RowParallelLinear.forward, ReplicatedLinear.forward)
 """What multiplies by the weight as its quantisation method does it; a subclass may do another thing."""
 
@@ -43,11 +46,14 @@ class IA3Layer(BaseLinearLayerWithLoRA):
         ia3_slots: which slot each token wears; None where the manager lets the layer wear none, as in a vision tower.
         ia3_input: what the input is. It may have its vector already, from the activation before this layer; or be held
             by nobody else, so that it is scaled in place; or be held by others.
+        ia3_refusal: why the layer can wear no vector, as the end of a sentence, where that is so; of vLLM's model
+            (unfit.py), or seen when the layer ran.
     """
 
     ia3_tables: dict[Side, SlotTable]
     ia3_slots: TokenSlots | None = None
     ia3_input: Literal["scaled", "own", "shared"] = "shared"
+    ia3_refusal: str | None = None
 
     def __init__(self, base_layer: Any) -> None:
         super().__init__(base_layer)
@@ -62,6 +68,7 @@ class IA3Layer(BaseLinearLayerWithLoRA):
         spare = 1 if torch.device(self.device).type == "cpu" else 0
         super().create_lora_weights(max_loras + spare, lora_config, model_config)
         self.ia3_tables = {}
+        self._ia3_worn: set[int] = set()  # slots with a vector here
 
     def ia3_widths(self, side: Side) -> tuple[int, ...]:
         """The lengths of the vectors that a checkpoint may have here, one for each layer that is packed into this one.
@@ -92,6 +99,9 @@ class IA3Layer(BaseLinearLayerWithLoRA):
         """
         for table in self.ia3_tables.values():
             table.clear(slot)
+        self._ia3_worn.discard(slot)
+        if vectors:
+            self._ia3_worn.add(slot)
         for side, whole in vectors.items():
             table, start = self.ia3_table(side), 0
             for width, vector in self._in_shares(whole) if side == "in" else self._out_shares(whole):
@@ -131,6 +141,9 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             bias: [out], inside the scale.
         """
         tables = self.ia3_tables
+        if tables and not self.ia3_fits(x):
+            plain: Tensor = super().apply(x, bias)
+            return plain
         if "in" in tables and self.ia3_input == "own":
             tables["in"].scale_(x)
         elif "in" in tables and self.ia3_input == "shared":
@@ -146,6 +159,30 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             table.scale_(output)
         return output
 
+    def ia3_fits(self, x: Tensor) -> bool:
+        """Whether x has a row for each of the step's tokens, where it is seen.
+
+        If not, nobody knows which row wears what. So the layer puts no vector on, requests that wear one here fail, and
+        no adapter that has one is loaded any more.
+
+        Args:
+            x: [tokens, in] or [1, tokens, in].
+        """
+        slots = self.ia3_slots
+        if torch.compiler.is_compiling() or slots is None or not slots.runs:
+            return True
+        rows = x.numel() // x.shape[-1]
+        if rows == slots.tokens or _is_padded(rows):
+            return True
+        unworn = {slots.numbers[row] for _, _, row in slots.runs if row in self._ia3_worn}
+        if self.ia3_refusal is None:
+            self.ia3_refusal = (
+                f"which ran on {rows} rows in a step of {slots.tokens} tokens, so that nobody knows what each wears"
+            )
+            logger.warning("No adapter can act at a %s %s", type(self.base_layer).__name__, self.ia3_refusal)
+        slots.unworn |= unworn
+        return False
+
     def _has_matrix(self) -> bool:
         """Whether our kernels read the weight, and nobody asked for vLLM's own that do not depend on the batch."""
         plain = self._is_product and type(self.base_layer.quant_method) is UnquantizedLinearMethod
@@ -160,6 +197,12 @@ class IA3Layer(BaseLinearLayerWithLoRA):
             return output
         added: Tensor = super()._apply_lora_to_output(x, output)
         return added
+
+
+def _is_padded(rows: int) -> bool:
+    """Whether vLLM has made so many rows of a step's tokens, for a graph or as other processes have them."""
+    step = get_forward_context().batch_descriptor if is_forward_context_available() else None
+    return step is not None and rows == step.num_tokens
 
 
 class _PackedIA3Layer(IA3Layer):

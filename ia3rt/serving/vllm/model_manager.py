@@ -14,6 +14,7 @@ from ia3rt.serving.vllm.finite import keep_finite
 from ia3rt.serving.vllm.layers import IA3RowParallelLinear
 from ia3rt.serving.vllm.placing import Layers, Placed
 from ia3rt.serving.vllm.slots import TokenSlots
+from ia3rt.serving.vllm.unfit import refuse_unfit
 
 
 class IA3Model(LoRAModel):
@@ -51,6 +52,7 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
             layer.ia3_slots = self.ia3_slots
             if not may_grow:
                 layer.ia3_table("in" if isinstance(layer, IA3RowParallelLinear) else "out")
+        refuse_unfit(self.model, self.ia3_layers.wearing, self.packed_modules, vllm_config)
         scale_in_activations(self.model)
         keep_finite(self.model, self.ia3_slots)
         self._ia3_active: set[int] = set()
@@ -99,6 +101,7 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         if mapping.type is LoRAMappingType.LANGUAGE:  # a tower's rows are no tokens of the step, and wear LoRAs only
             dummies = {number for _, number in resident if isinstance(models[number], DummyModel)}
             rows = {number: slot for slot, number in resident if number in mixes or number in dummies}
+            self.ia3_slots.numbers = {slot: number for number, slot in rows.items()}
             identity = self.ia3_slots.identity
             self.ia3_slots.write([rows.get(number, identity) for number in mapping.index_mapping], lora=any(for_lora))
         # LoRA's part sees tokens with a mix as tokens of the base model, and so skips them.

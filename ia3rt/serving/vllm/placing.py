@@ -75,6 +75,8 @@ class Layers:
             raise ValueError(
                 refused + f"which vLLM made of {', '.join(self._packed[whole])}: name those, each with its own vector"
             )
+        if isinstance(layer, IA3Layer) and layer.ia3_refusal is not None:
+            raise ValueError(refused + layer.ia3_refusal)
         widths = layer.ia3_widths(site.side) if isinstance(layer, IA3Layer) else ()
         if index >= len(widths):
             kind = type(layer.base_layer).__name__ if hasattr(layer, "base_layer") else type(layer).__name__

@@ -21,8 +21,11 @@ class TokenSlots:
         mixes: int32 [slots + 1, 4], on the model's device: the kernels' mix table (kernels/mixes.py), in which mix i is
             row i alone.
         runs: (first token, one past the last, row) of tokens in a row that wear the same; without those that wear none.
+        tokens: how many the step has.
         step: counts the steps, for those who keep what they made of one.
         lora: whether any token wears a LoRA.
+        numbers: vLLM's number of the adapter in each slot that tokens wear.
+        unworn: the numbers of adapters that a layer could not put on in this step.
     """
 
     def __init__(self, max_tokens: int, slots: int, device: torch.device) -> None:
@@ -35,7 +38,9 @@ class TokenSlots:
         self.runs: list[tuple[int, int, int]] = []
         self.step = 0
         self.lora = False
-        self._live = 0
+        self.numbers: dict[int, int] = {}
+        self.unworn: set[int] = set()
+        self.tokens = 0
 
     @property
     def worn(self) -> bool:
@@ -67,6 +72,6 @@ class TokenSlots:
         # From pinned memory, so that the host need not wait for what the device is doing.
         given = torch.tensor(rows, dtype=torch.int32, device="cpu", pin_memory=self.index.is_cuda)
         self.index[:count].copy_(given, non_blocking=True)
-        if self._live > count:
-            self.index[count : self._live].fill_(self.identity)
-        self._live = count
+        if self.tokens > count:
+            self.index[count : self.tokens].fill_(self.identity)
+        self.tokens = count

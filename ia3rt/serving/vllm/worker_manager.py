@@ -28,7 +28,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
 
     Attributes:
         ia3_counts: how many adapters and mixes were read, and the seconds that this took.
-        ia3rt_unreadable: the numbers of the step's adapters that could not be read, LoRAs too (failing.py).
+        ia3rt_unreadable: the numbers of the step's adapters that could not be read, LoRAs too, or put on (failing.py).
         ia3rt_is_told: whether the scheduler is told of them; some of vLLM's executors step another way.
         ia3rt_hands_on: whether a stage's next one is told of them (stages.py).
     """
@@ -102,6 +102,7 @@ class IA3WorkerManager(LRUCacheWorkerLoRAManager):
             if is_so:
                 self._stand_in(request.lora_int_id)
         self.ia3rt_unreadable = self._stand_ins & {request.lora_int_id for request in requests}
+        self._adapter_manager.ia3_slots.unworn = self.ia3rt_unreadable  # to which layers add when they run
 
     def _is_to_be_read(self, request: LoRARequest) -> bool:
         return request.load_inplace or request.lora_int_id in self._stand_ins
