@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from ia3rt.adapters.site import Site
+from ia3rt.adapters.site import Site, SiteKey
 
 Stamp: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 """An adapter's files: name, inode, size and the nanosecond of the last change, each."""
@@ -52,6 +52,11 @@ class Adapter:
         if made.row in made.free:
             made.free.remove(made.row)
         return made
+
+    @cached_property
+    def keys(self) -> frozenset[SiteKey]:
+        """Of the sites where it acts: every new route asks for them."""
+        return frozenset(site.key for site in self.sites)
 
     @cached_property
     def site_in_experts(self) -> Site | None:

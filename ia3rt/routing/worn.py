@@ -147,8 +147,8 @@ class Worn:
     def acts_at(self, position: int, bank: Bank) -> bool:
         """Whether any adapter of the route acts at a site."""
         if self._acts is None:
-            sites = {site.key for mix in self.route.mixes for adapter in mix.adapters for site in adapter.sites}
-            self._acts = frozenset(place for place, key in enumerate(bank.sites) if key in sites)
+            keys = frozenset().union(*{adapter.keys for mix in self.route.mixes for adapter in mix.adapters})
+            self._acts = frozenset(place for place, key in enumerate(bank.sites) if key in keys)
         return position in self._acts
 
     def by_token(self, tokens: Tensor, length: int, bank: Bank) -> Worn:
