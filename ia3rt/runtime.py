@@ -254,7 +254,7 @@ class Runtime:
         sited = [(here.site(name, here.key(name, key)), vector) for key, vector in vectors.items()]
         if len(dict(sited)) < len(sited):
             raise ValueError(f"adapter {name!r} has two vectors for one site: give each module once, or by side")
-        self._add(name, dict(sited), dict(config), own)
+        self._add(name, dict(sited), copy.deepcopy(dict(config)), own)
 
     def add_weighted_adapter(
         self,
@@ -445,6 +445,8 @@ class Runtime:
 
     def pin(self, adapter_name: str) -> None:
         """Brings a registered adapter in, and keeps it in the bank as it is until `unpin`, as CUDA graphs may need.
+
+        One that was loaded stays anyway, until it is deleted.
 
         Raises:
             FileNotFoundError: its files are gone.

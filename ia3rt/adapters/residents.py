@@ -27,7 +27,7 @@ class Residents(dict[str, Adapter]):
 
     Attributes:
         evictable: the names of those that may make room, the one used least recently first.
-        pinned: the names of registered adapters that may not.
+        pinned: the names of those that may not, as `pin` said, whether they might before or not.
         evictions: how many made room so far.
         singles: by name, each alone as a mix: nearly all that is worn is one of these.
         complements: the rows of what weighted sums leave as it is, by where their adapters act.

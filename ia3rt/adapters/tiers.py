@@ -195,10 +195,9 @@ class Tiers:
 
     def pin(self, name: str, fetched: Fetched) -> None:
         """Makes an adapter resident and lets it stay, as it is now; called with the lock. Raises as `resolve`."""
-        (adapter,) = self.resolve((Mix((name,)),), fetched)[0].adapters
-        if adapter.stamp is not None:
-            self._bank.adapters.pinned.add(name)
-            self._bank.adapters.evictable.pop(name, None)
+        self.resolve((Mix((name,)),), fetched)
+        self._bank.adapters.pinned.add(name)
+        self._bank.adapters.evictable.pop(name, None)
 
     def unpin(self, name: str) -> None:
         """Lets an adapter make room again; called with the lock.

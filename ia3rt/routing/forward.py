@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import Token
 from enum import Enum
 from types import FrameType
@@ -44,6 +45,7 @@ class Forward:
         watch: what sees which layers it reaches, where that is not known yet.
         placed: `worn` as layers on each device of the bank read it; None where they have not asked yet.
         ahead: what was computed for a layer before it was called; by whoever computed it.
+        handled: the exception that was being handled when it began, if any: another one, at its end, is its own.
     """
 
     def __init__(self, worn: Worn, owner: nn.Module, task: int, outer: Forward | None, frame: FrameType) -> None:
@@ -65,6 +67,7 @@ class Forward:
         self.watch: Watch | None = None
         self.placed: list[Worn] | None = None
         self.ahead: dict[object, object] = {}
+        self.handled = sys.exc_info()[1]
 
     def is_running(self, frame: FrameType | None) -> bool:
         """Whether `frame`, of a call in the same thread, is inside of this forward."""

@@ -255,12 +255,13 @@ class Forwards:
             is_left = context.resume(forward)  # by a `with` that was entered in it and still holds
         forward.calls -= 1
         if forward.calls == 0:
-            self._routing.probing.end(forward, completed=output is not None and not is_left)
+            is_completed = output is not None or sys.exc_info()[1] is forward.handled
+            self._routing.probing.end(forward, completed=is_completed and not is_left)
             self._routing.context.leave(forward)
             if torch.is_grad_enabled():
                 self._routing.past.end(tree_leaves(output), forward.worn)
             if forward.watch is not None:
-                forward.watch.end(completed=output is not None)
+                forward.watch.end(completed=is_completed)
 
     def _leave_interrupted(self) -> None:
         self.leave_ended(sys._getframe())

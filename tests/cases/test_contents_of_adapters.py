@@ -82,3 +82,10 @@ def test_unknown_names_and_no_names():
     for nothing in ([], ()):
         with pytest.raises(ValueError, match="use None for the base model"):
             runtime.set_adapter(nothing)
+
+
+def test_a_config_is_a_copy_of_what_was_given():
+    runtime, config = ia3rt.patch(tiny_model()), {"tags": ["x"]}
+    runtime.add_adapter("a", None, config)
+    config["tags"].append("y")
+    assert runtime.get_adapter("a").config["tags"] == ["x"]

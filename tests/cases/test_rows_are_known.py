@@ -102,6 +102,33 @@ def test_time_first_in_a_module_of_ones_own(backend) -> None:
     model(x)
 
 
+def test_a_model_that_returns_nothing_is_followed_once_and_one_that_fails_again() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj, self.fails = nn.Linear(8, 8, bias=False), True
+
+        def forward(self, x: Tensor) -> None:
+            if self.fails:
+                raise KeyError("before the layer")
+            self.result = self.k_proj(x)
+
+    model, x = Net(), torch.randn(3, 8)
+    runtime = patched(model, target_modules=["k_proj"])
+    with runtime.route(NAMES):
+        try:
+            model(x)
+        except KeyError:
+            model.fails = False
+            model(x)  # while another forward's error is handled
+        right = model.result
+        for _ in range(2):
+            model(x)
+            assert torch.equal(model.result, right)
+    assert torch.equal(right[2], model.k_proj(x)[2])
+    assert runtime._routing.probing.seen == 2
+
+
 @pytest.mark.parametrize("sizes", [[(16, 16), (32, 16)], [(32, 16), (16, 16)], [(32, 32), (16, 16)]], ids=str)
 def test_windows_of_images(sizes) -> None:
     """Of which an image has one or many, as its size and the layer make them; and images of both sizes in turn."""

@@ -107,6 +107,18 @@ def test_a_pinned_adapter_stays_as_it_was(folder, truth, every_time):
     assert not torch.equal(logits(runtime.model, IDS), truth["a"])
 
 
+def test_a_loaded_adapter_is_pinned_and_unpinned_too(folder):
+    runtime = patched(folder, rows=3)
+    runtime.load_adapter(folder / "a", "loaded")
+    runtime.pin("loaded")
+    runtime.unpin("loaded")
+    with pytest.raises(ValueError, match="'loaded' is not pinned"):
+        runtime.unpin("loaded")
+    for name in "bcd":
+        runtime.set_adapter(name)
+    assert "loaded" in runtime.adapters
+
+
 def test_a_trained_adapter_is_no_more_its_files(folder, truth):
     runtime = patched(folder, rows=3)
     parameters = runtime.train_adapter("a")
