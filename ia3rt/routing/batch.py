@@ -48,10 +48,12 @@ def main_input(arguments: Mapping[str, Any], model: nn.Module | None = None) -> 
 
     Else it is the first tensor that is no mask.
     """
-    names = *_MAIN, getattr(model, "main_input_name", ""), "hidden_states"
+    for name in (*_MAIN, getattr(model, "main_input_name", ""), "hidden_states"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value
     inputs = (value for name, value in arguments.items() if not any(part in name for part in _NOT_MARKED))
-    candidates = [*(arguments.get(name) for name in names), *inputs]
-    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 0), None)
+    return next((value for value in inputs if isinstance(value, Tensor) and value.dim() > 0), None)
 
 
 def row_inputs(arguments: Mapping[str, Any], rows: int) -> Iterator[Tensor]:
