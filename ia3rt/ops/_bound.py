@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ia3rt.ops import _dispatch
 from ia3rt.ops._op import Calls, _current_device, _fp32_precision, is_observed
@@ -136,7 +137,7 @@ def _caller(inputs: int, tensors: int) -> Callable[..., Callable[..., Any]]:
     source = f"""
 def make({", ".join(["known", "miss", "hooks", *fixed])}):
     def call(tables, {given}):
-        if (compiling() or grad() or modes() or functorch() is not None
+        if (compiling() or grad() or modes() or functorch() is not None or forward_ad._current_level >= 0
                 or {" or ".join(f"type({x}) is not Tensor" for x in xs)}
                 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls or hooks.debug):
             return miss(tables, {given})
@@ -152,6 +153,7 @@ def make({", ".join(["known", "miss", "hooks", *fixed])}):
         "grad": torch.is_grad_enabled,
         "modes": torch._C._len_torch_dispatch_stack,
         "functorch": torch._C._functorch.peek_interpreter_stack,
+        "forward_ad": forward_ad,
         "device": _current_device,
         "fp32": torch.float32,
         "precision": _fp32_precision,

@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ia3rt import reference
+
+_transform = torch._C._functorch.peek_interpreter_stack
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,10 +30,15 @@ def kernels_work() -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Whether derivatives are taken forwards, or torch.func transforms what is done: that takes torch's operations."""
+    return _transform() is not None or forward_ad._current_level >= 0
+
+
 def backend(x: Tensor) -> Literal["triton", "torch"]:
     """Return what computes an operation on x."""
     on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton" if on_device and x.dtype in TRITON_DTYPES and kernels_work() else "torch"
+    return "triton" if on_device and x.dtype in TRITON_DTYPES and kernels_work() and not is_transformed() else "torch"
 
 
 def may_repeat(x: Tensor) -> bool:

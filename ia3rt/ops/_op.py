@@ -37,6 +37,8 @@ class Op:
         schema = torch.library.infer_schema(body, mutates_args=mutates_args)
         self.op = torch.library.custom_op(name, self._run, mutates_args=mutates_args, schema=schema)
         self.register_autograd = self.op.register_autograd
+        if not mutates_args:
+            self.register_autograd(functools.partial(_refuse, name))
         self.__doc__ = body.__doc__
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +49,11 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Return what the op returns."""
-        return self.op(*args) if is_observed(args[0]) else self._run(*args)
+        if not is_observed(args[0]):
+            return self._run(*args)
+        if _dispatch.is_transformed() and not torch.compiler.is_compiling():
+            return self.body(*args)  # in torch's operations, each of which has all derivatives
+        return self.op(*args)
 
     def _run(self, *args: Any) -> Any:
         if not _dispatch.may_repeat(args[0]):
@@ -68,6 +74,14 @@ class Op:
         names = [f"x{i}" for i in range(len(tensors))]
         parameters = [*names, *(f"p_{name}" for name in names)]
         return self._calls.note(key, self.body, args, dict(zip(names, tensors, strict=True)), parameters)
+
+
+def _refuse(name: str, ctx: Any, *gradients: Any) -> None:
+    """The backward of an op that has no other."""
+    raise NotImplementedError(
+        f"{name} has no gradient: gradients of gradients (create_graph=True) are computed by "
+        'patch(model, backend="torch")'
+    )
 
 
 class Calls:
@@ -118,7 +132,7 @@ def is_observed(x: Tensor) -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _dispatch.is_transformed()
         or type(x) not in (Tensor, nn.Parameter)
     )
 

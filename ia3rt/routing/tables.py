@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ia3rt.adapters.device_table import DeviceTable
 from ia3rt.adapters.resolved import ResolvedMix
-from ia3rt.routing.staging import Staging, Turn
+from ia3rt.routing.staging import Staging
 
 PRODUCT, LINEAR = 0, 1
 _SLOTS = 64  # up to this many rows, batches of any size find one table
@@ -78,7 +79,7 @@ class MixTables:
             self._mix_staging = Staging(self.mixes.view(-1))
             self._lay_out()
         turn = self._mix_staging.turn()
-        _pack(turn, mixes, width)
+        _pack(turn.ints, turn.floats, mixes, width)
         turn.copy(len(mixes) * width, stream)
 
     def write_route(self, slots: list[int], stream: torch.cuda.Stream | None) -> None:
@@ -100,14 +101,18 @@ class MixTables:
 
 def pack_mixes(mixes: Sequence[ResolvedMix], size: int) -> Tensor:
     """Packs mixes of at most `size` adapters into rows of `MixTables.mixes`, int32 [len(mixes), 2 + 2 size]."""
-    packed = torch.zeros(len(mixes), 2 + 2 * size, dtype=torch.int32, device="cpu")
-    _pack(Turn(packed.view(-1)), mixes, 2 + 2 * size)
-    return packed
+    width = 2 + 2 * size
+    # Not a tensor's memory: a tensor that is made while torch.func transforms a forward does not say where it is.
+    ints = (ctypes.c_int32 * (len(mixes) * width))()
+    _pack(ints, (ctypes.c_float * len(ints)).from_buffer(ints), mixes, width)
+    return torch.frombuffer(ints, dtype=torch.int32).view(len(mixes), width)
 
 
-def _pack(turn: Turn, mixes: Sequence[ResolvedMix], width: int) -> None:
+def _pack(
+    ints: ctypes.Array[ctypes.c_int32], floats: ctypes.Array[ctypes.c_float], mixes: Sequence[ResolvedMix], width: int
+) -> None:
     """Lays mixes out as rows of `width` numbers; what is behind a mix's count is not read, and stays as it was."""
-    start, size, ints = 0, (width - 2) // 2, turn.ints
+    start, size = 0, (width - 2) // 2
     for mix in mixes:
         ints[start] = PRODUCT if mix.weights is None else LINEAR
         ints[start + 1] = len(mix.rows)
@@ -115,7 +120,7 @@ def _pack(turn: Turn, mixes: Sequence[ResolvedMix], width: int) -> None:
             ints[place] = row
         if mix.weights is not None:
             for place, weight in enumerate(mix.weights, start + 2 + size):
-                turn.floats[place] = weight
+                floats[place] = weight
         start += width
 
 
