@@ -35,12 +35,14 @@ app.command()(study)
 
 
 @app.command()
+@errors_in_a_line()
 def document(file: Annotated[Path, typer.Argument(help="docs/kernels.md")] = Path("docs/kernels.md")) -> None:
     """Write the table of compiled kernels and the roofline's in docs/kernels.md. No GPU is needed."""
     documents.write(file)
 
 
 @app.command()
+@errors_in_a_line()
 def recorded(
     kernels: Annotated[Path, typer.Option(help="docs/kernels.md")] = Path("docs/kernels.md"),
     performance: Annotated[Path, typer.Option(help="docs/performance.md")] = Path("docs/performance.md"),
@@ -55,6 +57,7 @@ def recorded(
 
 
 @app.command()
+@errors_in_a_line()
 def profile(
     file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md"),
     counted: Annotated[bool, typer.Option("--counted", help="Only what is counted: no timing.")] = False,
@@ -66,6 +69,7 @@ def profile(
 
 
 @app.command()
+@errors_in_a_line()
 def measured(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="Runs of `ia3rt bench`.")],
     file: Annotated[Path, typer.Option(help="Where the tables go; the plots go beside it.")] = Path(
@@ -77,6 +81,7 @@ def measured(
 
 
 @app.command()
+@errors_in_a_line()
 def switching(
     result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A run of `ia3rt bench switch`.")],
     file: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("docs/performance.md"),
@@ -86,6 +91,7 @@ def switching(
 
 
 @app.command()
+@errors_in_a_line()
 def scaled(
     result: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A run of `ia3rt bench scale`.")],
     file: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("docs/performance.md"),
@@ -95,18 +101,21 @@ def scaled(
 
 
 @app.command()
+@errors_in_a_line()
 def launching(file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md")) -> None:
     """Time launches as `ia3rt bench launch` does, and write the table of launching in docs/performance.md."""
     profiles.write_launching(file)
 
 
 @app.command()
+@errors_in_a_line()
 def calling(file: Annotated[Path, typer.Argument(help="docs/performance.md")] = Path("docs/performance.md")) -> None:
     """Time what calls of compiled models cost the host, and write the table in docs/performance.md."""
     profiles.write_calling(file)
 
 
 @app.command()
+@errors_in_a_line()
 def served(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json…", help="Runs of `ia3rt bench serve`.")],
     file: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/serving.md"),

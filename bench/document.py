@@ -70,5 +70,6 @@ def write_roofline(file: Path) -> None:
 
 def write(file: Path) -> None:
     """Write both tables into `file`."""
+    markdown.check(file, "roofline", "sm_90")
     write_roofline(file)
     markdown.replace(file, "sm_90", compiled_table(compiled_facts("sm_90")))

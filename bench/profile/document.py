@@ -26,6 +26,7 @@ PLOTTED = ("forward", "mixed", "combine", "scale")
 
 def write_counted(file: Path) -> None:
     """Writes what is counted or computed; the same on every machine."""
+    markdown.check(file, "counted", "memory")
     markdown.replace(file, "counted", counted_table(launches()))
     header = ("model", "numbers", "MB, float32", "MB, bfloat16", f"MB, LoRA of rank {memory.RANK}, bfloat16", "LoRA")
     markdown.replace(file, "memory", markdown.table(header, memory.table_rows()))
@@ -55,6 +56,7 @@ def counted_table(launched: dict[str, int]) -> str:
 
 def write_timed(file: Path) -> None:
     """Writes what is timed by a profile on this machine."""
+    markdown.check(file, "profiled on", "scaling", "above base")
     markdown.replace(file, "profiled on", readable.ran("", machine(), versions()))
     header = ("site", "dtype of the model", "µs in the cache", "µs after other work")
     rows = [(cost.site, cost.dtype, f"{cost.hot:.1f}", f"{cost.cold:.1f}") for cost in scaling.costs()]
@@ -109,6 +111,7 @@ def scale_table(result: Result) -> str:
 
 def write_launching(file: Path) -> None:
     """Times launches, and writes the table."""
+    markdown.check(file, "launching")
     markdown.replace(file, "launching", launching_table(*host_times()))
 
 
@@ -126,6 +129,7 @@ def launching_table(unit: float, times: Sequence[HostTime]) -> str:
 
 def write_calling(file: Path) -> None:
     """Times calls of compiled models, and writes the table."""
+    markdown.check(file, "calling")
     times = list(call_times())
     head = readable.ran(f"medians of {CALLS} calls, the least of {ROUNDS} rounds", machine(), versions())
     header = ("µs a call, compiled", *(f"{layers} layers" for layers in LAYERS), "a layer more")
