@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.sequence import IntermediateTensors
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu import model_runner
 
 from ia3rt.serving.vllm import stages
 from ia3rt.serving.vllm.failing import FIELD
@@ -64,3 +66,16 @@ def test_a_model_without_adapters_is_vllms_own() -> None:
         return scheduler_output, intermediate_tensors
 
     assert stages._execute_model(original)(SimpleNamespace(), 1, 2) == (1, 2)
+
+
+@pytest.mark.parametrize("runners", [gpu_model_runner, model_runner], ids=["first", "second"])
+def test_both_of_vllms_runners_hand_on(monkeypatch, runners) -> None:
+    def original(self, scheduler_output, intermediate_tensors=None, is_profile=False):
+        return scheduler_output, is_profile
+
+    for each in (gpu_model_runner, model_runner):
+        monkeypatch.setattr(each.GPUModelRunner, "execute_model", original)
+    stages.install()
+    runner = SimpleNamespace(lora_manager=SimpleNamespace(**{FIELD: set()}))
+    assert runners.GPUModelRunner.execute_model(runner, "step", is_profile=True) == ("step", True)
+    assert runner.lora_manager.ia3rt_hands_on

@@ -6,28 +6,32 @@ So a stage that could not read an adapter says so with what it hands to the next
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.distributed import get_tp_group
 from vllm.sequence import IntermediateTensors
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu import model_runner
 
 from ia3rt.serving.vllm.failing import FIELD
 
 
 def install() -> None:
-    """Puts the function of this file in front of vLLM's method."""
-    GPUModelRunner.execute_model = _execute_model(GPUModelRunner.execute_model)
+    """Puts the function of this file in front of the method of both of vLLM's runners."""
+    for runner in (gpu_model_runner.GPUModelRunner, model_runner.GPUModelRunner):
+        runner.execute_model = _execute_model(runner.execute_model)
 
 
 def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        """A stage's step."""
+    @functools.wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None, **dummy: Any) -> Any:
+        """A stage's step, or one that vLLM tries."""
         manager = getattr(self, "lora_manager", None)
         if manager is None:
-            return original(self, scheduler_output, intermediate_tensors)
+            return original(self, scheduler_output, intermediate_tensors, **dummy)
         manager.ia3rt_hands_on = True
         before: set[int] = set()
         if intermediate_tensors is not None:
@@ -37,11 +41,11 @@ def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                     batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
                 )
-        output = original(self, scheduler_output, intermediate_tensors)
+        output = original(self, scheduler_output, intermediate_tensors, **dummy)
         unreadable = getattr(manager, FIELD) | before
         setattr(manager, FIELD, unreadable)
         if unreadable and isinstance(output, IntermediateTensors):
-            output.tensors[FIELD] = _handed(unreadable)
+            return IntermediateTensors({**output.tensors, FIELD: _handed(unreadable)})
         return output
 
     return execute_model

@@ -49,6 +49,14 @@ SYMBOLS = (
         "GPUModelRunner.execute_model",
         ("self", "scheduler_output", "intermediate_tensors"),
     ),
+    Symbol(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.execute_model",
+        (
+            *("self", "scheduler_output", "intermediate_tensors", "dummy_run", "skip_attn_for_dummy_run"),
+            *("is_profile", "context_len", "valid_dummy_state_slots", "randomize_inputs"),
+        ),
+    ),
     Symbol("vllm.sequence", "IntermediateTensors"),
     Symbol(
         "vllm.v1.core.sched.scheduler",
