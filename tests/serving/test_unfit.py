@@ -22,6 +22,10 @@ class Cross(nn.Module):
     """vLLM's attention to what an encoder saw."""
 
 
+class Latent(nn.Module):
+    """vLLM's latent attention."""
+
+
 class Attention(nn.Module):
     kv_sharing_target_layer_name: str | None = None
 
@@ -36,6 +40,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
             if not hasattr(module, part):
                 module.add_module(part, nn.Module())
             module = getattr(module, part)
+    for name in NAMES:
+        model.get_submodule(name).base_layer = nn.Module()
     model.decoder.cross.attn = Cross()
     model.decoder.self.attn = Attention()
     return model
@@ -68,6 +74,16 @@ def test_experts_that_get_a_part_of_the_tokens(model) -> None:
     model.decoder.mlp.is_sequence_parallel = True
     told = refused(model)
     assert told.keys() == {KEYS, GATE, SHARED} and "--enable-expert-parallel" in told[GATE]
+
+
+def test_what_latent_attention_takes_apart(model, monkeypatch) -> None:
+    monkeypatch.setattr("ia3rt.serving.vllm.unfit.MLAAttention", Latent)
+    near = model.get_submodule(NEAR)
+    model.decoder.latent = Latent()
+    for kept in (near, near.base_layer):  # vLLM replaces it there too, or not
+        model.decoder.latent.kv_b_proj = kept
+        told = refused(model)
+        assert told.keys() == {KEYS, NEAR} and "latent attention" in told[NEAR]
 
 
 def test_options_that_split_steps(model) -> None:

@@ -220,6 +220,7 @@ INSTANCES = (
     Instances("vllm.v1.core.kv_cache_manager", "KVCacheManager", ("block_pool",)),
     Instances("vllm.v1.request", "Request", ("num_preemptions",)),
     Instances("vllm.model_executor.layers.attention", "Attention", ("kv_sharing_target_layer_name",)),
+    Instances("vllm.model_executor.layers.attention", "MLAAttention", ("kv_b_proj",)),
     Instances("vllm.model_executor.models.interfaces", "SupportsMultiModal", ("_tower_model_names",)),
     Instances("vllm.forward_context", "ForwardContext", ("batch_descriptor",)),
     Instances("vllm.config", "ParallelConfig", ("prefill_context_parallel_size", "use_ubatching")),

@@ -1,4 +1,4 @@
-"""Layers at which no vector can act in vLLM, and the sentence of each: they do not run on the step's tokens.
+"""Layers at which no vector can act in vLLM, and why: they run on other rows than the step's tokens, or are passed by.
 
 What a token wears is known by its place in the step. What of this is seen of the model and the options is said when an
 adapter is loaded; the rest a layer sees when it runs, where nothing is compiled (layers.py).
@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.layers.attention import CrossAttention
+from vllm.model_executor.layers.attention import CrossAttention, MLAAttention
 
 from ia3rt.serving.vllm.layers import IA3Layer
 
 _ENCODER = "which runs on what the encoder sees, and vLLM says only of the text's tokens who wears what"
 _EXPERTS = "which gets a part of the tokens where experts are spread over processes: leave --enable-expert-parallel out"
+_LATENT = "which vLLM's latent attention takes apart: it multiplies by parts of the weight itself. Leave it out"
 
 
 def refuse_unfit(
@@ -30,15 +31,23 @@ def refuse_unfit(
         vllm_config: vLLM's.
     """
     everywhere = _of_options(model, vllm_config)
+    latent = {id(_plain(module.kv_b_proj)) for module in model.modules() if isinstance(module, MLAAttention)}
     parts = [*_encoders(model), *_shared_out(model)]
     for name, layer in wearing.items():
         above = name.rpartition(".")[0]
         if everywhere is not None:
             layer.ia3_refusal = everywhere
+        elif id(layer.base_layer) in latent:
+            layer.ia3_refusal = _LATENT
         elif _is_of_encoder(model.get_submodule(above), packed.get(name, [name])):
             layer.ia3_refusal = _ENCODER
         else:
             layer.ia3_refusal = next((why for part, why in parts if f"{name}.".startswith(f"{part}.")), None)
+
+
+def _plain(layer: Any) -> Any:
+    """vLLM's own layer."""
+    return getattr(layer, "base_layer", layer)
 
 
 def _of_options(model: nn.Module, vllm_config: Any) -> str | None:
