@@ -8,9 +8,10 @@
     torch.ops.ia3rt.attention    y = s_v ∘ softmax((s_k ∘ q) kᵀ) v
     torch.ops.ia3rt.gate_up      y = s ∘ act(W_gate x + b_gate) ∘ (W_up x + b_up)
 
-Triton runs what is on a GPU, and anything where TRITON_INTERPRET=1; ia3rt.reference runs the rest, and all of it where
-Triton is not installed. It says how a bank's slice, `mixes` and `route` are laid out. Ids and slots are not checked to
-be in range: they live on the device, and reading them would stall it.
+Triton runs what is on a GPU, and anything where TRITON_INTERPRET=1, of which bfloat16 comes out wrong without what
+tests/triton_interpreter.py mends; ia3rt.reference runs the rest, and all of it where Triton is not installed. It says
+how a bank's slice, `mixes` and `route` are laid out. Ids and slots are not checked to be in range: they live on the
+device, and reading them would stall it.
 
 An op knows tensors, no adapters and no modules. It may import `kernels` and `reference`.
 """
