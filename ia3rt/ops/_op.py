@@ -31,7 +31,7 @@ class Op:
     """
 
     def __init__(self, name: str, body: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
-        self.body = body
+        self.body = _outside_autocast(body)
         self._calls = Calls()
         # The schema is read from the body; what runs is `_run`.
         schema = torch.library.infer_schema(body, mutates_args=mutates_args)
@@ -74,6 +74,19 @@ class Op:
         names = [f"x{i}" for i in range(len(tensors))]
         parameters = [*names, *(f"p_{name}" for name in names)]
         return self._calls.note(key, self.body, args, dict(zip(names, tensors, strict=True)), parameters)
+
+
+def _outside_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's dtypes are its arguments': autocast would change those of torch's operations in it."""
+
+    @functools.wraps(body)
+    def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return body(*args)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return body(*args)
+
+    return run
 
 
 def _refuse(name: str, ctx: Any, *gradients: Any) -> None:

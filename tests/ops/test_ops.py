@@ -189,6 +189,19 @@ def test_biases_of_any_stride(expanded, device) -> None:
     torch.testing.assert_close(gated, reference.scale(y.relu() * y, l_out.double(), *routed).float())
 
 
+@pytest.mark.usefixtures("torch_backend")
+def test_autocast_leaves_an_op_the_dtype_of_its_arguments() -> None:
+    tensors = inputs(torch.device("cpu"))
+    routed = MIXES, route_of("uniform", torch.device("cpu"))
+    truth = ops.linear(*tensors, *routed)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(*tensors, *routed)
+        with torch.no_grad():
+            assert torch.equal(ops.linear(*tensors, *routed), truth)
+    assert torch.equal(y, truth)
+    y.sum().backward()
+
+
 def test_torch_compile_leaves_the_op_whole(device) -> None:
     tensors = inputs(device, grad=False)
     routing = MIXES.to(device), route_of("a mix a sequence", device)
