@@ -72,9 +72,9 @@ def flat(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def side_by_side(bias: Tensor | None) -> Tensor | None:
-    """Return a bias [N] with its numbers side by side, as kernels read it: itself wherever they are."""
-    return None if bias is None else bias.contiguous()
+def side_by_side(row: Tensor | None) -> Tensor | None:
+    """Return a bias, or another row of numbers, with them side by side, as kernels read it: itself where they are."""
+    return None if row is None else row.contiguous()
 
 
 def new(x: Tensor, width: int) -> Tensor:

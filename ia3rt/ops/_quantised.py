@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ia3rt import reference
 from ia3rt.ops._checks import check_routing, check_rows, check_site
-from ia3rt.ops._dispatch import device_of, flat, implementation, new
+from ia3rt.ops._dispatch import device_of, flat, implementation, new, side_by_side
 from ia3rt.ops._linear import linear_gradients
 from ia3rt.ops._op import custom_op
 
@@ -81,7 +81,7 @@ def linear_quantised(
         weight: the stored values: int8 or e4m3fn [N, K]; int8 or uint8 [N, K / 2] (int4); int32 [K / 8, N] (GPTQ).
         scales: [N], or [groups, N] for int4 and GPTQ; contiguous.
         zeros: None; for int4 [groups, N], for GPTQ int32 [groups, N / 8]; contiguous.
-        groups: GPTQ's g_idx, int32 [K], in any order; None for groups of neighbours.
+        groups: GPTQ's g_idx, int32 [K], in any order and of any stride; None for groups of neighbours.
         bias: [N], contiguous, or None.
         l_in: [capacity, K], a bank slice with contiguous columns, or None for no scale on x.
         l_out: [capacity, N], the same for the output.
@@ -105,7 +105,7 @@ def linear_quantised(
         return new(x, N)
     with device_of(x):
         run = implementation("linear_quantised", x)
-        y = run(rows, weight, scales, zeros, groups, bias, l_in, l_out, mixes, route, kind, group_size)
+        y = run(rows, weight, scales, zeros, side_by_side(groups), bias, l_in, l_out, mixes, route, kind, group_size)
     return y.view(*x.shape[:-1], N)
 
 

@@ -271,6 +271,20 @@ def test_gradcheck(kind) -> None:
     )
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_groups_of_any_stride(expanded, device) -> None:
+    layer = Layer(device, "gptq", act_order=True)
+    weight, scales, zeros, groups = layer.weight.stored
+    lying = groups[:1].expand(layer.K) if expanded else torch.stack((groups, torch.zeros_like(groups)), 1)[:, 0]
+    x, routed = layer.randn(2, layer.K), (layer.mixes, layer.route("uniform", 2))
+    with torch.no_grad():
+        ours, theirs = (
+            ops.linear_quantised(x, weight, scales, zeros, each, None, None, layer.l_out, *routed, "gptq", layer.g)
+            for each in (lying, lying.contiguous())
+        )
+    assert torch.equal(ours, theirs)
+
+
 def test_an_empty_batch(device) -> None:
     x, *rest = op_inputs("int8", device, torch.float32, grad=False)
     assert ops.linear_quantised(x[:0], *rest).shape == (0, 3, 8)
