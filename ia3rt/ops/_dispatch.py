@@ -68,7 +68,7 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 def flat(x: Tensor) -> Tensor:
     """Return x as [M, width] with contiguous columns: a view wherever one exists."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 may be any number where the width is 0
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 

@@ -54,7 +54,7 @@ def linear(
     check_routing(mixes, route)
     rows = flat(x)
     check_rows(rows.shape[0], route)
-    if x.numel() == 0:
+    if 0 in (rows.shape[0], weight.shape[0]):
         return new(x, weight.shape[0])
     with device_of(x):
         y = implementation("linear", x)(rows, weight, side_by_side(bias), l_in, l_out, mixes, route)
@@ -151,8 +151,9 @@ def linear_pair(
     check_routing(mixes, route)
     rows = flat(x)
     check_rows(rows.shape[0], route)
-    if x.numel() == 0:
-        return new(x, weight_a.shape[0]), new(x, weight_b.shape[0])
+    if 0 in (rows.shape[0], weight_a.shape[0], weight_b.shape[0]):  # of one of them there is nothing to launch
+        y_a = linear.body(x, weight_a, bias_a, None, l_a, mixes, route)
+        return y_a, linear.body(x, weight_b, bias_b, None, l_b, mixes, route)
     with device_of(x):
         run = module("linear_pair", x).linear_pair
         a, b = (weight_a, side_by_side(bias_a), l_a), (weight_b, side_by_side(bias_b), l_b)

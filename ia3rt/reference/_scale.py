@@ -48,7 +48,7 @@ def _scale_dtype(x: Tensor, l: Tensor) -> torch.dtype:  # noqa: E741
 
 def _by_route(x: Tensor, route: Tensor) -> Tensor:
     """Return x as [R, M // R, width], the rows of each entry of route together."""
-    return x.reshape(route.shape[0], -1, x.shape[-1])
+    return x.reshape(route.shape[0], x.shape[:-1].numel() // route.shape[0], x.shape[-1])
 
 
 def scale(x: Tensor, l: Tensor, mixes: Tensor, route: Tensor) -> Tensor:  # noqa: E741

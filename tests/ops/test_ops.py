@@ -202,6 +202,24 @@ def test_autocast_leaves_an_op_the_dtype_of_its_arguments() -> None:
     y.sum().backward()
 
 
+@pytest.mark.parametrize("K", [0, 2])
+@pytest.mark.parametrize("N", [0, 2])
+@pytest.mark.parametrize("run", ["kernels", "torch"])
+def test_matrices_without_rows_or_columns(run, N, K, device, monkeypatch) -> None:
+    if run == "torch":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, weight, other = (torch.ones(rows, K, device=device) for rows in (3, N, 2))
+    bias, l_out, routed = torch.ones(N, device=device), torch.ones(CAPACITY, N, device=device), (MIXES.to(device),)
+    routed += (route_of("uniform", device),)
+    truth, of_other = (torch.full((3, rows), K + 1.0, device=device) for rows in (N, 2))
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, weight, bias, None, l_out, *routed), truth)
+        pair = ops.linear_pair(x, weight, bias, l_out, other, torch.ones(2, device=device), None, *routed)
+        assert torch.equal(pair[0], truth) and torch.equal(pair[1], of_other)
+        assert torch.equal(ops.gate_up(x, weight, bias, None, None, l_out, *routed, "relu"), truth)
+        assert ops.scale(truth, l_out, *routed).shape == truth.shape
+
+
 def test_torch_compile_leaves_the_op_whole(device) -> None:
     tensors = inputs(device, grad=False)
     routing = MIXES.to(device), route_of("a mix a sequence", device)
