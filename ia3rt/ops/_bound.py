@@ -56,7 +56,7 @@ class Bound:
     """An op, and those of its arguments that stay as they are, and where they are, as long as this is used.
 
     Args:
-        op: the op.
+        op: the op; one that writes on its arguments is called as it is.
         fixed: arguments by name.
 
     Attributes:
@@ -76,7 +76,7 @@ class Bound:
         rest = tuple((name, value) for name, value in fixed.items() if name not in self._tensors)
         self._calls = _calls.setdefault((op, layouts, rest), Calls())
         self.call = self._through_op
-        if not any(at % 16 for at in pointers) and _dispatch.kernels_work():
+        if not getattr(op, "writes", None) and not any(at % 16 for at in pointers) and _dispatch.kernels_work():
             from ia3rt.kernels import launch  # not before: Triton may not be installed
 
             if launch.can_repeat():

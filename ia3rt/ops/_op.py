@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,12 @@ class Op:
     Attributes:
         op: what torch.library made.
         body: what it does.
+        writes: the places of the arguments that it writes on.
     """
 
     def __init__(self, name: str, body: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
         self.body = _outside_autocast(body)
+        self.writes = [place for place, name in enumerate(inspect.signature(body).parameters) if name in mutates_args]
         self._calls = Calls()
         # The schema is read from the body; what runs is `_run`.
         schema = torch.library.infer_schema(body, mutates_args=mutates_args)
@@ -50,7 +53,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Return what the op returns."""
         if not is_observed(args[0]):
-            return self._run(*args)
+            result = self._run(*args)
+            if self.writes:  # as the dispatcher would tell autograd
+                torch._C._increment_version([args[place] for place in self.writes])
+            return result
         if _dispatch.is_transformed() and not torch.compiler.is_compiling():
             return self.body(*args)  # in torch's operations, each of which has all derivatives
         return self.op(*args)

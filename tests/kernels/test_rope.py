@@ -408,6 +408,17 @@ def test_torch_compile_writes_the_cache(device) -> None:
     assert cache.any() and torch.equal(cache, theirs)
 
 
+def test_autograd_is_told_that_a_cache_was_written(device) -> None:
+    """What was multiplied by it before has no gradient any more, and not a wrong one."""
+    tensors, fixed = op_inputs(device)
+    cache, slots = torch.zeros(2, 2, 3, 1, 6, device=device), torch.arange(6, device=device)
+    y = cache * torch.ones_like(cache, requires_grad=True)
+    with torch.no_grad():
+        ops.rope_into_cache(*tensors, *fixed, cache[0], cache[1], slots)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 NAMES = (
     "q",
     "k",
