@@ -56,9 +56,9 @@ def attention_kernel(
 ):
     """Compute one block of rows. Under a causal mask the last blocks have most to do, and go first."""
     routing = Routing(M, mix_size, rows_per_mix, mixes_ptr, route_ptr)
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    groups = Hq // GROUP
-    b, first_head = tl.program_id(1) // groups, tl.program_id(1) % groups * GROUP
+    blocks, groups = tl.cdiv(Sq * GROUP, BLOCK_M), Hq // GROUP
+    block, place = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, first_head = place // groups, place % groups * GROUP
     hkv = first_head // HEADS
     acc, most, total = attend(
         block,
@@ -167,5 +167,6 @@ def attention(
     if splits > 1:
         decode(o, lse, splits, grid, sites, read, routing, constants)
     else:
-        run(attention_kernel, grid, o, lse, *sites, *read, **constants)
+        # Along one axis: CUDA has 65,535 programs along another.
+        run(attention_kernel, (grid[0] * grid[1],), o, lse, *sites, *read, **constants)
     return o, lse

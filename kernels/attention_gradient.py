@@ -112,8 +112,10 @@ def key_gradient_kernel(
     more than torch's, and a second pair of sums takes as many registers again.
     """
     Hkv = Hq // HEADS
-    b, hkv = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
-    first = tl.program_id(0) * BLOCK_N
+    blocks = tl.cdiv(Skv, BLOCK_N)
+    place = tl.program_id(0) // blocks
+    b, hkv = place // Hkv, place % Hkv
+    first = tl.program_id(0) % blocks * BLOCK_N
     keys, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     start, end, shift, _, _ = span(b, 0, 0, inputs, Sq, Skv, None, False)
     own = (keys < Skv)[:, None] & (dims < D)[None, :]
@@ -131,7 +133,7 @@ def key_gradient_kernel(
         if not CAUSAL:
             low = max(0, first - shift - window + 1) // BLOCK_M * BLOCK_M
     is_parted: tl.constexpr = HEADS > 1 and do_ptr.dtype.element_ty == tl.float32
-    at = (tl.program_id(1).to(tl.int64) * Skv + keys)[:, None] * D + dims[None, :]
+    at = (place.to(tl.int64) * Skv + keys)[:, None] * D + dims[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(HEADS):
@@ -199,8 +201,10 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute dq of one block of queries. Under a causal mask the last blocks have most to do, and go first."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b, head = tl.program_id(1) // Hq, tl.program_id(1) % Hq
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    place = tl.program_id(0) // blocks
+    b, head = place // Hq, place % Hq
+    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     hkv = head // HEADS
     queries, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     own = (queries < Sq)[:, None] & (dims < D)[None, :]
@@ -242,7 +246,7 @@ def query_gradient_kernel(
             CAUSAL,
         )
         dq = _plus(dq, ds.to(k.dtype), k, PRECISION)
-    rows = (tl.program_id(1).to(tl.int64) * Sq + queries) * D
+    rows = (place.to(tl.int64) * Sq + queries) * D
     tl.store(dq_ptr + rows[:, None] + dims[None, :], (dq * inputs.scale).to(dq_ptr.dtype.element_ty), mask=own)
 
 
@@ -311,8 +315,8 @@ def attention_gradient(
         BLOCK_D=block_d,
         enable_fp_fusion=True,  # the default is not the same in every Triton
     )
-    grid = (triton.cdiv(Skv, of_keys.block_n), B * Hkv)
+    grid = (triton.cdiv(Skv, of_keys.block_n) * B * Hkv,)  # along one axis, as attention's
     run(key_gradient_kernel, grid, dk, dv, *shared, **constants, **of_keys.build_options())
-    grid = (triton.cdiv(Sq, of_queries.block_m), B * Hq)
+    grid = (triton.cdiv(Sq, of_queries.block_m) * B * Hq,)
     run(query_gradient_kernel, grid, dq, *shared, **constants, **of_queries.build_options())
     return [dq, dk, dv]

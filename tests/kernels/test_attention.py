@@ -93,6 +93,16 @@ def test_what_padding_holds_is_not_seen(Sq, backend, bad, device, monkeypatch) -
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
 
 
+def test_more_sequences_than_cuda_has_programs_along_an_axis(device, monkeypatch) -> None:
+    grids = []
+    for name in ("attention", "attention_gradient"):
+        monkeypatch.setattr(f"ia3rt.kernels.{name}.run", lambda kernel, grid, *_, **__: grids.append(grid))
+    layer = Layer(device, torch.float16, B=2**16, Hq=1, Hkv=1, Sq=1, Skv=2)
+    layer.l_k = layer.l_v = None
+    layer.run(ops.attention, torch.float16, *layer.options(False, None, None))
+    assert len(grids) >= 4 and all(max(grid[1:], default=1) < 2**16 for grid in grids)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask"])
 def test_heads_more_than_32_bits_apart(name, device) -> None:
     """As in the mask of each head of a long sequence. On a CPU, memory that nobody touches is not there."""
