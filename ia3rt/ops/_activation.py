@@ -83,6 +83,11 @@ def activation_gradient(
     kind: str,
 ) -> list[Tensor]:
     """Return [dL/dgate], and dL/dup behind it where there is an up, given dL/dy for y = activation(gate, up, …)."""
+    _check_activation(gate, up, l, kind)
+    check_routing(mixes, route)
+    if dy.shape != gate.shape:
+        raise ValueError(f"dy must be as gate is, {list(gate.shape)}, not {list(dy.shape)}")
+    check_rows(gate.shape[:-1].numel(), route)
     if gate.numel() == 0:
         return [new(gate, gate.shape[-1]) for _ in range(1 if up is None else 2)]
     with device_of(gate):

@@ -161,7 +161,17 @@ def attention_gradient(
     window: int | None,
     softcap: float | None,
 ) -> list[Tensor]:
-    """Return [dq, dk, dv], contiguous, given do for o = attention(q, k, v, …) without vectors and without a table."""
+    """Return [dq, dk, dv], contiguous, given do for o, lse = attention(q, k, v, …) without vectors and without a table.
+
+    Raises:
+        ValueError: a shape or dtype is another.
+
+    """
+    _check_attention(q, k, v, mask, ranges, None, None, None, window, softcap)
+    B, Hq, Sq, D = q.shape
+    for name, x, shape in (("do", do, (B, Sq, Hq, D)), ("o", o, (B, Sq, Hq, D)), ("lse", lse, (B, Hq, Sq))):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, not {list(x.shape)}")
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
     if ranges is not None:
@@ -171,7 +181,8 @@ def attention_gradient(
         return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     with device_of(q):
         run = module("attention_gradient", q).attention_gradient
-        gradients = run(do.contiguous(), q, k, v, o, lse, mask, ranges, scale, causal, window, softcap)
+        laid_out = do.contiguous(), q, k, v, o.contiguous(), lse.contiguous()
+        gradients = run(*laid_out, mask, ranges, scale, causal, window, softcap)
     return [gradient.contiguous() for gradient in gradients]
 
 

@@ -169,8 +169,12 @@ def rope_gradient(
     interleaved: bool,
 ) -> list[Tensor]:
     """Return [dL/dq, dL/dk], and dL/dv behind them where there is a dv, given the gradients of what rope returns."""
+    _check_parts((dq, dk, dk if dv is None else dv), (l_q, l_k, l_v))
+    _check_tables(dq, cos, sin)
+    check_routing(mixes, route)
     dys = [dq, dk] if dv is None else [dq, dk, dv]
     rows = dq.shape[:-2].numel()
+    check_rows(rows, route)
     if rows == 0:
         return _new(*dys)
     tables = _tables(cos, sin, rows)

@@ -252,6 +252,27 @@ def test_results_repeat(device) -> None:
     assert all(map(torch.equal, first, second))
 
 
+def gradient_of(layer: Layer, lay_out=lambda x: x) -> list[torch.Tensor]:
+    layer.l_k = layer.l_v = None
+    options = layer.options(True, None, None)
+    o, lse = layer.run(ops.attention, torch.float32, *options, gradients=False)
+    do = torch.linspace(-1, 2, o.numel(), device=o.device).view(o.shape)
+    return ops.attention_gradient(do, layer.q, layer.k, layer.v, lay_out(o), lay_out(lse), None, None, *options)
+
+
+def test_the_gradient_takes_results_in_any_layout(device) -> None:
+    def transposed(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    assert all(map(torch.equal, gradient_of(Layer(device)), gradient_of(Layer(device), transposed)))
+
+
+def test_the_gradients_errors() -> None:
+    for lay_out, message in ((lambda x: x[:, :1], "o must be"), (lambda x: x[..., :16].clone(), "lse must be")):
+        with pytest.raises(ValueError, match=message):
+            gradient_of(Layer("cpu"), lay_out)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -472,5 +472,6 @@ def test_wrong_arguments(change, message, device) -> None:
     with pytest.raises(ValueError, match=message):
         ops.rope_into_cache(*moved)
     if not set(change) & set(NAMES[-3:]):
-        with pytest.raises(ValueError, match=message):
-            ops.rope(*moved[:11])
+        for op in (ops.rope, ops.rope_gradient):
+            with pytest.raises(ValueError, match=message):
+                op(*moved[:11])

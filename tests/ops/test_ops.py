@@ -383,8 +383,11 @@ def test_wrong_arguments_of_an_activation(change, message, device) -> None:
     names = ("gate", "up", "l", "mixes", "route", "kind")
     arguments = (*(tensor.detach() for tensor in mlp_inputs(device)), MIXES, route_of("uniform", device), "silu")
     changed = dict(zip(names, arguments, strict=True)) | change
+    moved = [value if isinstance(value, str) else value.to(device) for value in changed.values()]
     with pytest.raises(ValueError, match=message):
-        ops.activation(*(value if isinstance(value, str) else value.to(device) for value in changed.values()))
+        ops.activation(*moved)
+    with pytest.raises(ValueError, match=message):
+        ops.activation_gradient(torch.ones_like(moved[0]), *moved)
 
 
 @pytest.mark.usefixtures("torch_backend")
