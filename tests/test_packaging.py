@@ -5,6 +5,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["ia3rt", "kernels", "bench", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+SOURCES = ["ia3rt", "kernels", "bench", "examples", "docs", "tests", "setup.py", "pyproject.toml", "MANIFEST.in"]
+SOURCES += ["README.md", "LICENSE"]
 CHECK = """
 import importlib.resources, importlib.util, sys
 import ia3rt, ia3rt.bench.interleaved, ia3rt.kernels.configs
@@ -101,6 +103,18 @@ def test_wheel(environment, sources, tmp_path):
     install(environment, wheel, cwd=tmp_path)
     assert str(environment.parent.parent) in run(environment, "-c", CHECK, cwd=tmp_path)
     assert "demo" in run(environment.parent / "ia3rt", "--help", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_sdist(sources, tmp_path):
+    """The documents, to which README and docstrings point, come with the sources; the tests do not."""
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, sources, cwd=tmp_path)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    documents = {path.relative_to(sources).as_posix() for path in (sources / "docs").rglob("*.*")}
+    assert len(documents) > 10 and documents <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny import peft_model, save_each, tiny_model
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 from words import save_tiny
 
@@ -44,6 +45,11 @@ def folders(tmp_path: Path) -> Folders:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return save_each(peft_model(tiny_model(), "llama", "b"), tmp_path)[0]
+
+
+@pytest.mark.parametrize("command", get_command(app).commands)
+def test_help_points_to_no_file_that_is_not_installed(command: str) -> None:
+    assert "docs/" not in run(command, "--help").output
 
 
 def test_help_names_the_commands() -> None:
