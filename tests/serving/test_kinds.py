@@ -16,10 +16,12 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.models import SupportsLoRA
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from ia3rt.adapters.site import Site
 from ia3rt.serving.vllm import register
 from ia3rt.serving.vllm.model_manager import IA3Model
+from ia3rt.serving.vllm.slots import TokenSlots
 from ia3rt.serving.vllm.worker_manager import IA3WorkerManager
 
 TOKENS = 3
@@ -90,3 +92,22 @@ def test_requests_that_name_one_number_in_two_ways_need_one_slot(manager) -> Non
     manager.files.kind = "ia3"
     y = step(manager, x, LoRARequest("a", 1, "/a"), LoRARequest("a#9", 1, "/a"))
     torch.testing.assert_close(y, (x @ WEIGHT.T + BIAS) * VECTOR)
+
+
+def test_weights_that_are_loaded_again_after_a_sleep_find_the_slots_as_they_were_made(manager) -> None:
+    """vLLM's sleep of level 2 keeps no tensor of a device but the model's buffers; then it resets what LoRA has."""
+    x, request = torch.randn(TOKENS, IN), LoRARequest("a", 1, "/a")
+    manager.files.kind = "ia3"
+    step(manager, x, request)
+    slots = manager._adapter_manager.ia3_slots
+    made = TokenSlots(len(slots.index), slots.identity, torch.device("cpu"))
+    table = manager._adapter_manager.model.layer.ia3_tables["out"]
+    for kept in (slots.index, slots.mixes, table.rows):
+        kept.zero_()
+    LoRAModelRunnerMixin.reset_lora_state(SimpleNamespace(lora_config=True, lora_manager=manager, get_model=nn.Module))
+    assert torch.equal(slots.index, made.index) and torch.equal(slots.mixes, made.mixes)
+    mapping = LoRAMapping((1, 0, 1), (1, 0), is_prefill=True)  # of which one token wears nothing
+    manager.set_active_adapters({request}, mapping)
+    worn = torch.stack([VECTOR, torch.ones(OUT), VECTOR])
+    torch.testing.assert_close(manager._adapter_manager.model.layer(x)[0], (x @ WEIGHT.T + BIAS) * worn)
+    assert table.rows[slots.identity].unique().tolist() == [1.0]

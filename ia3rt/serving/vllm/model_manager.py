@@ -89,6 +89,14 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
             self._ia3_evictions += 1
         super()._deactivate_adapter(lora_id)
 
+    def remove_all_adapters(self) -> None:
+        """Empties the slots; as when the model's weights are loaded again, after a sleep that discarded them."""
+        super().remove_all_adapters()
+        self.ia3_slots.reset()
+        for layer in self.ia3_layers.wearing.values():
+            for table in layer.ia3_tables.values():
+                table.reset()
+
     def ia3_counts(self) -> dict[str, float]:
         """How many slots there are, how many hold IA³, and how often one that did was given to another."""
         return {"slots": self.lora_slots, "resident": len(self._ia3_active), "evictions": self._ia3_evictions}

@@ -30,22 +30,28 @@ class TokenSlots:
 
     def __init__(self, max_tokens: int, slots: int, device: torch.device) -> None:
         self.identity = slots
-        self.index = torch.full((max_tokens,), slots, dtype=torch.int32, device=device)
+        self.index = torch.empty(max_tokens, dtype=torch.int32, device=device)
         self.active = torch.zeros(1, dtype=torch.int32, device="cpu")
-        rows = torch.arange(slots + 1, dtype=torch.int32, device="cpu")
-        one = torch.ones((), dtype=torch.float32, device="cpu").view(torch.int32).expand(slots + 1)
-        self.mixes = torch.stack([torch.zeros_like(rows), torch.ones_like(rows), rows, one], dim=1).to(device)
+        self.mixes = torch.empty(slots + 1, 4, dtype=torch.int32, device=device)
         self.runs: list[tuple[int, int, int]] = []
         self.step = 0
         self.lora = False
         self.numbers: dict[int, int] = {}
         self.unworn: set[int] = set()
-        self.tokens = 0
+        self.reset()
 
     @property
     def worn(self) -> bool:
         """Whether any token of the step wears an adapter, IA³ or a LoRA."""
         return self.lora or bool(self.runs)
+
+    def reset(self) -> None:
+        """Writes all of it, in place: nothing is worn. A device that slept may have lost what was there."""
+        rows = torch.arange(self.identity + 1, dtype=torch.int32, device="cpu")
+        one = torch.ones(len(rows), dtype=torch.float32, device="cpu").view(torch.int32)
+        self.mixes.copy_(torch.stack([torch.zeros_like(rows), torch.ones_like(rows), rows, one], dim=1))
+        self.tokens = len(self.index)
+        self.write([], lora=False)
 
     def write(self, rows: Sequence[int], *, lora: bool) -> None:
         """Says which row each token wears, in place.

@@ -72,6 +72,7 @@ SYMBOLS = (
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager._deactivate_adapter", ("self", "lora_id")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.add_adapter", ("self", "lora")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.remove_adapter", ("self", "adapter_id")),
+    Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.remove_all_adapters", ("self",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.remove_oldest_adapter", ("self",)),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id")),
     Symbol("vllm.lora.model_manager", "LRUCacheLoRAModelManager.get_adapter", ("self", "adapter_id")),

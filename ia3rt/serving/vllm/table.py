@@ -35,6 +35,11 @@ class SlotTable:
         self._worn = torch.empty(0, dtype=torch.float32, device="cpu")
         self._worn_of = (-1, 0)
 
+    def reset(self) -> None:
+        """Makes all rows ones, that of the identity too, which a device that slept may have lost."""
+        self.rows.fill_(1.0)
+        self._worn_of = (-1, 0)
+
     def clear(self, slot: int) -> None:
         """Makes a slot's row ones."""
         self.rows[slot] = 1.0
