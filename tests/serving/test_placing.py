@@ -9,7 +9,7 @@ import torch
 from loaded_layers import IN, OUT, layer_of, load, parts
 from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
-from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
 
 from ia3rt.adapters.site import Site
 from ia3rt.serving.vllm import layers
@@ -56,6 +56,21 @@ def test_names_of_the_checkpoint_are_vllms_by_its_own_mapping(model) -> None:
     renamed = SimpleNamespace(_map_name=lambda name: name.replace("model.language.", ""))
     model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: renamed)
     assert find(model).place("a", ones(Site("model.language.layers.1.outer", "out", OUT))).keys() == {OUTER}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"orig_to_new_substr": {".near.": ".outer."}},
+        {"orig_to_new_suffix": {".near.weight": ".outer.weight"}},
+        {"orig_to_new_substr": {".near": ".outer"}},
+        {"orig_to_new_prefix": {"layers.1.near": "layers.1.outer"}},
+    ],
+)
+def test_rules_of_that_mapping_are_for_weights(model, rules) -> None:
+    """Whisper's `.fc2.`, say, is no part of the layer's name alone."""
+    model.hf_to_vllm_mapper = WeightsMapper(**rules)
+    assert find(model).place("a", ones(Site("layers.1.near", "out", OUT))).keys() == {OUTER}
 
 
 def test_another_pipeline_stage_has_the_rest(model) -> None:

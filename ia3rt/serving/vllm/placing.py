@@ -49,7 +49,7 @@ class Layers:
         """
         placed: Placed = {}
         for site, vector in vectors.items():
-            path = site.path if self._mapper is None else self._mapper._map_name(site.path) or site.path
+            path = self._served(site.path)
             whole, index = self._parts.get(path, (path, 0))
             layer = self._wrapped.get(whole)
             if layer is None and self._is_elsewhere(whole):
@@ -64,6 +64,11 @@ class Layers:
                 )
             parts[index] = vector
         return placed
+
+    def _served(self, path: str) -> str:
+        """The served model's path of a layer. vLLM's rules are for names of weights: one may begin or end in a dot."""
+        weight = None if self._mapper is None else self._mapper._map_name(f"{path}.weight")
+        return path if weight is None else weight.removesuffix(".weight")
 
     def _check(self, name: str, site: Site, path: str, whole: str, index: int, layer: Any) -> None:
         refused = f"adapter {name!r} cannot be served: it acts at {site}, "
