@@ -36,7 +36,16 @@ def model() -> nn.Module:
 
 def find(model: nn.Module, may_grow: bool = True) -> Layers:
     wrapped = {UP: model.layers[1].gate_up_proj, OUTER: model.layers[1].outer, "head": nn.Linear(1, 1)}
-    return Layers(model, wrapped, {UP: ["layers.1.gate_proj", "layers.1.up_proj"]}, may_grow)
+    return Layers(model, wrapped, {UP: ["layers.1.gate_proj", "layers.1.up_proj"]}, may_grow, is_pooling=False)
+
+
+def find_within(model: nn.Module, *, is_pooling: bool) -> Layers:
+    """As `find`, where the served model has it as its `model`."""
+    whole = nn.Module()
+    whole.model = model
+    wrapped = {f"model.{UP}": model.layers[1].gate_up_proj, f"model.{OUTER}": model.layers[1].outer}
+    packed = {f"model.{UP}": ["model.layers.1.gate_proj", "model.layers.1.up_proj"]}
+    return Layers(whole, wrapped, packed, True, is_pooling=is_pooling)
 
 
 def ones(*sites: Site) -> dict[Site, torch.Tensor]:
@@ -71,6 +80,19 @@ def test_rules_of_that_mapping_are_for_weights(model, rules) -> None:
     """Whisper's `.fc2.`, say, is no part of the layer's name alone."""
     model.hf_to_vllm_mapper = WeightsMapper(**rules)
     assert find(model).place("a", ones(Site("layers.1.near", "out", OUT))).keys() == {OUTER}
+
+
+def test_an_embedding_models_adapter_names_layers_from_the_model_on(model) -> None:
+    """PEFT saves AutoModel's as `layers.1.up_proj`, what AutoModelForCausalLM has as `model.layers.1.up_proj`."""
+    sites = Site("layers.1.up_proj", "out", OUT), Site(OUTER, "in", IN), Site("layers.0.up_proj", "out", OUT)
+    whole = [Site(f"model.{site.path}", site.side, site.width) for site in sites]
+    for given in (sites, whole):
+        placed = find_within(model, is_pooling=True).place("a", ones(*given))
+        assert placed.keys() == {f"model.{UP}", f"model.{OUTER}"}
+    with pytest.raises(ValueError, match="two vectors for one place"):
+        find_within(model, is_pooling=True).place("a", ones(sites[0], whole[0]))
+    with pytest.raises(ValueError, match="no such layer"):
+        find_within(model, is_pooling=False).place("a", ones(sites[0]))
 
 
 def test_another_pipeline_stage_has_the_rest(model) -> None:

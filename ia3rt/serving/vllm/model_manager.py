@@ -47,7 +47,7 @@ class IA3ModelManager(LRUCacheLoRAModelManager):
         # A graph runs what it was captured with; and on a GPU the memory has to be known before the cache takes it.
         may_grow = eager and self.device.type == "cpu"
         text = {name: layer for name, layer in self.modules.items() if layer.punica_wrapper is wrapper}
-        self.ia3_layers = Layers(self.model, text, self.packed_modules, may_grow)
+        self.ia3_layers = Layers(self.model, text, self.packed_modules, may_grow, is_pooling=self.is_pooling_model)
         for layer in self.ia3_layers.wearing.values():
             layer.ia3_slots = self.ia3_slots
             if not may_grow:

@@ -23,14 +23,25 @@ class Layers:
         wrapped: all layers that vLLM gave an adapter's place, by name; some of them can wear LoRA only.
         packed: by a layer's name, the checkpoint's names of those packed into it.
         may_grow: whether a layer may get a table after the model started, which a compiled one must not.
+        is_pooling: whether the model embeds or scores. vLLM serves it as the `model` of another, but adapters may be of
+            what is within, as those of AutoModel are; LoRAs may too.
     """
 
-    def __init__(self, model: Any, wrapped: Mapping[str, Any], packed: Mapping[str, list[str]], may_grow: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        wrapped: Mapping[str, Any],
+        packed: Mapping[str, list[str]],
+        may_grow: bool,
+        *,
+        is_pooling: bool,
+    ) -> None:
         self._model = model
         self._wrapped = wrapped
         self._packed = packed
         self._parts = {part: (name, index) for name, parts in packed.items() for index, part in enumerate(parts)}
         self._may_grow = may_grow
+        self._is_pooling = is_pooling
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = None if mapper is None else mapper.get_rename_mapper()
         self.wearing: dict[str, IA3Layer] = {
@@ -68,7 +79,13 @@ class Layers:
     def _served(self, path: str) -> str:
         """The served model's path of a layer. vLLM's rules are for names of weights: one may begin or end in a dot."""
         weight = None if self._mapper is None else self._mapper._map_name(f"{path}.weight")
-        return path if weight is None else weight.removesuffix(".weight")
+        path = path if weight is None else weight.removesuffix(".weight")
+        if self._is_pooling and not self._has(path) and self._has(f"model.{path}"):
+            return f"model.{path}"
+        return path
+
+    def _has(self, path: str) -> bool:
+        return path in self._parts or path in self._wrapped or self._is_elsewhere(path)
 
     def _check(self, name: str, site: Site, path: str, whole: str, index: int, layer: Any) -> None:
         refused = f"adapter {name!r} cannot be served: it acts at {site}, "

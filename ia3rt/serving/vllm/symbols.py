@@ -233,7 +233,7 @@ INSTANCES = (
         (
             *("_registered_adapters", "lora_index_to_id", "lora_slots", "capacity", "modules", "packed_modules"),
             *("punica_wrapper_mapping", "mm_mapping", "supports_mm", "max_num_batched_tokens", "model", "device"),
-            "_last_mapping",
+            *("is_pooling_model", "_last_mapping"),
         ),
     ),
     Instances(
