@@ -50,7 +50,7 @@ from ia3rt.routing.wearing import Wearing
 
 _LARGEST = torch.finfo(torch.float32).max
 
-VectorsLike: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor]"
+VectorsLike: TypeAlias = "Mapping[str, Tensor] | Mapping[SiteKey, Tensor] | Mapping[tuple[str, str], Tensor]"
 
 
 class Runtime:

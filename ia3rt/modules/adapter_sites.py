@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ class AdapterSites:
         self._check_worn_by(name, site)
         return site
 
-    def key(self, name: str, key: str | SiteKey) -> SiteKey:
+    def key(self, name: str, key: str | tuple[str, str]) -> SiteKey:
         """A path and a side; of a path alone, the one side where the model has a site there.
 
         Raises:
@@ -77,7 +77,7 @@ class AdapterSites:
                     f"adapter {name!r} has a vector at {key!r}: name its place by a module's path, or by (path, 'in') "
                     "or (path, 'out')"
                 )
-            return key
+            return cast("SiteKey", key)  # `site` looks at the side
         here = [site for site in self._bank.sites.values() if site.path == key]
         if len(here) == 1:
             return here[0].key
