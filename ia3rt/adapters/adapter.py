@@ -23,6 +23,7 @@ class Adapter:
         sites: where it acts; everywhere else its row is ones.
         shared: at which of them, experts, it has one vector for all; its row has it once for each.
         stamp: of one that was registered, its files as they were read; None of one that was loaded, or trained since.
+        keys: of its sites, which every new route asks for.
         is_deleted: whether `Residents.remove` took it out.
         config: the adapter_config.json it came with, empty where it came from none.
         modules: the paths of the model's modules of which it has its own; rows that wear it go through its own.
@@ -40,6 +41,10 @@ class Adapter:
     shared: frozenset[Site] = frozenset()
     stamp: Stamp | None = None
     is_deleted: bool = False
+    keys: frozenset[SiteKey] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.keys = frozenset(site.key for site in self.sites)
 
     def __del__(self) -> None:
         """Frees its row: not when it is deleted, as a forward that wears it may run."""
@@ -52,11 +57,6 @@ class Adapter:
         if made.row in made.free:
             made.free.remove(made.row)
         return made
-
-    @cached_property
-    def keys(self) -> frozenset[SiteKey]:
-        """Of the sites where it acts: every new route asks for them."""
-        return frozenset(site.key for site in self.sites)
 
     @cached_property
     def site_in_experts(self) -> Site | None:
