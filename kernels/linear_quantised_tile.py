@@ -35,7 +35,8 @@ def load_values(weight_ptr, k, cols, N, K, stride_w, KIND: tl.constexpr, BLOCK_K
         if KIND == "fp8_bits":
             bits = values.to(tl.int32)
             sign_and_rest = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-            return sign_and_rest.to(tl.float32, bitcast=True) * E4M3_REBIAS
+            number = sign_and_rest.to(tl.float32, bitcast=True) * E4M3_REBIAS
+            return tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
         elif KIND == "fp8":
             return values.to(tl.float8e4nv, bitcast=True)
         else:
