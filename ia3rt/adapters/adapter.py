@@ -44,6 +44,7 @@ class Adapter:
     keys: frozenset[SiteKey] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Asks the sites once."""
         self.keys = frozenset(site.key for site in self.sites)
 
     def __del__(self) -> None:
