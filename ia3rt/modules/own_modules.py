@@ -18,8 +18,8 @@ from ia3rt.modules.own_reached import OwnReached
 from ia3rt.modules.swapping import OwnOfOne, Swapping, lay, lift
 from ia3rt.modules.wearer import Wearer
 from ia3rt.routing.hooks import Hook
-from ia3rt.routing.registered import make_plain
 from ia3rt.routing.routing import Routing
+from ia3rt.routing.trained_parameters import make_plain
 
 
 class OwnModules:

@@ -16,10 +16,10 @@ from ia3rt.adapters.outside_modes import outside_modes
 from ia3rt.modules.chosen import Choice, choose
 from ia3rt.modules.parts import by_row, giving, is_worn_part, means_the_models, reads_the_models, refuse_by_row
 from ia3rt.modules.wearer import How, Wearer, become, class_without, computing_device, deep_copy, original_class, unwrap
-from ia3rt.routing.registered import unregistered
 from ia3rt.routing.route import Route
 from ia3rt.routing.routing import Routing
 from ia3rt.routing.traced import is_traced
+from ia3rt.routing.trained_parameters import unregistered
 
 
 class OwnOfOne:

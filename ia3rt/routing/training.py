@@ -13,10 +13,10 @@ from ia3rt.adapters.bank import Bank
 from ia3rt.adapters.resolved import ResolvedMix
 from ia3rt.adapters.site import Site
 from ia3rt.routing.averaging import Averaging, is_flattened, mesh_of
-from ia3rt.routing.registered import make_plain, unregistered
 from ia3rt.routing.route import Backend, Route
 from ia3rt.routing.tables import MixTables, pack_mixes, used_rows
 from ia3rt.routing.traced import is_transformed
+from ia3rt.routing.trained_parameters import make_plain, unregistered
 from ia3rt.routing.worn import Worn
 
 

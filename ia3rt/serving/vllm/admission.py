@@ -74,7 +74,10 @@ class Admission:
 
     def _holds(self, path: str) -> bool:
         """Whether a mix is kept, and was checked here: a server with another limit may have kept it."""
-        return hash(path) in self._admitted and self._composed.holds(path)
+        if hash(path) not in self._admitted or not self._composed.holds(path):
+            return False
+        self._admitted.move_to_end(hash(path))
+        return True
 
     def _vectors(self, source: Source) -> dict[Site, Tensor]:
         return checked_vectors(source.bank(self._read), source.mix, self._limit)
