@@ -113,8 +113,7 @@ def key_gradient_kernel(
     """
     Hkv = Hq // HEADS
     blocks = tl.cdiv(Skv, BLOCK_N)
-    place = tl.program_id(0) // blocks
-    b, hkv = place // Hkv, place % Hkv
+    b, hkv = tl.program_id(0) // blocks, tl.program_id(1)
     first = tl.program_id(0) % blocks * BLOCK_N
     keys, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     start, end, shift, _, _ = span(b, 0, 0, inputs, Sq, Skv, None, False)
@@ -133,7 +132,7 @@ def key_gradient_kernel(
         if not CAUSAL:
             low = max(0, first - shift - window + 1) // BLOCK_M * BLOCK_M
     is_parted: tl.constexpr = HEADS > 1 and do_ptr.dtype.element_ty == tl.float32
-    at = (place.to(tl.int64) * Skv + keys)[:, None] * D + dims[None, :]
+    at = ((wide_b * Hkv + hkv) * Skv + keys)[:, None] * D + dims[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(HEADS):
@@ -315,8 +314,9 @@ def attention_gradient(
         BLOCK_D=block_d,
         enable_fp_fusion=True,  # the default is not the same in every Triton
     )
-    grid = (triton.cdiv(Skv, of_keys.block_n) * B * Hkv,)  # along one axis, as attention's
+    # CUDA has 65,535 programs along an axis but the first. What a head of a sequence reads, no other does.
+    grid = (triton.cdiv(Skv, of_keys.block_n) * B, Hkv)
     run(key_gradient_kernel, grid, dk, dv, *shared, **constants, **of_keys.build_options())
-    grid = (triton.cdiv(Sq, of_queries.block_m) * B * Hq,)
-    run(query_gradient_kernel, grid, dq, *shared, **constants, **of_queries.build_options())
+    programs = triton.cdiv(Sq, of_queries.block_m) * B * Hq
+    run(query_gradient_kernel, (programs,), dq, *shared, **constants, **of_queries.build_options())
     return [dq, dk, dv]
