@@ -41,8 +41,8 @@ def attention_config(
         return AttentionConfig(few, 64 if block_d <= 128 else 32, 4, 3 if large else 2 if block_d <= 128 else 1)
     if not large:
         return AttentionConfig(128 if block_d <= 128 and not masked else 64, 32, 8, 1)
-    # Addresses of a mask, one a score, and a head padded to a power of two take registers too.
-    if block_d > 128:
+    # Addresses of a mask, one a score, and a head padded to a power of two take registers too; tiny heads, on sm_100.
+    if block_d > 128 or D < 16:
         return AttentionConfig(64, 32, 8, 2)
     if arch == "sm_90" and plain and D in (64, 128):  # as measured on an H100
         if D == 64:
