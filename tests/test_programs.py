@@ -104,8 +104,9 @@ class Programs(RuleBasedStateMachine):
     @precondition(lambda self: not self.merged and not isinstance(self.worn, list))
     @rule()
     def merge(self):
-        self.runtime.merge_adapter()
-        self.merged = True
+        with _refused("wear the base model") if self.worn is None else contextlib.nullcontext():
+            self.runtime.merge_adapter()
+            self.merged = True
 
     @precondition(lambda self: self.merged)
     @rule()

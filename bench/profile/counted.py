@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ from ia3rt.bench.contenders.registry import CONTENDERS
 from ia3rt.bench.contenders.subject import Way
 from ia3rt.bench.settings import Settings
 from ia3rt.bench.workshop import Maker, Workshop
+from ia3rt.routing import traced
 
 _NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "detach"})
 """Operations that return new tensors and compute nothing."""
@@ -118,7 +120,8 @@ def count(way: Way) -> Counts:
     """What a way does in one turn; the turn before, in which lazy things are made, is not counted."""
     way.run(0)
     counts = Counts()
-    with _OperationsInto(counts):
+    # What a mode sees is formed anew, as the mode may keep it: this one keeps nothing.
+    with patch.object(traced, "_modes", lambda: 0), _OperationsInto(counts):
         way.run(1)
     with _calls_into(counts):
         way.run(2)

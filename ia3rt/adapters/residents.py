@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any
 
 from ia3rt.adapters.adapter import Adapter
@@ -123,7 +124,6 @@ class Residents(dict[str, Adapter]):
         refused = self._all_held(count, capacity)
         for own in reversed(gone):
             self._free.remove(own["row"])
-            own.pop("site_in_experts", None)
             self.hold(Adapter(**own))
             self.evictable.move_to_end(own["name"], last=False)
         raise NoRowError(refused)
@@ -132,7 +132,8 @@ class Residents(dict[str, Adapter]):
         """Evicts an adapter, or moves it to the end where somebody holds it, which is a use of it."""
         adapter = self.pop(name)
         del self.singles[name]
-        own, held = vars(adapter).copy(), weakref.ref(adapter)
+        own = {each.name: getattr(adapter, each.name) for each in fields(adapter) if each.init}
+        held = weakref.ref(adapter)
         del adapter
         still = held()
         if still is None:
