@@ -157,10 +157,12 @@ class Faults:
 
     def _damage(self, file: Path) -> None:
         content = bytearray(file.read_bytes())
+        if not content:
+            return  # it is damaged already
         if self._chance.random() < 0.5:
             content = content[: self._chance.randrange(len(content))]
         else:  # another number, in a file that is one
-            content[-self._chance.randrange(1, 200)] ^= 0x40
+            content[-self._chance.randint(1, min(199, len(content)))] ^= 0x40
         file.write_bytes(content)
 
     async def _original_is_away(self, http: httpx.AsyncClient) -> None:
