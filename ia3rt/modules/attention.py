@@ -98,7 +98,7 @@ def attention_forward(
     arguments = query, key, value, attention_mask, *(None,) * 4, unread, unread[0, :1], scale, causal, window, softcap
     if fits and _backend(query.device.type, query.dtype) == "triton":
         return ops.attention(*arguments)[0], None
-    if softcap is not None or window is not None or ops.is_transformed():  # torch's has no derivative forwards
+    if softcap is not None or window is not None or ops.needs_torch():  # torch's has no derivative forwards
         return reference.attention(*arguments)[0], None
     o = F.scaled_dot_product_attention(
         query, key, value, attention_mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]

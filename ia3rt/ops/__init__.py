@@ -19,7 +19,7 @@ An op knows tensors, no adapters and no modules. It may import `kernels` and `re
 from ia3rt.ops._activation import activation, activation_gradient
 from ia3rt.ops._attention import attention, attention_gradient
 from ia3rt.ops._bound import Bound, Callee
-from ia3rt.ops._dispatch import backend, is_transformed
+from ia3rt.ops._dispatch import backend, needs_torch
 from ia3rt.ops._gate_up import gate_up
 from ia3rt.ops._linear import linear, linear_pair
 from ia3rt.ops._quantised import linear_quantised
@@ -36,10 +36,10 @@ __all__ = [
     "backend",
     "bank_gradient",
     "gate_up",
-    "is_transformed",
     "linear",
     "linear_pair",
     "linear_quantised",
+    "needs_torch",
     "rope",
     "rope_gradient",
     "rope_into_cache",

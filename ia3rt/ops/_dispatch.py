@@ -30,15 +30,15 @@ def kernels_work() -> bool:
     return True
 
 
-def is_transformed() -> bool:
-    """Whether derivatives are taken forwards, or torch.func transforms what is done: that takes torch's operations."""
+def needs_torch() -> bool:
+    """Whether only torch's operations will do: torch.func transforms what is done, or it is differentiated forwards."""
     return _transform() is not None or forward_ad._current_level >= 0
 
 
 def backend(x: Tensor) -> Literal["triton", "torch"]:
     """Return what computes an operation on x."""
     on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton" if on_device and x.dtype in TRITON_DTYPES and kernels_work() and not is_transformed() else "torch"
+    return "triton" if on_device and x.dtype in TRITON_DTYPES and kernels_work() and not needs_torch() else "torch"
 
 
 def may_repeat(x: Tensor) -> bool:

@@ -57,7 +57,7 @@ class Op:
             if self.writes:  # as the dispatcher would tell autograd
                 torch._C._increment_version([args[place] for place in self.writes])
             return result
-        if _dispatch.is_transformed() and not torch.compiler.is_compiling():
+        if _dispatch.needs_torch() and not torch.compiler.is_compiling():
             return self.body(*args)  # in torch's operations, each of which has all derivatives
         return self.op(*args)
 
@@ -151,7 +151,7 @@ def is_observed(x: Tensor) -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or _dispatch.is_transformed()
+        or _dispatch.needs_torch()
         or type(x) not in (Tensor, nn.Parameter)
     )
 
